@@ -1,0 +1,52 @@
+# SDNet. `make` lists the verbs; each sets up .venv by itself the first time.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup lint types test demo
+
+BIN := .venv/bin
+READY := .venv/.ready
+# Any Python >= 3.11 does; 3.11 is the one that constraints.txt is tested with. Choose: make setup PYTHON=python3.13
+PYTHON :=
+PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
+
+help: ## list the verbs
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: $(READY) ## make .venv and install SDNet with everything the other verbs need
+	@echo "Ready: $$($(BIN)/python -c 'import platform, torch; \
+	  gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"; \
+	  print(f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}")')"
+
+# On PyPI `torch` is the CUDA build for Linux: what a machine with an NVIDIA GPU wants.
+$(READY): pyproject.toml constraints.txt
+	@if ! [ -x $(BIN)/python ]; then \
+	  for python in $(or $(PYTHON),$(PYTHONS)); do \
+	    "$$python" -c 'import sys; assert sys.version_info >= (3, 11); import ensurepip, venv' 2> /dev/null && break; \
+	    python=; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "SDNet needs Python >= 3.11 with the venv module; none of these is one: $(or $(PYTHON),$(PYTHONS))." >&2; \
+	    echo "On Debian and Ubuntu: apt install python3-venv. Elsewhere: make setup PYTHON=/path/to/python" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "+ $$python -m venv .venv"; \
+	  "$$python" -m venv .venv; \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## Pyright
+	$(BIN)/pyright
+
+test: lint types ## lint, types and tests
+	$(BIN)/pytest
+
+demo: $(READY) ## train SDNet-18 on photographs that the installation brings (minutes on two cores)
+	$(BIN)/python -m sdnet.train.demo_data demo/data
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	  train/imagenet.py --recipe demo --data demo/data --out runs/demo
