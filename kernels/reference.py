@@ -1,0 +1,141 @@
+"""The mathematics of convolutional sparse coding in plain torch: any device, any dtype, differentiable by autograd.
+
+Everything here is written to be obviously right. It is the oracle of every test and benchmark, and the path for
+``torch.export`` and for differentiating through the loop; `unrolled` is its fast twin.
+
+With the dictionary A z = conv_transpose2d(z, W) and its adjoint A'x = conv2d(x, W), a layer looks for the codes
+
+    z* = argmin_z  lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2        (z >= 0 if nonnegative)
+
+by unrolled proximal steps from z_0 = 0, with z_1 = P(step A'x) and
+
+    z_{k+1} = P(y_k + step A'(x - A p_k)),   y_k = z_k + beta_k (z_k - z_{k-1}),
+    P(v) = shrink(v, step lam) / (1 + step mu).
+
+The gradient point p_k tells the solvers apart: "ista" has beta = 0 and p = z; "fista" is the textbook method with
+p = y (Beck and Teboulle 2009); "sdnet" is the official loop with p = z. For two steps beta_1 = 0 and all three agree.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+
+Solver = Literal["ista", "fista", "sdnet"]
+DataTerm = Literal["squared", "norm"]
+Pair = tuple[int, int]
+
+NORM_FLOOR = 1e-12
+"""The least residual norm that the norm data term divides by."""
+
+
+def codes_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair) -> Pair:
+    """Height and width of the codes of an input of height and width `size`."""
+    height, width = (
+        (n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding, strict=True)
+    )
+    return height, width
+
+
+def analysis(residual: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """A'r: the correlation of a residual [N, C, H, W] with every atom of a dictionary [K, C, kh, kw]."""
+    return F.conv2d(residual, weight, stride=stride, padding=padding)
+
+
+def synthesis(codes: Tensor, weight: Tensor, size: Pair, stride: Pair, padding: Pair) -> Tensor:
+    """A z: the sum of atoms that codes [N, K, h, w] stand for, on an input grid of height and width `size`.
+
+    Inputs of up to `stride` different sizes have codes of the same size, so the size must be told.
+    """
+    kernel_size = weight.shape[2:]
+    bare = tuple((n - 1) * s - 2 * p + k for n, s, p, k in zip(codes.shape[2:], stride, padding, kernel_size, strict=True))
+    output_padding = [n - b for n, b in zip(size, bare, strict=True)]
+    return F.conv_transpose2d(codes, weight, stride=stride, padding=padding, output_padding=output_padding)
+
+
+def shrink(v: Tensor, threshold: Tensor, nonnegative: bool) -> Tensor:
+    """Soft thresholding: sign(v) max(|v| - threshold, 0), or max(v - threshold, 0) if nonnegative."""
+    if nonnegative:
+        return (v - threshold).clamp_min(0)
+    return v.sign() * (v.abs() - threshold).clamp_min(0)
+
+
+def proximal(v: Tensor, step: Tensor, lam: Tensor, mu: float, nonnegative: bool) -> Tensor:
+    """P(v), the proximal map of step (lam |.|_1 + mu/2 |.|^2). `lam` broadcasts against v."""
+    return shrink(v, step * lam, nonnegative) / (1 + step * mu)
+
+
+def momentum(n_steps: int, solver: Solver) -> list[float]:
+    """beta_0 .. beta_{n_steps - 1}: t_1 = 1, t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2, beta_k = (t_k - 1) / t_{k+1}.
+
+    beta_0 = beta_1 = 0; all are zero for "ista".
+    """
+    betas, t = [0.0], 1.0
+    while len(betas) < n_steps:
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        betas.append(0.0 if solver == "ista" else (t - 1) / t_next)
+        t = t_next
+    return betas
+
+
+def residual_scale(residual: Tensor, data_term: DataTerm) -> Tensor | None:
+    """What the data term multiplies a residual by, per sample: None (one), or 1/2 / |r| for the norm, detached."""
+    if data_term == "squared":
+        return None
+    squares = reduce(residual.detach().square(), "n c h w -> n 1 1 1", "sum")
+    return 0.5 / squares.sqrt().clamp_min(NORM_FLOOR)
+
+
+def csc_encode(
+    x: Tensor,
+    weight: Tensor,
+    step: Tensor,
+    lam: Tensor,
+    mu: float,
+    n_steps: int,
+    stride: Pair,
+    padding: Pair,
+    nonnegative: bool,
+    solver: Solver,
+    data_term: DataTerm,
+    n_dict: int,
+) -> Tensor:
+    """Codes [N, K, h, w] of an input [N, C, H, W] over a dictionary [K, n_dict C, kh, kw], by autograd's own rules.
+
+    `step` is 0-d, `lam` 0-d or [N, 1, 1, 1]. `step` and the norm of `data_term="norm"` carry no gradient. With
+    n_dict > 1 one code has n_dict reconstructions, each compared with the whole input.
+    """
+    step = step.detach().to(x.dtype)
+    lam = lam.to(x.dtype)
+    target = repeat(x, "n c h w -> n (d c) h w", d=n_dict)
+    size = (x.shape[2], x.shape[3])
+    codes = proximal(step * analysis(target, weight, stride, padding), step, lam, mu, nonnegative)
+    previous = codes
+    for beta in momentum(n_steps, solver)[1:]:
+        extrapolated = codes + beta * (codes - previous)
+        gradient_point = extrapolated if solver == "fista" else codes
+        residual = target - synthesis(gradient_point, weight, size, stride, padding)
+        scale = residual_scale(residual, data_term)
+        if scale is not None:
+            residual = residual * scale
+        previous = codes
+        codes = proximal(
+            extrapolated + step * analysis(residual, weight, stride, padding), step, lam, mu, nonnegative
+        )
+    return codes
+
+
+def objective(
+    x: Tensor, codes: Tensor, reconstruction: Tensor, lam: Tensor, mu: float, data_term: DataTerm, n_dict: int
+) -> Tensor:
+    """The objective of each sample, [N]: lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2, or |x - A z| for the norm.
+
+    The official steps descend the norm with half its gradient.
+    """
+    target = repeat(x, "n c h w -> n (d c) h w", d=n_dict)
+    squares = reduce((target - reconstruction).square(), "n c h w -> n", "sum")
+    data = 0.5 * squares if data_term == "squared" else squares.sqrt()
+    sparsity = rearrange(lam.expand(x.shape[0], 1, 1, 1), "n 1 1 1 -> n") * reduce(codes.abs(), "n k h w -> n", "sum")
+    return sparsity + 0.5 * mu * reduce(codes.square(), "n k h w -> n", "sum") + data

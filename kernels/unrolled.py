@@ -1,0 +1,237 @@
+"""The torch path of the operator: the forward loop with few passes over memory, and the gradients written by hand.
+
+Same mathematics as `reference`. Two things make it quick. P is folded into the convolution: with
+gamma = step / (1 + step mu),
+
+    P(y + step A'r) = shrink(y / (1 + step mu) + conv(r, gamma W), gamma lam),
+
+so a scalar threshold becomes the convolution's bias and the element-wise work runs in place. And autograd keeps the
+input and the codes alone: the masks are in the codes, residuals are recomputed.
+
+Backward. From g_{k+1} = dL/dz_{k+1}, with m_{k+1} = [z_{k+1} != 0] g_{k+1}, residual r_k = x - A p_k, and c_k the
+residual's scale (1, or 1/2 / |r_k| for the norm data term, taken as a constant):
+
+    dr_k = c_k conv_transpose(m_{k+1}, gamma W)              dx  += dr_k
+    dy_k = m_{k+1} / (1 + step mu)                           dp_k = -A' dr_k
+    dW  += gamma corr(c_k r_k, m_{k+1}) - corr(dr_k, p_k)    dlam -= gamma sum m_{k+1} sign(z_{k+1})
+
+and y_k = z_k + beta_k (z_k - z_{k-1}) hands dy_k (and dp_k, where p_k = y_k) on to the two codes before it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import reduce, repeat
+from torch import Tensor
+
+from sdnet.kernels.reference import (
+    DataTerm,
+    Pair,
+    Solver,
+    analysis,
+    momentum,
+    residual_scale,
+    synthesis,
+)
+
+
+class Problem(NamedTuple):
+    """What fixes the loop beside its tensors. `lam` is 0-d or [N, 1, 1, 1], `step` 0-d, both of at least fp32."""
+
+    step: Tensor
+    lam: Tensor
+    mu: float
+    n_steps: int
+    stride: Pair
+    padding: Pair
+    nonnegative: bool
+    solver: Solver
+    data_term: DataTerm
+    n_dict: int
+
+    @property
+    def damping(self) -> Tensor:
+        """1 / (1 + step mu)."""
+        return 1 / (1 + self.step * self.mu)
+
+    @property
+    def gamma(self) -> Tensor:
+        """step / (1 + step mu)."""
+        return self.step * self.damping
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """gamma W in W's dtype, rounded once."""
+        return (weight.to(self.step.dtype) * self.gamma).to(weight.dtype)
+
+    @staticmethod
+    def extrapolated(codes: Tensor, previous: Tensor, beta: float) -> Tensor:
+        """y = z + beta (z - z_prev)."""
+        return torch.lerp(previous, codes, 1 + beta)
+
+
+def copies_of(x: Tensor, n_dict: int) -> Tensor:
+    """x [N, C, H, W] beside itself, [N, n_dict C, H, W]: one copy for each dictionary."""
+    return x if n_dict == 1 else repeat(x, "n c h w -> n (d c) h w", d=n_dict)
+
+
+def residual_of(x: Tensor, gradient_point: Tensor, weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """r = x - A p [N, n_dict C, H, W] and its scale c, None for one."""
+    size = (x.shape[2], x.shape[3])
+    reconstruction = synthesis(gradient_point, weight, size, problem.stride, problem.padding)
+    residual = torch.sub(copies_of(x, problem.n_dict), reconstruction, out=reconstruction)
+    scale = residual_scale(residual, problem.data_term)
+    return residual, None if scale is None else scale.to(residual.dtype)
+
+
+def shrink_step(y: Tensor | None, residual: Tensor, scaled_weight: Tensor, problem: Problem) -> Tensor:
+    """shrink(y / (1 + step mu) + conv(r, gamma W), gamma lam); y = None stands for zero."""
+    threshold = problem.gamma * problem.lam
+    bias = None
+    if problem.nonnegative and threshold.ndim == 0:
+        bias = (-threshold).to(residual.dtype).expand(scaled_weight.shape[0])
+    v = F.conv2d(residual, scaled_weight, bias, problem.stride, problem.padding)
+    if y is not None and problem.mu:
+        v.addcmul_(y, problem.damping.to(v.dtype))
+    elif y is not None:
+        v.add_(y)
+    if problem.nonnegative:
+        if bias is None:
+            v.sub_(threshold.to(v.dtype))
+        return v.clamp_min_(0)
+    threshold = threshold.to(v.dtype)
+    return v.sub_(torch.clamp(v, -threshold, threshold))
+
+
+def forward(x: Tensor, weight: Tensor, problem: Problem) -> list[Tensor]:
+    """All codes [z_1, ..., z_n], each [N, K, h, w]."""
+    scaled = problem.scaled(weight)
+    # The n_dict copies of x meet the sum of their dictionaries in the first step.
+    first = reduce(scaled, "k (d c) h w -> k c h w", "sum", d=problem.n_dict) if problem.n_dict > 1 else scaled
+    codes = [shrink_step(None, x, first, problem)]
+    for beta in momentum(problem.n_steps, problem.solver)[1:]:
+        extrapolated = problem.extrapolated(codes[-1], codes[-2], beta) if beta else codes[-1]
+        gradient_point = extrapolated if problem.solver == "fista" else codes[-1]
+        residual, scale = residual_of(x, gradient_point, weight, problem)
+        if scale is not None:
+            residual.mul_(scale)
+        codes.append(shrink_step(extrapolated, residual, scaled, problem))
+    return codes
+
+
+def weight_correlation(residual: Tensor, codes: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+    """corr(r, m): the gradient of sum(m * conv(r, W)) for W, in W's shape."""
+    return torch.ops.aten.convolution_backward(
+        codes, residual, weight, None, problem.stride, problem.padding, (1, 1), False, (0, 0), 1, (False, True, False)
+    )[1]
+
+
+def masked(grad: Tensor, codes: Tensor, nonnegative: bool) -> Tensor:
+    """m = [z != 0] g."""
+    if nonnegative:
+        return torch.ops.aten.threshold_backward(grad, codes, 0)
+    return torch.where(codes == 0, 0, grad)
+
+
+def lam_correlation(m: Tensor, codes: Tensor, problem: Problem) -> Tensor:
+    """sum m sign(z), in lam's shape and dtype."""
+    products = m if problem.nonnegative else m * codes.sign()
+    if problem.lam.ndim == 0:
+        return products.sum(dtype=problem.lam.dtype)
+    return products.sum(dim=(1, 2, 3), keepdim=True, dtype=problem.lam.dtype)
+
+
+def accumulate(total: Tensor | None, term: Tensor) -> Tensor:
+    """total + term in total's memory; a missing total is zero and the term becomes it."""
+    return term if total is None else total.add_(term)
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool
+    weight: bool
+    lam: bool
+
+
+class Gradients(NamedTuple):
+    """dL/dx, dL/dweight and dL/dlam, None where not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    lam: Tensor | None
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor, codes: list[Tensor], problem: Problem, needs: Needs) -> Gradients:
+    """The gradients for x, weight and lam from grad = dL/dz_n [N, K, h, w] and all codes [z_1, ..., z_n]."""
+    size, stride, padding = (x.shape[2], x.shape[3]), problem.stride, problem.padding
+    scaled = problem.scaled(weight)
+    betas = momentum(problem.n_steps, problem.solver)
+    d_target = d_lam = None  # d_target: for the n_dict copies of x
+    analysis_correlation = synthesis_correlation = None  # dW = gamma analysis - synthesis
+
+    d_codes: list[Tensor | None] = [None] * (problem.n_steps - 1) + [grad]
+    for k in range(problem.n_steps - 1, 0, -1):
+        z, beta = codes[k - 1], betas[k]
+        y = problem.extrapolated(z, codes[k - 2], beta) if beta else z
+        point = y if problem.solver == "fista" else z
+
+        m = masked(taken(d_codes, k), codes[k], problem.nonnegative)
+        if needs.lam:
+            d_lam = accumulate(d_lam, lam_correlation(m, codes[k], problem))
+        d_residual = synthesis(m, scaled, size, stride, padding)
+        if needs.weight or problem.data_term == "norm":
+            residual, scale = residual_of(x, point, weight, problem)
+            if scale is not None:
+                residual.mul_(scale)
+                d_residual.mul_(scale)
+            if needs.weight:
+                term = weight_correlation(residual, m, weight, problem)
+                analysis_correlation = accumulate(analysis_correlation, term)
+                term = weight_correlation(d_residual, point, weight, problem)
+                synthesis_correlation = accumulate(synthesis_correlation, term)
+        d_point = analysis(d_residual, weight, stride, padding).neg_()
+        if needs.x:
+            d_target = accumulate(d_target, d_residual)
+
+        d_y = m.mul_(problem.damping.to(m.dtype)) if problem.mu else m
+        if problem.solver == "fista":
+            d_y.add_(d_point)
+            d_point = None
+        if beta:
+            d_codes[k - 2] = accumulate(d_codes[k - 2], d_y * -beta)
+            d_y.mul_(1 + beta)
+        d_z = d_y if d_point is None else d_y.add_(d_point)
+        d_codes[k - 1] = accumulate(d_codes[k - 1], d_z)
+
+    m = masked(taken(d_codes, 0), codes[0], problem.nonnegative)
+    if needs.lam:
+        d_lam = accumulate(d_lam, lam_correlation(m, codes[0], problem))
+    if needs.x:
+        d_target = accumulate(d_target, synthesis(m, scaled, size, stride, padding))
+    if needs.weight:
+        term = weight_correlation(copies_of(x, problem.n_dict), m, weight, problem)
+        analysis_correlation = accumulate(analysis_correlation, term)
+
+    if d_target is not None and problem.n_dict > 1:
+        d_target = reduce(d_target, "n (d c) h w -> n c h w", "sum", d=problem.n_dict)
+    if d_lam is not None:
+        d_lam = -problem.gamma * d_lam
+    return Gradients(d_target, weight_gradient(analysis_correlation, synthesis_correlation, problem), d_lam)
+
+
+def taken(tensors: list[Tensor | None], k: int) -> Tensor:
+    """Entry k, which the list forgets, so that its memory is free once it has been used."""
+    entry, tensors[k] = tensors[k], None
+    assert entry is not None
+    return entry
+
+
+def weight_gradient(analysis: Tensor | None, synthesis: Tensor | None, problem: Problem) -> Tensor | None:
+    """gamma analysis - synthesis, rounded once; None without the former, zero for a missing latter."""
+    if analysis is None:
+        return None
+    gradient = analysis.to(problem.step.dtype) * problem.gamma
+    if synthesis is not None:
+        gradient -= synthesis
+    return gradient.to(analysis.dtype)
