@@ -97,7 +97,8 @@ def _check(
 ) -> None:
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError(
-            f"x has shape {list(x.shape)} and weight {list(weight.shape)}; they must be [N, C, H, W] and [K, C, kh, kw]."
+            f"x has shape {list(x.shape)} and weight {list(weight.shape)}; "
+            "they must be [N, C, H, W] and [K, n_dict C, kh, kw]."
         )
     if n_dict < 1:
         raise ValueError(f"n_dict is {n_dict}; it must be at least 1.")
@@ -106,7 +107,7 @@ def _check(
             f"x has {x.shape[1]} channels and n_dict is {n_dict}, so the atoms of weight must have "
             f"{n_dict * x.shape[1]} channels; they have {weight.shape[1]}."
         )
-    if not x.is_floating_point() or x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; they must be of one floating-point type.")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device} and weight on {weight.device}; they must be on one device.")

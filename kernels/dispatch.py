@@ -24,10 +24,12 @@ def choose(impl: str) -> Choice:
     asked_by = "the argument impl"
     if impl == "auto" and ENVIRONMENT_VARIABLE in os.environ:
         impl, asked_by = os.environ[ENVIRONMENT_VARIABLE], f"the environment variable {ENVIRONMENT_VARIABLE}"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{asked_by} is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}.")
-    if impl == "triton":
-        raise NotImplementedError("impl='triton' is not there yet; use impl='auto' or impl='torch'.")
-    if impl == "auto":
-        return Choice("torch", "auto takes the torch path: there are no Triton kernels yet")
-    return Choice(impl, f"{asked_by} asks for it")
+    match impl:
+        case "auto":
+            return Choice("torch", "auto takes the torch path: there are no Triton kernels yet")
+        case "torch" | "reference":
+            return Choice(impl, f"{asked_by} asks for it")
+        case "triton":
+            raise NotImplementedError("impl='triton' is not there yet; use impl='auto' or impl='torch'.")
+        case _:
+            raise ValueError(f"{asked_by} is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}.")

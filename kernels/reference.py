@@ -18,7 +18,6 @@ p = y (Beck and Teboulle 2009); "sdnet" is the official loop with p = z. For two
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
@@ -33,9 +32,7 @@ NORM_FLOOR = 1e-12
 
 def codes_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair) -> Pair:
     """Height and width of the codes of an input of height and width `size`."""
-    height, width = (
-        (n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding, strict=True)
-    )
+    height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding, strict=True))
     return height, width
 
 
@@ -50,7 +47,9 @@ def synthesis(codes: Tensor, weight: Tensor, size: Pair, stride: Pair, padding: 
     Inputs of up to `stride` different sizes have codes of the same size, so the size must be told.
     """
     kernel_size = weight.shape[2:]
-    bare = tuple((n - 1) * s - 2 * p + k for n, s, p, k in zip(codes.shape[2:], stride, padding, kernel_size, strict=True))
+    bare = tuple(
+        (n - 1) * s - 2 * p + k for n, s, p, k in zip(codes.shape[2:], stride, padding, kernel_size, strict=True)
+    )
     output_padding = [n - b for n, b in zip(size, bare, strict=True)]
     return F.conv_transpose2d(codes, weight, stride=stride, padding=padding, output_padding=output_padding)
 
@@ -121,9 +120,7 @@ def csc_encode(
         if scale is not None:
             residual = residual * scale
         previous = codes
-        codes = proximal(
-            extrapolated + step * analysis(residual, weight, stride, padding), step, lam, mu, nonnegative
-        )
+        codes = proximal(extrapolated + step * analysis(residual, weight, stride, padding), step, lam, mu, nonnegative)
     return codes
 
 

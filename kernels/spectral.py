@@ -17,24 +17,37 @@ from sdnet.kernels.reference import Pair, analysis, synthesis
 SAFETY = 0.9
 """step times the largest eigenvalue: the official margin over an estimate that comes from below."""
 
+SEED = 0
+
 FLOOR = 1e-12
 """The least eigenvalue that a step is computed from: a dictionary of zeros has a long step, not an infinite one."""
+
+
+def seeded_vector(shape: tuple[int, ...]) -> Tensor:
+    """A random unit vector that is the same in every process, whatever its random state; fp32, on the CPU."""
+    vector = torch.randn(shape, generator=torch.Generator().manual_seed(SEED), device="cpu")
+    return vector / torch.linalg.vector_norm(vector)
+
+
+def gram(weight: Tensor, vector: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
+    """A A'u of a vector [1, C, H, W] over a dictionary [K, C, kh, kw], and its norm, 0-d; fp32."""
+    weight = weight.detach().float()
+    size = (vector.shape[2], vector.shape[3])
+    image = synthesis(analysis(vector, weight, stride, padding), weight, size, stride, padding)
+    return image, torch.linalg.vector_norm(image)
 
 
 def power_iteration(
     weight: Tensor, vector: Tensor, stride: Pair, padding: Pair, iterations: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """`iterations` steps from a vector [1, C, H, W] over a dictionary [K, C, kh, kw].
+    """At least one iteration from a unit vector [1, C, H, W]: the new unit vector and the eigenvalue's estimate, 0-d.
 
-    Returns the new unit vector and the estimate of the largest eigenvalue, 0-d, both fp32, without a host sync.
+    Both are fp32 and computed without a host sync.
     """
-    weight = weight.detach().float()
-    size = (vector.shape[2], vector.shape[3])
     eigenvalue = vector.new_zeros(())
     for _ in range(iterations):
-        vector = synthesis(analysis(vector, weight, stride, padding), weight, size, stride, padding)
-        eigenvalue = torch.linalg.vector_norm(vector)
-        vector = vector / eigenvalue.clamp_min(FLOOR)
+        image, eigenvalue = gram(weight, vector, stride, padding)
+        vector = image / eigenvalue.clamp_min(FLOOR)
     return vector, eigenvalue
 
 
@@ -44,19 +57,39 @@ def largest_eigenvalue(
     stride: Pair,
     padding: Pair,
     tolerance: float = 1e-6,
-    max_iterations: int = 1000,
-    check_every: int = 10,
+    subspace: int = 12,
+    max_restarts: int = 100,
 ) -> tuple[Tensor, Tensor]:
-    """Power iteration until `check_every` steps change the eigenvalue by less than `tolerance` of it.
+    """The largest eigenvalue of A'A, 0-d, and its unit vector [1, C, H, W], from a vector to start from; fp32.
 
-    Looks at the device only once in `check_every` iterations.
+    Rayleigh-Ritz on the Krylov space of `subspace` power iterations, restarted from its best vector until a restart
+    raises the eigenvalue by less than `tolerance` of it: some ten times fewer applications of AA' than power iteration
+    alone needs. Looks at the device once in a restart.
     """
-    previous = float("nan")
+    shape, basis_size = vector.shape, min(subspace, vector.numel())
+    previous = 0.0
     eigenvalue = vector.new_zeros(())
-    for _ in range(0, max_iterations, check_every):
-        vector, eigenvalue = power_iteration(weight, vector, stride, padding, check_every)
+    for _ in range(max_restarts):
+        basis: list[Tensor] = []
+        images: list[Tensor] = []
+        candidate = vector.flatten()
+        for _ in range(basis_size):
+            for _ in range(2):  # the second pass removes what rounding leaves of the first
+                for q in basis:
+                    candidate = candidate - (q @ candidate) * q
+            candidate = candidate / torch.linalg.vector_norm(candidate).clamp_min(FLOOR)
+            image, _ = gram(weight, candidate.view(shape), stride, padding)
+            basis.append(candidate)
+            images.append(image.flatten())
+            candidate = images[-1]
+        q = torch.stack(basis)
+        projected = q @ torch.stack(images).mT
+        eigenvalues, mixtures = torch.linalg.eigh((projected + projected.mT) / 2)
+        eigenvalue = eigenvalues[-1]
+        vector = (mixtures[:, -1] @ q).view(shape)
+        vector = vector / torch.linalg.vector_norm(vector).clamp_min(FLOOR)
         current = float(eigenvalue)
-        if abs(current - previous) <= tolerance * current:
+        if current - previous <= tolerance * current:
             break
         previous = current
     return vector, eigenvalue

@@ -1,0 +1,25 @@
+"""Convolutional sparse-coding networks: layers, models, official checkpoints, diagnostics, robust inference."""
+
+from sdnet.diagnostics import LayerDiagnostics, Recording, diagnose, record
+from sdnet.layers import CSCConv2d
+from sdnet.models import SDNet, create_model, list_models
+from sdnet.robust import set_lambda
+from sdnet.step_size import attach, converge_vectors, refresh_step_size, step_margins
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CSCConv2d",
+    "LayerDiagnostics",
+    "Recording",
+    "SDNet",
+    "attach",
+    "converge_vectors",
+    "create_model",
+    "diagnose",
+    "list_models",
+    "record",
+    "refresh_step_size",
+    "set_lambda",
+    "step_margins",
+]

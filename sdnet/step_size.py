@@ -1,0 +1,109 @@
+"""Keeping atoms on the unit sphere and step sizes true while a network learns."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sdnet.kernels import spectral
+from sdnet.kernels.reference import Pair
+from sdnet.layers import CSCConv2d
+
+
+def csc_layers(model: nn.Module) -> dict[str, CSCConv2d]:
+    """The CSC layers of a model by name, in the order of definition, which for `create_model` is that of the data."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CSCConv2d)}
+
+
+def attach(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
+    """After every step of `optimizer` the atoms of `model` are projected and the step sizes follow, without a sync.
+
+    Each step that really happened (not one that a gradient scaler skipped) is followed by the projection of every atom
+    onto the unit sphere and one warm power iteration per CSC layer, on the device. Under torch.distributed every
+    process must call it: the vectors of rank 0 are sent to all, once. Call it once for a model and its optimiser;
+    `.remove()` on what it returns ends it.
+    """
+    layers = list(csc_layers(model).values())
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for layer in layers:
+            torch.distributed.broadcast(layer.vector, src=0)
+
+    def follow(*_: Any) -> None:
+        for layer in layers:
+            layer.project()
+            layer.update_step_size()
+
+    return optimizer.register_step_post_hook(follow)
+
+
+@torch.no_grad()
+def refresh_step_size(model: nn.Module, image_size: int | Pair | None = None) -> None:
+    """Converges the power iteration of every CSC layer and sets step = 0.9 / (largest eigenvalue of A'A).
+
+    With `image_size` the grids on which the steps are estimated follow images [1, C, H, W] of that height and width
+    through the model, one forward in evaluation mode.
+    """
+    layers = csc_layers(model)
+    if image_size is not None:
+        for name, size in input_sizes(model, image_size).items():
+            layers[name].seed_vector(size)
+    for layer in layers.values():
+        layer.step.copy_(spectral.step_size(layer.converge_vector()))
+
+
+@torch.no_grad()
+def converge_vectors(model: nn.Module) -> None:
+    """Converges the power iteration of every CSC layer and leaves the step sizes as they are."""
+    for layer in csc_layers(model).values():
+        layer.converge_vector()
+
+
+@torch.no_grad()
+def step_margins(model: nn.Module, image_size: int | Pair | None = None) -> dict[str, float]:
+    """step times the largest eigenvalue of A'A by layer, on the grid of `image_size`; changes nothing.
+
+    0.9 is what a refresh gives. Above 1 a step may overshoot, from 2 on the steps diverge.
+    """
+    sizes = {} if image_size is None else input_sizes(model, image_size)
+    margins = {}
+    for name, layer in csc_layers(model).items():
+        vector, grid = layer.vector, tuple(layer.vector.shape[2:])
+        if sizes.get(name, grid) != grid:
+            vector = spectral.seeded_vector((1, vector.shape[1], *sizes[name])).to(vector.device)
+        _, eigenvalue = spectral.largest_eigenvalue(layer.weight, vector, layer.stride, layer.padding)
+        margins[name] = float(layer.step * eigenvalue)
+    return margins
+
+
+@torch.no_grad()
+def input_sizes(model: nn.Module, image_size: int | Pair) -> dict[str, Pair]:
+    """The grid that each CSC layer sees when images of `image_size` go through the model, by one forward of zeros.
+
+    The images have as many channels as the first CSC layer takes.
+    """
+    layers = csc_layers(model)
+    if not layers:
+        return {}
+    sizes: dict[str, Pair] = {}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sizes[name] = (inputs[0].shape[2], inputs[0].shape[3])
+
+        return hook
+
+    first = next(iter(layers.values()))
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        model(first.weight.new_zeros(1, first.in_channels, height, width))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return sizes
