@@ -1,0 +1,139 @@
+"""Checkpoints of the official SDNet release (Delay-Xili/SDNet), read without executing what they pickle."""
+
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdnet.step_size import converge_vectors
+
+UNIT_NORM_TOLERANCE = 1e-5
+"""Atoms nearer to unit norm than this are taken as they are: normalising twice would change their bits."""
+
+_RENAMES = (
+    (r"^stem\.conv\.", r"layer0.0.dn."),
+    (r"^stem\.norm\.", r"layer0.1."),
+    (r"^stem\.pool\.", r"layer0.2.dn."),
+    (r"^stages\.(\d+)\.", lambda match: f"layer{int(match[1]) + 1}."),
+    (r"\.norm(\d)\.", r".bn\1."),
+    (r"\.step$", r".step_size"),
+)
+
+
+def load_official_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Copy an official checkpoint into `model`, a network of `sdnet.create_model` with the same architecture.
+
+    Reads `model_best.pth.tar`, a state dict, and `checkpoint.pth.tar`, which has one inside under "state_dict", with or
+    without the `module.` prefix of `nn.DataParallel`. The stored step sizes are kept. Atoms are projected onto the unit
+    sphere where they are off it by more than `UNIT_NORM_TOLERANCE`. The official files do not hold the vectors of the
+    power iterations, so these are converged on the loaded dictionaries, which leaves the steps alone.
+
+    lambda, mu, the number of steps and the data term lie in the official configuration file, not in the checkpoint:
+    give them to `create_model`.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        ValueError: the file is no checkpoint, needs code to be executed to be read, or is of another architecture; the
+            message names every missing, unexpected and misshapen key. `model` is as it was.
+    """
+    source = Path(path)
+    state = _state_dict(_read(source), source)
+    target = model.state_dict()
+    names = _official_names(target)
+    _check(state, target, names, source)
+    for official, ours in names.items():
+        value = state[official].reshape(target[ours].shape)
+        target[ours].copy_(_on_unit_sphere(value) if _is_dictionary(ours, target) else value)
+    converge_vectors(model)
+
+
+class _Ignored:
+    """Stands for a NumPy scalar or dtype in a checkpoint: takes what the pickle gives it and keeps nothing."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+_NUMPY_SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Ignored, name) for name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
+]
+
+
+def _read(source: Path) -> object:
+    """What the file holds; tensors and plain containers only, NumPy scalars as `_Ignored`."""
+    if not source.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file at '{fspath(source)}'.")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"'{source}' cannot be read as a checkpoint of tensors and plain numbers, and nothing in it was executed: "
+            f"{_refusal(error)}"
+        ) from error
+
+
+def _refusal(error: Exception) -> str:
+    """The one line of torch's explanation that tells the user something."""
+    message = str(error)
+    refused = re.search(r"GLOBAL (\S+)", message)
+    return f"it refers to {refused[1]}." if refused else (message.splitlines() or ["it is empty."])[0]
+
+
+def _state_dict(content: object, source: Path) -> dict[str, Tensor]:
+    """The state dict in a file's content, keys without `module.`."""
+    if isinstance(content, Mapping) and "state_dict" in content:
+        content = content["state_dict"]
+    if not (isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())):
+        raise ValueError(f"'{source}' holds no state dict: neither is it one nor has it one under 'state_dict'.")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _official_names(target: Mapping[str, Tensor]) -> dict[str, str]:
+    """The official name of every entry of our state dict, but the vectors: {official: ours}."""
+    all_layers = any(re.search(r"^stages\..*\.step$", key) for key in target)
+    names = {}
+    for ours in target:
+        if ours.endswith(".vector"):
+            continue
+        official = ours
+        for pattern, replacement in _RENAMES:
+            official = re.sub(pattern, replacement, official)
+        if all_layers:
+            official = re.sub(r"^(layer[1-4])\.", r"\1.layers.", official)
+            official = re.sub(r"\.(conv[12])\.", r".\1.dn.", official)
+        names[official] = ours
+    return names
+
+
+def _check(state: Mapping[str, Tensor], target: Mapping[str, Tensor], names: Mapping[str, str], source: Path) -> None:
+    """Raise a ValueError that names all that keeps `state` from being loaded."""
+    faults = [f"missing {official} (here {ours})" for official, ours in names.items() if official not in state]
+    faults += [f"unexpected {key}" for key in state if key not in names]
+    for official, ours in names.items():
+        if official not in state:
+            continue
+        theirs, shape = state[official].shape, target[ours].shape
+        scalars = theirs.numel() == shape.numel() == 1
+        if theirs != shape and not scalars:
+            faults.append(f"misshapen {official}: {list(theirs)} in the file, {list(shape)} in the model (here {ours})")
+    if faults:
+        raise ValueError(f"'{source}' is of another architecture than the model: {'; '.join(faults)}.")
+
+
+def _is_dictionary(ours: str, target: Mapping[str, Tensor]) -> bool:
+    """Whether an entry is the weight of a CSC layer: such a layer has a step beside it."""
+    return ours.endswith(".weight") and f"{ours.removesuffix('weight')}step" in target
+
+
+def _on_unit_sphere(weight: Tensor) -> Tensor:
+    """The atoms [K, C, kh, kw] with those off unit norm by more than the tolerance divided by their norm."""
+    norm = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+    off = (norm - 1).abs() > UNIT_NORM_TOLERANCE
+    return torch.where(off, weight / norm.clamp_min(1e-12), weight)
