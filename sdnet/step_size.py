@@ -17,14 +17,18 @@ def csc_layers(model: nn.Module) -> dict[str, CSCConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CSCConv2d)}
 
 
-def attach(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
+def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> RemovableHandle:
     """After every step of `optimizer` the atoms of `model` are projected and the step sizes follow, without a sync.
 
     Each step that really happened (not one that a gradient scaler skipped) is followed by the projection of every atom
-    onto the unit sphere and one warm power iteration per CSC layer, on the device. Under torch.distributed every
-    process must call it: the vectors of rank 0 are sent to all, once. Call it once for a model and its optimiser;
-    `.remove()` on what it returns ends it.
+    onto the unit sphere and `iterations` warm power iterations per CSC layer, on the device. One iteration tracks
+    weights that move slowly; while a large learning rate throws them about, `step_margins` can exceed 1 for some steps.
+
+    Call it once for a model and its optimiser; under torch.distributed in every process, for the vectors of rank 0 are
+    sent to all, once. `.remove()` on what it returns ends it.
     """
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; it must be at least 1.")
     layers = list(csc_layers(model).values())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for layer in layers:
@@ -33,7 +37,7 @@ def attach(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     def follow(*_: Any) -> None:
         for layer in layers:
             layer.project()
-            layer.update_step_size()
+            layer.update_step_size(iterations)
 
     return optimizer.register_step_post_hook(follow)
 
