@@ -11,7 +11,7 @@ PYTHON :=
 PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
 
 help: ## list the verbs
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## make .venv and install SDNet with everything the other verbs need
 	@echo "Ready: $$($(BIN)/python -c 'import platform, torch; \
@@ -20,7 +20,7 @@ setup: $(READY) ## make .venv and install SDNet with everything the other verbs 
 
 # On PyPI `torch` is the CUDA build for Linux: what a machine with an NVIDIA GPU wants.
 $(READY): pyproject.toml constraints.txt
-	@if ! [ -x $(BIN)/python ]; then \
+	@if ! $(BIN)/python -m pip --version > /dev/null 2>&1; then \
 	  for python in $(or $(PYTHON),$(PYTHONS)); do \
 	    "$$python" -c 'import sys; assert sys.version_info >= (3, 11); import ensurepip, venv' 2> /dev/null && break; \
 	    python=; \
@@ -48,5 +48,6 @@ test: lint types ## lint, types and tests
 
 demo: $(READY) ## train SDNet-18 on photographs that the installation brings (minutes on two cores)
 	$(BIN)/python -m sdnet.train.demo_data demo/data
+	rm -rf runs/demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	  train/imagenet.py --recipe demo --data demo/data --out runs/demo
