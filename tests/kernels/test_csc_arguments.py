@@ -1,4 +1,4 @@
-"""What `csc_encode` says to arguments that make no sense: one sentence that names the argument, its value and the rule."""
+"""What `csc_encode` says to arguments that make no sense: one sentence with the argument, its value and the rule."""
 
 from collections.abc import Callable
 from typing import Any
