@@ -1,0 +1,1 @@
+"""Programs that learn: recipes, the trainer, its loaders and its run folder."""

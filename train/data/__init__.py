@@ -1,0 +1,1 @@
+"""Loaders: from pictures on disk to normalised batches on the device."""

@@ -1,0 +1,79 @@
+"""An ImageFolder tree, `train/<class>/*` and `val/<class>/*`, checked before any training."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdnet.train.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The pictures of one split in a fixed order: classes sorted by name, files sorted within a class.
+
+    `files` are relative to `root`; `labels[i]` is the index of the class of `files[i]` in `classes`;
+    `ignored` are the files in class folders that are hidden or bear no picture's extension.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    files: Sequence[str]
+    labels: Sequence[int]
+    ignored: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def digest(self) -> str:
+        """A fingerprint of names and labels (not of pixels): equal on any machine that holds the same tree."""
+        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
+        for file, label in zip(self.files, self.labels, strict=True):
+            digest.update(f"\0{file}\0{label}".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def read_image_folder(root: Path) -> tuple[ImageSet, ImageSet]:
+    """The training and validation set under `root`.
+
+    Raises:
+        UserError: a folder is missing, there are no classes, a class has no picture, or the two class sets differ.
+    """
+    if not root.is_dir():
+        raise UserError(f"The data folder {root} does not exist.")
+    train, val = _read_split(root / "train"), _read_split(root / "val")
+    if train.classes != val.classes:
+        differences = [
+            f"only in {split}: {_shorten(sorted(set(ours) - set(theirs)))}"
+            for split, ours, theirs in (("train", train.classes, val.classes), ("val", val.classes, train.classes))
+            if set(ours) - set(theirs)
+        ]
+        raise UserError(f"The classes of train and val in {root} differ; {'; '.join(differences)}.")
+    return train, val
+
+
+def _read_split(root: Path) -> ImageSet:
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}: an ImageFolder tree holds train/<class>/ and val/<class>/.")
+    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
+    if not classes:
+        raise UserError(f"The folder {root} has no class folders: pictures belong in {root.name}/<class>/.")
+    files: list[str] = []
+    labels: list[int] = []
+    ignored: list[str] = []
+    for label, name in enumerate(classes):
+        entries = sorted(entry.name for entry in os.scandir(root / name))
+        pictures = [entry for entry in entries if entry[0] != "." and entry.lower().endswith(EXTENSIONS)]
+        if not pictures:
+            raise UserError(f"The class folder {root / name} has no pictures: an empty class would shift the labels.")
+        files += [f"{name}/{picture}" for picture in pictures]
+        labels += [label] * len(pictures)
+        ignored += [f"{name}/{entry}" for entry in sorted(set(entries) - set(pictures))]
+    return ImageSet(root, classes, files, labels, ignored)
+
+
+def _shorten(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,98 @@
+"""A small ImageFolder tree from the photographs inside the scikit-image wheel: `python -m sdnet.train.demo_data OUT`.
+
+A class is a picture; its pictures are square JPEG crops of random place and size. Training crops come from the left
+two thirds of the picture, validation crops from the right third: no pixel is in both.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sdnet.train.cli import user_errors
+from sdnet.train.errors import UserError
+
+PHOTOGRAPHS = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "rocket.jpg",
+)
+MARKER = "demo.json"
+
+
+def make_demo_data(out: Path, train: int = 80, val: int = 20, side: int = 96, seed: int = 0) -> bool:
+    """Write `out`/{train,val}/<class>/NNN.jpg with `train` and `val` crops a class, `side` pixels square.
+
+    The same arguments give the same files. The tree appears whole or not at all. Returns False if it was there.
+
+    Raises:
+        UserError: `out` holds something else, or scikit-image is not installed.
+    """
+    made_with = {"train": train, "val": val, "side": side, "seed": seed, "photographs": list(PHOTOGRAPHS)}
+    marker = out / MARKER
+    if marker.is_file() and json.loads(marker.read_text()) == made_with:
+        return False
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds something else: remove it, or choose another folder.")
+    source = _photographs_folder()
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    generator = np.random.default_rng(seed)
+    for file in PHOTOGRAPHS:
+        with Image.open(source / file) as opened:
+            picture = opened.convert("RGB")
+        border = 2 * picture.width // 3
+        for split, count, left, right in (("train", train, 0, border), ("val", val, border, picture.width)):
+            folder = temporary / split / Path(file).stem
+            folder.mkdir(parents=True)
+            for number in range(count):
+                crop = _random_crop(picture.crop((left, 0, right, picture.height)), side, generator)
+                crop.save(folder / f"{number:03}.jpg", quality=90)
+    (temporary / MARKER).write_text(json.dumps(made_with))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary.replace(out)
+    return True
+
+
+def _random_crop(picture: Image.Image, side: int, generator: np.random.Generator) -> Image.Image:
+    """A square of 3/4 to all of the picture's shorter side, anywhere in it, scaled to `side`."""
+    shorter = min(picture.size)
+    extent = int(generator.integers(3 * shorter // 4, shorter + 1))
+    left = int(generator.integers(0, picture.width - extent + 1))
+    top = int(generator.integers(0, picture.height - extent + 1))
+    return picture.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + extent, top + extent))
+
+
+def _photographs_folder() -> Path:
+    spec = find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise UserError("The photographs come with scikit-image: pip install 'sdnet[demo]'.")
+    return Path(spec.origin).parent / "data"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the tree, or say that it is there."""
+    parser = argparse.ArgumentParser(description="Make a small ImageFolder tree of real photographs.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, with train/<class>/ and val/<class>/")
+    out = parser.parse_args(argv).out
+    with user_errors():
+        made = make_demo_data(out)
+    print(f"{'Made' if made else 'Already there:'} {out}, {len(PHOTOGRAPHS)} classes of photographs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Train on an ImageFolder tree: `accelerate launch train/imagenet.py --data DIR`."""
+
+from collections.abc import Sequence
+
+from sdnet.train.cli import parse_job, user_errors
+from sdnet.train.recipes import RECIPES
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run the job; `--help` lists recipes and options."""
+    with user_errors():
+        job = parse_job(RECIPES, "imagenet_sdnet18", argv)
+        # Heavy: imported only when there is something to train.
+        from sdnet.train.data.dali import open_image_folder
+        from sdnet.train.trainer import Trainer
+
+        Trainer(job, open_image_folder).train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""The learning rate as a pure function of the global step."""
+
+import math
+
+from sdnet.train.recipes import Recipe
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """The rate of optimiser step `step`, counted from 0 over the whole run.
+
+    With e = step / steps_per_epoch, W warm-up epochs and E epochs in all:
+        warm-up, e < W:  lr (step + 1) / (W steps_per_epoch)
+        "step":          lr gamma^(number of milestones <= e)
+        "cosine":        lr (1 + cos(pi (e - W) / (E - W))) / 2
+    """
+    epoch = step / steps_per_epoch
+    if epoch < recipe.warmup_epochs:
+        return recipe.lr * min(1.0, (step + 1) / (recipe.warmup_epochs * steps_per_epoch))
+    if recipe.schedule == "step":
+        return recipe.lr * recipe.gamma ** sum(epoch >= milestone for milestone in recipe.milestones)
+    progress = (epoch - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
+    return recipe.lr * (1 + math.cos(math.pi * progress)) / 2
