@@ -3,6 +3,7 @@
 from sdnet.diagnostics import LayerDiagnostics, Recording, diagnose, record
 from sdnet.layers import CSCConv2d
 from sdnet.models import SDNet, create_model, list_models
+from sdnet.official import load_official_checkpoint
 from sdnet.robust import set_lambda
 from sdnet.step_size import attach, converge_vectors, refresh_step_size, step_margins
 
@@ -18,6 +19,7 @@ __all__ = [
     "create_model",
     "diagnose",
     "list_models",
+    "load_official_checkpoint",
     "record",
     "refresh_step_size",
     "set_lambda",

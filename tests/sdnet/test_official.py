@@ -1,0 +1,244 @@
+"""Official checkpoints: what is read, what is refused, and that a refusal leaves the model alone."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdnet
+from sdnet.bench.official import OfficialConfig, OfficialSDNet
+from sdnet.kernels import spectral
+from sdnet.official import load_official_checkpoint
+
+StateDict = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def official() -> StateDict:
+    """The state dict of an official sdnet18 for ten classes, atoms of unit norm, and a step of its own."""
+    torch.manual_seed(0)
+    network = OfficialSDNet(OfficialConfig())
+    layer = network.dict_layers()[0]
+    layer.normalize_weight()
+    layer.step_size.fill_(0.123)
+    return network.state_dict()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return sdnet.create_model("sdnet18", num_classes=10, stem="cifar", image_size=8)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Any:
+    """Where a test may write a checkpoint, which is gone afterwards."""
+    path = tmp_path / "checkpoint.pth.tar"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+def assert_holds(model: nn.Module, official: StateDict) -> None:
+    ours = model.state_dict()
+    for name, theirs in {
+        "stem.conv.weight": "layer0.0.dn.weight",
+        "stem.conv.step": "layer0.0.dn.step_size",
+        "stem.norm.running_var": "layer0.1.running_var",
+        "stages.0.1.conv2.weight": "layer1.1.conv2.weight",
+        "stages.3.0.norm1.weight": "layer4.0.bn1.weight",
+        "stages.2.0.shortcut.0.weight": "layer3.0.shortcut.0.weight",
+        "linear.bias": "linear.bias",
+    }.items():
+        assert torch.equal(ours[name], official[theirs]), name
+
+
+def training_state(state: StateDict) -> dict[str, Any]:
+    """What the official training script saves beside the weights."""
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    return {
+        "epoch": 7,
+        "model": "sdnet18",
+        "state_dict": state,
+        "perf": np.float64(93.5),
+        "loss": np.float32(0.25),
+        "optimizer": optimizer,
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrap", [dict, training_state], ids=["model_best", "checkpoint"])
+def test_reads_either_file_with_and_without_the_prefix(
+    wrap: Callable[[StateDict], dict[str, Any]], prefix: str, official: StateDict, model: nn.Module, path: Path
+) -> None:
+    torch.save(wrap({prefix + name: tensor for name, tensor in official.items()}), path)
+    load_official_checkpoint(model, path)
+    assert_holds(model, official)
+
+
+def test_numpy_scalars_are_what_torch_alone_refuses(official: StateDict, path: Path) -> None:
+    torch.save(training_state(official), path)
+    with pytest.raises(pickle.UnpicklingError, match="scalar"):
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"], ids=["numpy1", "numpy2"])
+def test_reads_numpy_scalars_of_either_numpy_in_the_old_file_format(
+    module: bytes, official: StateDict, model: nn.Module, path: Path
+) -> None:
+    torch.save(training_state(official), path, _use_new_zipfile_serialization=False)
+    pickled = path.read_bytes()
+    assert b"numpy._core.multiarray" in pickled
+    path.write_bytes(pickled.replace(b"numpy._core.multiarray", module))
+    load_official_checkpoint(model, path)
+    assert_holds(model, official)
+
+
+def test_the_numpy_names_are_allowed_only_while_reading(official: StateDict, model: nn.Module, path: Path) -> None:
+    before = torch.serialization.get_safe_globals()
+    torch.save(training_state(official), path)
+    load_official_checkpoint(model, path)
+    assert torch.serialization.get_safe_globals() == before
+
+
+class Hostile:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_that_wants_to_run_is_refused_and_does_not(
+    new_format: bool, official: StateDict, model: nn.Module, path: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "executed"
+    content = {"state_dict": official, "perf": Hostile(trace)}
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"nothing in it was executed: it refers to \w+\.mkdir") as caught:
+        load_official_checkpoint(model, path)
+    assert str(path) in str(caught.value)
+    assert not trace.exists()
+    assert bits(model) == before
+
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the pickle was harmless"
+
+
+def test_a_missing_file_is_named(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file at '.*absent\.pth\.tar'"):
+        load_official_checkpoint(model, tmp_path / "absent.pth.tar")
+    with pytest.raises(FileNotFoundError, match="no checkpoint file"):
+        load_official_checkpoint(model, tmp_path)
+
+
+def cut_short(path: Path) -> None:
+    torch.save({"a": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+UNREADABLE: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("<html>not found</html>"),
+    "cut short": cut_short,
+    "plain pickle": lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=2)),
+}
+
+
+@pytest.mark.parametrize("write", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_file_that_is_no_checkpoint_gets_one_sentence(
+    write: Callable[[Path], Any], model: nn.Module, path: Path
+) -> None:
+    write(path)
+    with pytest.raises(ValueError, match=r"cannot be read as a checkpoint|holds no state dict") as caught:
+        load_official_checkpoint(model, path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {"state_dict": {"a": "b"}}], ids=str)
+def test_a_file_without_a_state_dict_is_refused(content: Any, model: nn.Module, path: Path) -> None:
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_official_checkpoint(model, path)
+
+
+def test_every_key_that_does_not_fit_is_named_and_nothing_is_loaded(
+    official: StateDict, model: nn.Module, path: Path
+) -> None:
+    state = dict(official)
+    del state["layer0.0.dn.step_size"], state["layer3.1.bn2.running_mean"]
+    state["layer5.0.conv1.weight"] = torch.zeros(1)
+    state["linear.weight"] = torch.zeros(100, 512)
+    state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 5, 5)
+    torch.save(state, path)
+    before = bits(model)
+    with pytest.raises(ValueError, match="another architecture") as caught:
+        load_official_checkpoint(model, path)
+    for fault in (
+        "missing layer0.0.dn.step_size (here stem.conv.step)",
+        "missing layer3.1.bn2.running_mean (here stages.2.1.norm2.running_mean)",
+        "unexpected layer5.0.conv1.weight",
+        "misshapen linear.weight: [100, 512] in the file, [10, 512] in the model",
+        "misshapen layer1.0.conv1.weight: [64, 64, 5, 5] in the file, [64, 64, 3, 3] in the model",
+    ):
+        assert fault in str(caught.value)
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("sdnet18_all", "layer1.layers.0.conv1.dn.step_size"), ("sdnet34", "layer1.2.conv1.weight")],
+)
+def test_a_checkpoint_of_another_network_is_refused(name: str, missing: str, official: StateDict, path: Path) -> None:
+    model = sdnet.create_model(name, num_classes=10, stem="cifar", image_size=8)
+    torch.save(official, path)
+    with pytest.raises(ValueError, match=f"missing {missing}"):
+        load_official_checkpoint(model, path)
+
+
+def test_atoms_are_projected_only_where_they_are_off_the_unit_sphere(
+    official: StateDict, model: nn.Module, path: Path
+) -> None:
+    stored = official["layer0.0.dn.weight"].clone()
+    stored[0] *= 1.5
+    stored[1] *= 1 + 1e-3
+    stored[2] *= 1 + 3e-6
+    torch.save({**official, "layer0.0.dn.weight": stored}, path)
+    load_official_checkpoint(model, path)
+    atoms = model.state_dict()["stem.conv.weight"]
+    torch.testing.assert_close(atoms[:2].flatten(1).norm(dim=1), torch.ones(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(atoms[0], stored[0] / 1.5)
+    assert torch.equal(atoms[2:], stored[2:])
+
+
+def test_the_stored_step_stays_and_the_power_iteration_is_converged(
+    official: StateDict, model: nn.Module, path: Path
+) -> None:
+    torch.save(official, path)
+    load_official_checkpoint(model, path)
+    state = model.state_dict()
+    assert state["stem.conv.step"] == torch.tensor(0.123)
+
+    weight, vector = state["stem.conv.weight"], state["stem.conv.vector"]
+    _, estimate = spectral.power_iteration(weight, vector, (1, 1), (1, 1))
+    _, eigenvalue = spectral.largest_eigenvalue(weight, vector, (1, 1), (1, 1), tolerance=1e-8)
+    assert estimate.item() == pytest.approx(eigenvalue.item(), rel=1e-3)
+
+
+def test_a_step_of_one_element_is_a_step(official: StateDict, model: nn.Module, path: Path) -> None:
+    torch.save({**official, "layer0.0.dn.step_size": torch.tensor([0.25])}, path)
+    load_official_checkpoint(model, path)
+    assert model.state_dict()["stem.conv.step"] == torch.tensor(0.25)
