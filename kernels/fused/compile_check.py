@@ -1,0 +1,234 @@
+"""Compiles every kernel in every configuration that its launcher can choose, for GPUs that need not be there.
+
+    python -m sdnet.kernels.fused.compile_check [--arch 80 90] [--quick] [--only TEXT] [--out FILE.json|FILE.md]
+
+A kernel passes if it holds tensor-core instructions (wgmma on sm_90, mma.sync on sm_80) where it multiplies matrices,
+spills no register, fits into shared memory, and ptxas does not serialise its wgmma. What a compilation shows, no run
+has shown: lean code, not speed. Each compilation runs in a process of a pool, for a bad layout can abort one.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sdnet.kernels.fused.cases import CompileCase
+
+ARCHS = (80, 90)
+
+SHARED_OF_PROGRAM = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_OF_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
+REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
+
+Job = tuple[str, str, int]
+"""A module, the name of one of its cases, an architecture: what a process of the pool is told."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compilation showed. `occupancy` is programs per multiprocessor; no `faults` means that it passes."""
+
+    module: str
+    name: str
+    arch: int
+    warps: int = 0
+    stages: int = 0
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    occupancy: int = 0
+    instructions: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def kernel_modules() -> list[str]:
+    """The modules of this package that offer compile cases."""
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}.")]
+    return [name for name in names if name != __name__ and hasattr(importlib.import_module(name), "compile_cases")]
+
+
+@cache
+def cases_of(module: str, arch: int) -> dict[str, CompileCase]:
+    """A module's cases by name."""
+    cases = list(importlib.import_module(module).compile_cases(arch))
+    found = {case.name: case for case in cases}
+    if len(found) != len(cases):
+        twice = sorted({case.name for case in cases if found[case.name] is not case})
+        raise ValueError(f"{module} names several cases alike: {', '.join(twice[:5])}.")
+    return found
+
+
+def check(module: str, name: str, arch: int) -> Report:
+    """Compiles one case and reads the outcome."""
+    case = cases_of(module, arch)[name]
+    report = Report(module.rpartition(".")[2], name, arch, case.num_warps, case.num_stages)
+    # Under the interpreter triton.jit makes another class; the function it wraps compiles all the same.
+    kernel = case.kernel if isinstance(case.kernel, JITFunction) else JITFunction(case.kernel.fn)
+    names = list(kernel.arg_names)
+    signature = {argument: case.signature.get(argument, "constexpr") for argument in names}
+    attributes = {(names.index(argument),): [["tt.divisibility", 16]] for argument in case.divisible}
+    try:
+        compiled = triton.compile(
+            ASTSource(kernel, signature, dict(case.constexprs), attributes),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        )
+    except Exception as error:
+        return replace(report, faults=[f"does not compile: {type(error).__name__}: {str(error).strip()[-300:]}"])
+    log = assembler_log(compiled.asm["ptx"], arch)
+    threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+    registers = int(found(r"Used (\d+) registers", log))
+    spilled = sum(int(found(rf"(\d+) bytes spill {way}", log)) for way in ("stores", "loads"))
+    instructions = sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)\b", compiled.asm["ptx"])))
+    allocated = threads * -(-registers // 8) * 8
+    occupancy = min(REGISTERS // allocated, SHARED_OF_PROCESSOR[arch] // (shared + 1024), THREADS // threads)
+    faults = []
+    if case.tensor_cores and ("wgmma.mma_async" if arch >= 90 else "mma.sync") not in instructions:
+        faults.append("no tensor-core instructions" + (f" of sm_{arch}: {instructions}" if instructions else ""))
+    if spilled:
+        faults.append(f"spills {spilled} bytes")
+    if shared > SHARED_OF_PROGRAM[arch]:
+        faults.append(f"{shared} bytes of shared memory do not fit")
+    if "serializ" in log:
+        faults.append("ptxas serialises wgmma")
+    return replace(
+        report,
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        occupancy=occupancy,
+        instructions=instructions,
+        faults=faults,
+    )
+
+
+def assembler_log(ptx: str, arch: int) -> str:
+    """What ptxas -v says of a program."""
+    target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", target, str(source), "-o", str(source.with_suffix(".cubin"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def found(pattern: str, text: str) -> str:
+    """The first group of the pattern in the text; "0" if it is not there."""
+    match = re.search(pattern, text)
+    return match[1] if match else "0"
+
+
+def jobs_of(archs: Iterable[int], only: str = "", quick: bool = False) -> list[Job]:
+    """Every case whose module and name hold `only`; with `quick` one for each module, kernel, type and architecture."""
+    jobs: dict[object, Job] = {}
+    for arch in archs:
+        for module in kernel_modules():
+            for name, case in cases_of(module, arch).items():
+                if only in f"{module} {name}":
+                    types = tuple(sorted(set(case.signature.values()) & {"*bf16", "*fp16", "*fp32"}))
+                    kind = (module, arch, id(case.kernel), types, case.num_warps) if quick else (module, arch, name)
+                    jobs.setdefault(kind, (module, name, arch))
+    return list(jobs.values())
+
+
+def reports_of(jobs: list[Job], processes: int) -> Iterator[Report]:
+    """The jobs' reports in order, from a pool of processes. A job that kills its process is named; the others go on."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    context = multiprocessing.get_context("spawn")
+    while jobs:
+        with ProcessPoolExecutor(processes, context) as pool:
+            futures = [pool.submit(check, *job) for job in jobs]
+            done = 0
+            try:
+                for future in futures:
+                    yield future.result()
+                    done += 1
+                return
+            except BrokenProcessPool:
+                pass
+        # Which of those under way broke the pool is not known: the first unfinished one goes alone.
+        with ProcessPoolExecutor(1, context) as alone:
+            module, name, arch = jobs[done]
+            try:
+                yield alone.submit(check, module, name, arch).result()
+            except BrokenProcessPool:
+                yield Report(module.rpartition(".")[2], name, arch, faults=["compiling it kills the process"])
+        jobs = jobs[done + 1 :]
+
+
+def table(reports: list[Report]) -> str:
+    """The reports in Markdown."""
+    lines = [
+        "| module | case | sm | warps | stages | registers | shared KB | programs / SM | instructions | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in reports:
+        instructions = ", ".join(r.instructions) or "-"
+        cells = (r.module, r.name, r.arch, r.warps, r.stages, r.registers, f"{r.shared / 1024:.0f}", r.occupancy)
+        lines.append(f"| {' | '.join(map(str, cells))} | {instructions} | {'; '.join(r.faults) or 'ok'} |")
+    return "\n".join(lines)
+
+
+def document(reports: list[Report]) -> str:
+    """The committed page."""
+    failed = sum(bool(r.faults) for r in reports)
+    return (
+        "# What the kernels compile to\n\n"
+        "Written by `python -m sdnet.kernels.fused.compile_check --out docs/kernels.md` with Triton "
+        f"{triton.__version__}: {len(reports)} compilations, {failed} with faults. No GPU took part: this shows lean "
+        "code, not speed.\n\n"
+        f"{table(reports)}\n"
+    )
+
+
+def main() -> int:
+    """The command; 1 if a case has faults."""
+    parser = argparse.ArgumentParser(prog="python -m sdnet.kernels.fused.compile_check", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
+    parser.add_argument("--quick", action="store_true", help="one case for each kernel, type and architecture")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose module and name hold this text")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write .json or .md")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    if options.out is not None and options.out.suffix not in (".json", ".md"):
+        parser.error(f"--out {options.out} must end in .json or .md.")
+    reports = []
+    for report in reports_of(jobs_of(options.arch, options.only, options.quick), options.processes):
+        reports.append(report)
+        outcome = "; ".join(report.faults) or "ok"
+        print(
+            f"sm_{report.arch} {report.module} {report.name}: {report.registers} registers, "
+            f"{report.shared / 1024:.0f} KB, {report.occupancy} per SM: {outcome}",
+            flush=True,
+        )
+    failed = [report for report in reports if report.faults]
+    print(f"Triton {triton.__version__}: {len(reports)} compilations, {len(failed)} with faults.")
+    if options.out is not None:
+        text = (
+            json.dumps([asdict(r) for r in reports], indent=1) if options.out.suffix == ".json" else document(reports)
+        )
+        options.out.write_text(text)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

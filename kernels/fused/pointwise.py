@@ -1,0 +1,179 @@
+"""What surrounds the convolutions of a layer when cuDNN computes them: one pass over memory each, nothing waits.
+
+    shrink_step   z' = P(y + step v),   y = z + beta (z - z_prev),   P(u) = shrink(u, step lam) / (1 + step mu)
+    subtract      r = x - A p, x once for each of n_dict dictionaries
+    mask          m = [z != 0] (g - h)
+
+v = A'r is unscaled. Tensors are flat in memory, all contiguous or all channels_last (others are copied to the layout of
+the first), so a program takes BLOCK neighbouring elements whatever the layout. step and lam are read on the device;
+sums are fp32. NaNs stay NaNs.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdnet.kernels.fused.cases import DTYPES, CompileCase
+from sdnet.kernels.unrolled import Problem
+
+jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
+
+BLOCK = 2048
+"""Elements of a program: 16 for each of 128 threads, 32 bytes of a 16-bit type."""
+
+
+@jit
+def chunk(numel, BLOCK: tl.constexpr):
+    """This program's first element, 64-bit, the offsets from it, and which of them there are."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    return start, offset, offset < numel - start
+
+
+@jit
+def shrink_step_kernel(
+    v_ptr, z_ptr, previous_ptr, step_ptr, lam_ptr, out_ptr, numel, sample, beta, mu,
+    CODES: tl.constexpr, MOMENTUM: tl.constexpr, PER_SAMPLE: tl.constexpr, NONNEGATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = P(y + step v); y = 0 unless CODES, y = z unless MOMENTUM. `sample` is the number of a sample's elements."""
+    start, offset, kept = chunk(numel, BLOCK)
+    step = tl.load(step_ptr)
+    u = step * tl.load(v_ptr + start + offset, mask=kept).to(tl.float32)
+    if CODES:
+        z = tl.load(z_ptr + start + offset, mask=kept).to(tl.float32)
+        if MOMENTUM:
+            z += beta * (z - tl.load(previous_ptr + start + offset, mask=kept).to(tl.float32))
+        u += z
+    if PER_SAMPLE:
+        first = start // sample  # one division of 64 bits for the program, then of 32 bits for its elements
+        index = (start - first * sample + offset).to(tl.int32) // sample
+        threshold = step * tl.load(lam_ptr + first + index, mask=kept)
+    else:
+        threshold = step * tl.load(lam_ptr)
+    # Comparisons that a NaN fails keep it: a maximum with zero would hide it.
+    if NONNEGATIVE:
+        u -= threshold
+        u = tl.where(u < 0, 0.0, u)
+    else:
+        u = tl.where(tl.abs(u) <= threshold, 0.0, tl.where(u < 0, u + threshold, u - threshold))
+    tl.store(out_ptr + start + offset, (u / (1 + step * mu)).to(out_ptr.dtype.element_ty), mask=kept)
+
+
+@jit
+def subtract_kernel(
+    x_ptr, reconstruction_ptr, out_ptr, numel, inner, COPIES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out = x - reconstruction, where each run of `inner` elements of x meets COPIES runs of the reconstruction."""
+    start, offset, kept = chunk(numel, BLOCK)
+    if COPIES == 1:
+        x = tl.load(x_ptr + start + offset, mask=kept)
+    else:
+        element = start + offset
+        x = tl.load(x_ptr + element // (COPIES * inner) * inner + element % inner, mask=kept)
+    r = x.to(tl.float32) - tl.load(reconstruction_ptr + start + offset, mask=kept).to(tl.float32)
+    tl.store(out_ptr + start + offset, r.to(out_ptr.dtype.element_ty), mask=kept)
+
+
+@jit
+def mask_kernel(grad_ptr, minus_ptr, codes_ptr, out_ptr, numel, MINUS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = [codes != 0] (grad - minus); minus = 0 unless MINUS."""
+    start, offset, kept = chunk(numel, BLOCK)
+    g = tl.load(grad_ptr + start + offset, mask=kept)
+    if MINUS:
+        g = g.to(tl.float32) - tl.load(minus_ptr + start + offset, mask=kept).to(tl.float32)
+    z = tl.load(codes_ptr + start + offset, mask=kept)
+    tl.store(out_ptr + start + offset, tl.where(z == 0, 0.0, g).to(out_ptr.dtype.element_ty), mask=kept)
+
+
+def like(first: Tensor, *others: Tensor | None) -> list[Tensor]:
+    """The tensors in the first one's layout, copied if they are not; the first in the place of a missing one."""
+    last = first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    return [(first if tensor is None else tensor).contiguous(memory_format=layout) for tensor in (first, *others)]
+
+
+def programs(numel: int) -> tuple[int]:
+    """The grid for so many elements."""
+    return (-(-numel // BLOCK),)
+
+
+def shrink_step(
+    v: Tensor,
+    problem: Problem,
+    z: Tensor | None = None,
+    previous: Tensor | None = None,
+    beta: float = 0.0,
+    in_place: bool = False,
+) -> Tensor:
+    """P(y + step v) [N, K, h, w] with y = z + beta (z - previous), zero without z; into v's memory if asked."""
+    momentum = z is not None and previous is not None and beta != 0
+    dense, z_dense, previous_dense = like(v, z, previous if momentum else None)
+    out = dense if in_place else torch.empty_like(dense)
+    if v.numel() == 0:
+        return out
+    shrink_step_kernel[programs(v.numel())](
+        dense, z_dense, previous_dense, problem.step, problem.lam.contiguous(), out,
+        v.numel(), v[0].numel(), beta, problem.mu,
+        CODES=z is not None, MOMENTUM=momentum, PER_SAMPLE=problem.lam.ndim > 0, NONNEGATIVE=problem.nonnegative,
+        BLOCK=BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def subtract(x: Tensor, reconstruction: Tensor, n_dict: int = 1, in_place: bool = False) -> Tensor:
+    """x [N, C, H, W] minus each of n_dict reconstructions [N, n_dict C, H, W]; into the latter's memory if asked."""
+    dense, x = like(reconstruction, x)
+    out = dense if in_place else torch.empty_like(dense)
+    if out.numel() == 0:
+        return out
+    inner = x.shape[1] if dense.stride(1) == 1 else x[0].numel()
+    subtract_kernel[programs(out.numel())](x, dense, out, out.numel(), inner, COPIES=n_dict, BLOCK=BLOCK)
+    return out
+
+
+def mask(grad: Tensor, codes: Tensor, minus: Tensor | None = None) -> Tensor:
+    """[codes != 0] (grad - minus) [N, K, h, w] in the codes' layout; `minus` is zero unless given."""
+    dense, g, h = like(codes, grad, minus)
+    out = torch.empty_like(dense, dtype=grad.dtype)
+    if out.numel() == 0:
+        return out
+    mask_kernel[programs(out.numel())](g, h, dense, out, out.numel(), MINUS=minus is not None, BLOCK=BLOCK)
+    return out
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every combination of the flags, in every type."""
+    del arch
+    names = ("CODES", "MOMENTUM", "PER_SAMPLE", "NONNEGATIVE")
+    for dtype in DTYPES:
+        for flags in product((False, True), repeat=4):
+            chosen: dict[str, Any] = dict(zip(names, flags, strict=True))
+            if chosen["CODES"] or not chosen["MOMENTUM"]:
+                yield pointwise_case(shrink_step_kernel, dtype, chosen)
+        for copies in (1, 2):
+            yield pointwise_case(subtract_kernel, dtype, {"COPIES": copies})
+        for minus in (False, True):
+            yield pointwise_case(mask_kernel, dtype, {"MINUS": minus})
+
+
+def pointwise_case(kernel: Any, dtype: str, chosen: dict[str, Any]) -> CompileCase:
+    """A kernel of this file with the given flags."""
+    scalars = {"step_ptr": "*fp32", "lam_ptr": "*fp32", "beta": "fp32", "mu": "fp32"}
+    integers = {"numel": 2**25, "sample": 2**17, "inner": 64}
+    names = set(kernel.arg_names)
+    types = {name: scalars.get(name, f"*{dtype}") for name in kernel.arg_names if name in scalars or "_ptr" in name}
+    text = " ".join(f"{name.lower()}={int(value)}" for name, value in chosen.items())
+    return CompileCase.of(
+        f"{kernel.__name__.removesuffix('_kernel')} {text} {dtype}",
+        kernel,
+        types,
+        {name: value for name, value in integers.items() if name in names},
+        chosen | {"BLOCK": BLOCK},
+        tensor_cores=False,
+    )
