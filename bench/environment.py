@@ -1,0 +1,97 @@
+"""Under what a figure was measured: device, driver, versions, commit, command, date."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdnet.train.errors import UserError
+
+PACKAGES = ("torch", "triton", "numpy", "accelerate", "nvidia-dali-cuda130", "pillow")
+SOURCE = Path(__file__).resolve().parent
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The facts that every line of the ledger carries. `dirty` says whether code differs from `commit`.
+
+    The ledger's own files and generated text do not make a checkout dirty. commit and dirty are None outside one.
+    """
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "*.py", "*.toml", "*.json")
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device.type == "cuda"
+        else None,
+        "cuda": torch.version.cuda,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+        "command": shlex.join(["python", "-m", "sdnet.bench", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: Triton's interpreter is on, whose speed means nothing, or there is no such device.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise UserError("TRITON_INTERPRET is set: kernels would be interpreted, and their time would mean nothing.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"The device {name} was asked for, and torch sees no GPU.")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def package_version(name: str) -> str | None:
+    """The installed version, None if it is not."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def git(*arguments: str) -> str | None:
+    """What git says about the checkout that this file is tracked in; None without one."""
+    tracked = ["git", "-C", str(SOURCE), "ls-files", "--error-unmatch", Path(__file__).name]
+    try:
+        subprocess.run(tracked, check=True, capture_output=True)
+        root = ["git", "-C", str(SOURCE.parent)]
+        return subprocess.run([*root, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def first_line(*command: str) -> str | None:
+    """The first line that a command prints; None if it fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None

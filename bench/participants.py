@@ -1,0 +1,188 @@
+"""Who takes training steps: a registered model with `sdnet.attach`, or an official network as its own loop runs it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sdnet
+from sdnet.bench.official import OfficialConfig, OfficialSDNet
+from sdnet.bench.operators import DTYPES, LAYOUTS
+from sdnet.bench.step_clock import StepClock
+from sdnet.models import Stem
+from sdnet.train.errors import UserError
+
+OFFICIAL = {
+    "official_sdnet18": {"depth": 18, "all_layers": False},
+    "official_sdnet18_all": {"depth": 18, "all_layers": True},
+    "official_sdnet34": {"depth": 34, "all_layers": False},
+    "official_sdnet34_all": {"depth": 34, "all_layers": True},
+}
+CLASSES = {"cifar": 10, "imagenet": 1000}
+BATCHES_OF_NOISE = 4
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a participant runs. `dtype` is autocast's, parameters are fp32; "fp32" and "tf32" are without autocast."""
+
+    model: str
+    batch: int
+    image_size: int
+    n_steps: int
+    dtype: str
+    layout: str
+    compiled: bool
+    impl: str = "auto"
+
+    @property
+    def stem(self) -> Stem:
+        """CIFAR's up to 64 pixels, ImageNet's beyond."""
+        return "cifar" if self.image_size <= 64 else "imagenet"
+
+    @property
+    def half(self) -> bool:
+        """Whether autocast is on."""
+        return DTYPES[self.dtype] != torch.float32
+
+    def describe(self) -> dict[str, Any]:
+        """The shape for the ledger."""
+        return {name: value for name, value in asdict(self).items() if name in ("batch", "image_size", "n_steps")}
+
+
+class Participant:
+    """A model with its optimiser that trains on `batches`, one step after the other, marking a clock.
+
+    SGD has the CIFAR recipe's rate, 0.1, momentum and weight decay, because how fast weights move decides how many
+    power iterations the official loop takes. An official network gets what its loop does before every batch, the
+    refresh of all step sizes to tolerance; ours gets the hook of `sdnet.attach`.
+
+    Raises:
+        UserError: no such model.
+    """
+
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        self.setting, self.device = setting, device
+        torch.manual_seed(0)
+        model = make_model(setting).to(device)
+        model.to(memory_format=LAYOUTS[setting.layout])  # pyright: ignore[reportCallIssue]  # torch has it
+        self.refresh: Callable[[], None] | None = None
+        if isinstance(model, OfficialSDNet):
+            model(torch.zeros(2, 3, setting.image_size, setting.image_size, device=device))  # makes the eigenvectors
+            self.refresh = model.update_stepsize
+        self.model: nn.Module = model.train()
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(model) if setting.compiled else model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=setting.dtype == "fp16" and device.type == "cuda")
+        self.clock = StepClock(device)
+        # Hooks run in the order of registration: this one ends the optimiser's phase, attach's is the refresh.
+        self.optimizer.register_step_post_hook(lambda *_: self.clock.mark("optimiser"))
+        sdnet.attach(model, self.optimizer)
+        self.loss = torch.zeros((), device=device)
+
+    def step(self, batches: Batches) -> None:
+        """One training step on the next batch."""
+        images, labels = next(batches)
+        self.clock.mark("data")
+        if self.refresh is not None:
+            self.refresh()
+            self.clock.mark("refresh")
+        with self._autocast():
+            loss = F.cross_entropy(self.forward(images), labels)
+        self.clock.mark("forward")
+        self.scaler.scale(loss).backward()
+        self.clock.mark("backward")
+        self.scaler.step(self.optimizer)
+        self.clock.mark("refresh")
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.clock.mark("optimiser")
+        self.loss = loss.detach()
+
+    def kept_for_backward(self, batches: Batches) -> float:
+        """MiB of distinct memory that autograd holds after a forward, parameters and buffers left out."""
+        owned = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in owned:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        images, labels = next(batches)
+        with self._autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = F.cross_entropy(self.model(images), labels)
+        kept = sum(sizes.values()) / 2**20
+        del loss
+        return kept
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not self.setting.half:
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.setting.dtype])
+
+
+def make_model(setting: Setting) -> nn.Module:
+    """The network of a setting.
+
+    Raises:
+        UserError: no such model.
+    """
+    classes = CLASSES[setting.stem]
+    if setting.model in OFFICIAL:
+        config = OfficialConfig(
+            **OFFICIAL[setting.model], stem=setting.stem, num_classes=classes, n_steps=setting.n_steps
+        )
+        return OfficialSDNet(config)
+    if setting.model not in sdnet.list_models():
+        known = ", ".join([*sdnet.list_models(), *OFFICIAL])
+        raise UserError(f"model is {setting.model!r}; it must be one of {known}.")
+    return sdnet.create_model(
+        setting.model, classes, setting.stem, setting.image_size, n_steps=setting.n_steps, impl=setting.impl
+    )
+
+
+def noise(setting: Setting, device: torch.device) -> Batches:
+    """A few batches of random images and labels on the device, again and again."""
+    generator = torch.Generator().manual_seed(0)
+    shape, classes = (setting.batch, 3, setting.image_size, setting.image_size), CLASSES[setting.stem]
+    batches = [
+        (
+            torch.randn(shape, generator=generator).contiguous(memory_format=LAYOUTS[setting.layout]).to(device),
+            torch.randint(classes, (setting.batch,), generator=generator).to(device),
+        )
+        for _ in range(BATCHES_OF_NOISE)
+    ]
+    return cycle(batches)
+
+
+def pictures(setting: Setting, device: torch.device, data: Path, threads: int) -> Batches:
+    """Training batches of an ImageFolder tree by DALI, epoch after epoch; labels modulo the model's classes."""
+    from sdnet.train.data.dali import DaliLoader
+    from sdnet.train.data.folder import read_image_folder
+
+    loader = DaliLoader(
+        read_image_folder(data)[0],
+        batch=setting.batch,
+        size=setting.image_size,
+        augment=True,
+        device=device,
+        threads=threads,
+        channels_last=setting.layout == "channels_last",
+    )
+    if not len(loader):
+        raise UserError(f"The training set in {data} is smaller than one batch of {setting.batch}.")
+    epoch = 0
+    while True:
+        loader.set_epoch(epoch)
+        for images, labels in loader:
+            yield images, labels % CLASSES[setting.stem]
+        epoch += 1

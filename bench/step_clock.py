@@ -1,0 +1,51 @@
+"""Where the time of a training step goes, without waiting for the device while it is measured."""
+
+import time
+
+import torch
+
+PHASES = ("data", "refresh", "forward", "backward", "optimiser")
+
+
+class StepClock:
+    """Marks the ends of phases; each phase lasts from the mark before it.
+
+    On a GPU marks are events of the current stream, so a phase lasts as long as the GPU took for it, and "data" as long
+    as it stood idle until the batch was there. `lap` starts anew.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+
+    def mark(self, phase: str) -> None:
+        """The end of a phase."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def lap(self) -> None:
+        """Forget what was marked and begin here."""
+        self._marks.clear()
+        self.mark("begin")
+
+    def split(self) -> dict[str, float]:
+        """Milliseconds of every phase since the last lap; waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        totals: dict[str, float] = {}
+        for (_, begin), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
+            totals[phase] = totals.get(phase, 0.0) + milliseconds(begin, end)
+        return totals
+
+
+def milliseconds(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Between two marks of one clock."""
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return begin.elapsed_time(end)
+    assert isinstance(begin, float)
+    assert isinstance(end, float)
+    return 1e3 * (end - begin)

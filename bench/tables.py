@@ -1,0 +1,192 @@
+"""Markdown tables of the ledger's rows. Every figure in them is a row's own or a ratio of two rows of one run."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from sdnet.bench.ledger import Row
+
+OURS = ("triton", "torch")
+"""What `impl="auto"` may choose, the best first."""
+
+RIVALS = ("reference", "compile")
+"""Plain torch without official waste, the stronger of which a kernel has to beat."""
+
+YARDSTICK = "resnet18"
+PHASES = ("data", "refresh", "forward", "backward", "optimiser")
+Cell = Callable[[Row], str]
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table; all columns but the first are numbers, flushed right."""
+    rule = [":--"] + ["--:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """Rows by key, in the order of their first."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def p50(row: Row) -> float:
+    """Median milliseconds of a row with status ok."""
+    assert row.time_ms is not None
+    return row.time_ms["p50"]
+
+
+def number(value: float | None) -> str:
+    """Three digits, no exponent; a dash for nothing."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def spread(row: Row) -> str:
+    """p50 with p20 and p80, or why there is none."""
+    if row.time_ms is None:
+        return row.status
+    return f"{number(p50(row))} [{number(row.time_ms['p20'])}–{number(row.time_ms['p80'])}]"
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """The row with the least median among those that have one."""
+    return min((row for row in rows if row.status == "ok"), key=p50, default=None)
+
+
+def first_of(by_provider: dict[str, Row], names: Sequence[str]) -> Row | None:
+    """The first of these providers that was timed."""
+    return next((by_provider[name] for name in names if name in by_provider and by_provider[name].status == "ok"), None)
+
+
+def speed_up(by_provider: dict[str, Row]) -> float | None:
+    """The faster rival's time over ours."""
+    ours = first_of(by_provider, OURS)
+    rival = fastest(by_provider[name] for name in RIVALS if name in by_provider)
+    return p50(rival) / p50(ours) if ours and rival else None
+
+
+def roofline_share(row: Row | None) -> float | None:
+    """The least possible time over the measured one."""
+    if row is None or "roofline_ms" not in row.metrics:
+        return None
+    return row.metrics["roofline_ms"] / p50(row)
+
+
+def case_key(row: Row) -> tuple[Any, ...]:
+    """What all providers of one comparison have in common."""
+    return (row.run, row.dtype, row.layout, row.mode, *row.shape.items())
+
+
+def kernels_table(rows: Iterable[Row]) -> str:
+    """Milliseconds by operator, shape and mode; one column for each provider, then our speed-up and the rooflines."""
+    rows = list(rows)
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    header = ["operator, shape, mode", *(f"{name}, ms" for name in providers)]
+    header += ["faster than the rival by", "of roofline: ours", "rival", "MiB: ours", "rival"]
+    lines, gains = [], []
+    for members in grouped(rows, case_key).values():
+        by_provider, first = {row.provider: row for row in members}, members[0]
+        ours = first_of(by_provider, OURS)
+        rival = fastest(by_provider[name] for name in RIVALS if name in by_provider)
+        gain = speed_up(by_provider)
+        if gain and first.mode == "both":
+            gains.append(gain)
+        shape = f"{first.shape['operator']} {first.shape['layer']}, batch {first.shape['batch']}"
+        if first.shape.get("n_steps", 2) != 2:
+            shape += f", {first.shape['n_steps']} steps"
+        times = [spread(by_provider[name]) if name in by_provider else "–" for name in providers]
+        shares = ["–" if share is None else f"{share:.0%}" for share in map(roofline_share, (ours, rival))]
+        memory = [number(row and row.memory_mib) for row in (ours, rival)]
+        speed = "–" if gain is None else f"{gain:.2f}×"
+        lines.append([f"{shape}, {first.dtype}, {first.layout}, {first.mode}", *times, speed, *shares, *memory])
+    table = markdown(header, lines)
+    if gains:
+        mean = math.exp(sum(math.log(gain) for gain in gains) / len(gains))
+        table += f"\n\nForward and backward together, geometric mean over {len(gains)} shapes: {mean:.2f}×."
+    return table
+
+
+def comparable(row: Row) -> tuple[Any, ...]:
+    """What two models must share for a ratio of like with like: run, size, batch, type, layout, compile, input."""
+    return (row.run, row.shape["image_size"], row.shape["batch"], row.dtype, row.layout, *row.settings.items())
+
+
+def yardstick_of(row: Row, rows: Iterable[Row]) -> Row | None:
+    """ResNet-18 under the settings of a row, in the same run."""
+    like = [other for other in rows if other.provider == YARDSTICK and comparable(other) == comparable(row)]
+    return fastest(like)
+
+
+def training_table(rows: Iterable[Row]) -> str:
+    """Images per second, the ratio to ResNet-18 in the same run, the split of the step, and memory."""
+    rows = list(rows)
+    header = ["model, setting", "images/s [p20–p80]", f"× {YARDSTICK}", *(f"{phase}, %" for phase in PHASES)]
+    header += ["peak MiB", "kept for backward, MiB"]
+    lines = []
+    for row in rows:
+        name = ", ".join([row.provider, *setting_words(row)])
+        if row.time_ms is None:
+            lines.append([name, row.status, *["–"] * (len(header) - 2)])
+            continue
+        batch, yardstick = row.shape["batch"], yardstick_of(row, rows)
+        low, middle, high = (number(1e3 * batch / row.time_ms[at]) for at in ("p80", "p50", "p20"))
+        total = sum(row.metrics.get(f"{phase}_ms", 0.0) for phase in PHASES)
+        shares = [number(100 * row.metrics.get(f"{phase}_ms", 0.0) / total) for phase in PHASES]
+        ratio = "–" if yardstick is None else f"{p50(yardstick) / p50(row):.2f}×"
+        memory = [number(row.memory_mib), number(row.metrics.get("kept_for_backward_mib"))]
+        lines.append([name, f"{middle} [{low}–{high}]", ratio, *shares, *memory])
+    return markdown(header, lines)
+
+
+def setting_words(row: Row) -> list[str]:
+    """What tells a training row from its neighbours, in words."""
+    words = [f"{row.shape['image_size']} px", f"batch {row.shape['batch']}", row.dtype, row.layout]
+    if row.shape["n_steps"] != 2:
+        words.append(f"{row.shape['n_steps']} steps")
+    words += ["compiled"] if row.settings.get("compile") else []
+    words += [f"impl {row.settings['impl']}"] if row.settings.get("impl", "auto") != "auto" else []
+    words += ["real pictures"] if row.settings.get("input") == "pictures" else []
+    return words
+
+
+def loading_table(rows: Iterable[Row]) -> str:
+    """Images per second and processor time of each loader, by threads, and what one core would feed."""
+    header = ["loader, threads", "images/s [p20–p80]", "CPU-ms per image", "images/s per busy core"]
+    lines = []
+    for row in rows:
+        name = f"{row.provider}, {row.shape['threads']} threads, {row.shape['image_size']} px"
+        if row.time_ms is None:
+            lines.append([name, f"{row.status}: {row.reason}", "–", "–"])
+            continue
+        batch, cpu = row.shape["batch"], row.metrics["cpu_ms_per_image"]
+        low, middle, high = (number(1e3 * batch / row.time_ms[at]) for at in ("p80", "p50", "p20"))
+        lines.append([name, f"{middle} [{low}–{high}]", number(cpu), number(1e3 / cpu)])
+    return markdown(header, lines)
+
+
+def profile_table(rows: Iterable[Row], most: int = 15) -> str:
+    """Where the time of a step goes by operator, launches, and reads of the device by the host."""
+    tables = []
+    for row in rows:
+        if row.time_ms is None:
+            tables.append(f"{row.provider}: {row.status}, {row.reason}")
+            continue
+        shares = {name[3:]: value for name, value in row.metrics.items() if name.startswith("ms:")}
+        total = row.metrics["operators_ms"]
+        top = sorted(shares.items(), key=lambda item: -item[1])[:most]
+        title = ", ".join([row.provider, *setting_words(row)])
+        facts = ", ".join(
+            f"{number(row.metrics[name])} {text}"
+            for name, text in (
+                ("launches", "launches per step"),
+                ("host_syncs", "host syncs per step"),
+                ("host_reads", "reads of a tensor's value by the host per step"),
+                ("data_wait_share", "% of the step waiting for data"),
+            )
+        )
+        lines = [[name, number(time), f"{time / total:.1%}"] for name, time in top]
+        tables.append(f"{title}: {facts}.\n\n" + markdown(["operator", "ms per step", "share"], lines))
+    return "\n\n".join(tables)
