@@ -1,0 +1,262 @@
+"""`CSCConv2d`: what it computes, what it keeps, and what it leaves alone."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sdnet import CSCConv2d
+from sdnet.bench.official import DictConv2d, OfficialConfig
+from sdnet.kernels import csc_encode
+
+
+def images(batch: int = 2, channels: int = 3, size: tuple[int, int] = (9, 8)) -> Tensor:
+    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def layer(seed: int = 0, **options: Any) -> CSCConv2d:
+    """A small layer; its input size is 9x8 unless told."""
+    torch.manual_seed(seed)
+    arguments: dict[str, Any] = {"in_channels": 3, "out_channels": 8, "kernel_size": 3, "input_size": (9, 8)}
+    return CSCConv2d(**arguments | options)
+
+
+def bits(module: torch.nn.Module) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in module.state_dict().items()}
+
+
+def largest_eigenvalue(csc: CSCConv2d, size: tuple[int, int]) -> float:
+    """Of A'A on inputs of `size`, by a dense SVD in fp64."""
+    channels = csc.weight.shape[1]
+    basis = torch.eye(channels * size[0] * size[1], dtype=torch.float64).view(-1, channels, *size)
+    matrix = F.conv2d(basis, csc.weight.detach().double(), stride=csc.stride, padding=csc.padding).flatten(1)
+    return torch.linalg.matrix_norm(matrix, 2).item() ** 2
+
+
+def test_forward_is_the_operator_with_the_layers_own_state() -> None:
+    csc = layer(stride=(2, 1), padding=(0, 1), n_steps=3, lam=0.2, mu=0.3, nonnegative=False, solver="ista", n_dict=2)
+    x = images()
+    codes = csc(x)
+    expected = csc_encode(
+        x, csc.weight, csc.step, 0.2, 0.3, 3, (2, 1), (0, 1), nonnegative=False, solver="ista", n_dict=2
+    )
+    torch.testing.assert_close(codes, expected, rtol=0, atol=0)
+    assert 0.1 < (codes != 0).float().mean() < 0.99
+    norm = layer(data_term="norm", n_steps=2)
+    expected = csc_encode(x, norm.weight, norm.step, 0.1, padding=1, data_term="norm")
+    torch.testing.assert_close(norm(x), expected, rtol=0, atol=0)
+
+
+def test_the_padding_keeps_the_size_unless_told() -> None:
+    assert layer(kernel_size=(5, 3))(images()).shape == (2, 8, 9, 8)
+    assert layer(kernel_size=(5, 3), padding=0)(images()).shape == (2, 8, 5, 6)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"n_dict": 2, "kernel_size": 5}, {"out_channels": 64}], ids=str)
+def test_a_fresh_layer_has_unit_atoms_and_a_safe_step(options: dict[str, Any]) -> None:
+    csc = layer(**options)
+    norms = csc.weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    assert 0.9 <= csc.step.item() * largest_eigenvalue(csc, (9, 8)) < 1.05
+    assert csc.vector.shape == (1, csc.n_dict * 3, 9, 8)
+    assert csc.vector.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_changes_nothing(training: bool) -> None:
+    csc = layer().train(training)
+    csc.weight.data *= 1.3  # off the unit sphere: a forward that projects would show
+    before, codes = bits(csc), csc(images())
+    codes.sum().backward()
+    assert bits(csc) == before
+    torch.testing.assert_close(csc(images()), codes, rtol=0, atol=0)
+
+
+def test_the_seeded_vector_is_the_same_whatever_the_global_seed_and_leaves_it_alone() -> None:
+    one, other = layer(seed=1), layer(seed=2)
+    assert not torch.equal(one.weight, other.weight)
+    state = torch.get_rng_state()
+    one.seed_vector()
+    other.seed_vector()
+    assert torch.equal(one.vector, other.vector)
+    assert torch.equal(torch.get_rng_state(), state)
+    one.seed_vector((5, 4))
+    assert one.vector.shape == (1, 3, 5, 4)
+
+
+@pytest.mark.parametrize("input_size", [(9, 8), 16], ids=["same grid", "another grid"])
+def test_the_state_dict_carries_every_bit_to_another_layer(input_size: int | tuple[int, int]) -> None:
+    saved, fresh = layer(seed=1), layer(seed=2, input_size=input_size)
+    saved.weight.data *= 1.1  # loading must not project
+    assert list(saved.state_dict()) == ["weight", "step", "vector"]
+    assert bits(fresh) != bits(saved)
+    fresh.load_state_dict(saved.state_dict())
+    assert bits(fresh) == bits(saved)
+    torch.testing.assert_close(fresh(images()), saved(images()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_step_and_vector_stay_in_single_precision(dtype: torch.dtype) -> None:
+    csc = layer()
+    before = csc.step.clone(), csc.vector.clone(), csc.lam.clone()
+    csc.to(dtype)
+    assert csc.weight.dtype == dtype
+    for kept, original in zip((csc.step, csc.vector, csc.lam), before, strict=True):
+        assert kept.dtype == torch.float32
+        assert torch.equal(kept, original)
+    assert csc(images().to(dtype)).dtype == dtype
+
+
+def test_a_copy_has_a_state_of_its_own() -> None:
+    csc = layer()
+    twin = copy.deepcopy(csc)
+    twin.lam = 0.7
+    twin.step.fill_(0.01)
+    assert csc.lam.item() == pytest.approx(0.1)
+    assert csc.step.item() > 0.02
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, (9, 8)), (2, (9, 8)), (2, (10, 7)), (3, (9, 10)), ((2, 1), (8, 8))])
+def test_reconstruct_is_the_adjoint_on_any_input_size(stride: int | tuple[int, int], size: tuple[int, int]) -> None:
+    """<A z, x> = <z, A'x>."""
+    csc = layer(stride=stride, n_dict=2)
+    x = images(channels=6, size=size)
+    correlations = F.conv2d(x, csc.weight, stride=csc.stride, padding=csc.padding)
+    codes = torch.randn_like(correlations)
+    pixels = csc.reconstruct(codes, size)
+    assert pixels.shape == x.shape
+    torch.testing.assert_close((pixels * x).sum(), (codes * correlations).sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_reconstruct_takes_the_stride_times_the_codes_size_unless_told() -> None:
+    assert layer(stride=2).reconstruct(torch.randn(2, 8, 4, 5)).shape == (2, 3, 8, 10)
+    assert layer().reconstruct(torch.randn(2, 8, 4, 5)).shape == (2, 3, 4, 5)
+
+
+def test_reconstruct_names_the_sizes_that_the_codes_stand_for() -> None:
+    with pytest.raises(ValueError, match=r"size is \[12, 10\]; .* stand for inputs of \[7, 9\] to \[8, 10\]"):
+        layer(stride=2).reconstruct(torch.randn(2, 8, 4, 5), (12, 10))
+
+
+@pytest.mark.parametrize("data_term", ["squared", "norm"])
+def test_the_objective_is_its_formula_sample_by_sample(data_term: str) -> None:
+    csc = layer(stride=2, lam=0.2, mu=0.5, n_dict=2, data_term=data_term)
+    x = images()
+    codes = csc(x)
+    error = torch.cat([x, x], dim=1) - csc.reconstruct(codes, (9, 8))
+    for lam in (torch.tensor(0.2), torch.tensor([0.3, 0.6])):
+        csc.lam = lam
+        expected = []
+        for n in range(2):
+            squares = error[n].square().sum()
+            data = squares / 2 if data_term == "squared" else squares.sqrt()
+            weight = lam if lam.ndim == 0 else lam[n]
+            expected.append(weight * codes[n].abs().sum() + 0.25 * codes[n].square().sum() + data)
+        torch.testing.assert_close(csc.objective(x, codes), torch.stack(expected))
+
+
+def test_more_steps_lower_the_objective() -> None:
+    x, csc = images(), layer(solver="ista")
+    values = []
+    for n_steps in (1, 2, 5, 20):
+        csc.n_steps = n_steps
+        values.append(csc.objective(x, csc(x)).sum().item())
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.9 * values[0]
+
+
+@pytest.mark.parametrize(
+    "lam", [0.4, torch.tensor(0.4), torch.tensor([0.2, 0.5]), torch.tensor([0.2, 0.5]).view(2, 1, 1, 1)], ids=str
+)
+def test_lambda_is_in_force_at_once(lam: float | Tensor) -> None:
+    csc, x = layer(), images()
+    before, expected = csc(x), csc_encode(x, csc.weight, csc.step, lam, padding=1)
+    assert not torch.equal(before, expected)
+    torch.testing.assert_close(csc(x, lam=lam), expected, rtol=0, atol=0)
+    torch.testing.assert_close(csc(x), before, rtol=0, atol=0)
+    csc.lam = lam
+    torch.testing.assert_close(csc(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (7, 2)])
+def test_adaptive_lambda_scales_with_the_number_of_pixels_per_code(kernel_size: int, stride: int) -> None:
+    csc = layer(out_channels=64, kernel_size=kernel_size, stride=stride, input_size=32, adaptive_lam=True)
+    assert csc.lam.item() == pytest.approx(0.1 * 3 / 64 * stride**2)
+
+    official = DictConv2d(3, 64, kernel_size, stride, OfficialConfig(adaptive_lambda=True))
+    official.load_state_dict({"weight": csc.weight, "step_size": csc.step})
+    x = images(size=(32, 32))
+    torch.testing.assert_close(csc(x), official(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"in_channels": 0}, "in_channels is 0; it must be at least 1"),
+        ({"out_channels": -1}, "out_channels is -1; it must be at least 1"),
+        ({"n_steps": 0}, "n_steps is 0; it must be at least 1"),
+        ({"n_dict": 0}, "n_dict is 0; it must be at least 1"),
+        ({"lam": -0.1}, "lam is -0.1; it must be finite and at least 0"),
+        ({"lam": float("inf")}, "lam is inf; it must be finite"),
+        ({"mu": -0.1}, "mu is -0.1; it must be a finite number of at least 0"),
+        ({"solver": "lista"}, "solver is 'lista'; it must be one of ista, fista, sdnet"),
+        ({"data_term": "huber"}, "data_term is 'huber'; it must be one of squared, norm"),
+        ({"impl": "cuda"}, "impl is 'cuda'; it must be one of auto, torch, reference, triton"),
+        ({"kernel_size": 0}, "kernel_size is 0; it must be an int or a pair of ints of at least 1"),
+        ({"stride": (1, 0)}, r"stride is \(1, 0\); it must be an int or a pair of ints of at least 1"),
+        ({"padding": -1}, "padding is -1; it must be an int or a pair of ints of at least 0"),
+        ({"input_size": (1, 2, 3)}, r"input_size is \(1, 2, 3\); it must be an int or a pair"),
+        ({"input_size": 2, "padding": 0}, r"input_size is \[2, 2\], too small for atoms of \[3, 3\]"),
+    ],
+    ids=str,
+)
+def test_bad_options_get_one_sentence(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        layer(**options)
+
+
+@pytest.mark.parametrize(
+    ("lam", "sentence"),
+    [
+        (-1.0, "lam is -1.0; it must be finite and at least 0"),
+        (torch.tensor([0.1, float("nan")]), "it must be finite and at least 0"),
+        (torch.ones(2, 8), r"lam has shape \[2, 8\]; it must be a number or one per sample"),
+    ],
+    ids=["negative", "nan", "per channel"],
+)
+def test_a_bad_lambda_is_refused_and_the_old_one_stays(lam: float | Tensor, sentence: str) -> None:
+    csc = layer()
+    with pytest.raises(ValueError, match=sentence):
+        csc.lam = lam
+    assert csc.lam.item() == pytest.approx(0.1)
+
+
+def test_an_input_of_other_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match="x has 4 channels"):
+        layer()(images(channels=4))
+
+
+def gradients(csc: CSCConv2d, loss: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(loss, csc.weight)
+    assert gradient.abs().max() > 0
+    return gradient
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    csc, x = layer(), images().requires_grad_()
+    plain = torch.autograd.grad(csc(x).square().sum(), (x, csc.weight))
+    recomputed = checkpoint(csc, x, use_reentrant=False)
+    assert isinstance(recomputed, Tensor)
+    for actual, expected in zip(torch.autograd.grad(recomputed.square().sum(), (x, csc.weight)), plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_two_forwards_before_one_backward_give_the_sum_of_the_gradients() -> None:
+    csc, one, other = layer(), images(), images().flip(0) * 2
+    apart = gradients(csc, csc(one).square().sum()) + gradients(csc, csc(other).square().sum())
+    first, second = csc(one), csc(other)
+    torch.testing.assert_close(gradients(csc, first.square().sum() + second.square().sum()), apart)
