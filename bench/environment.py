@@ -43,7 +43,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU if there is one.
+    """The device called `name`, made ready for measuring; "auto" is a GPU if there is one.
 
     Raises:
         UserError: Triton's interpreter is on, whose speed means nothing, or there is no such device.
@@ -55,6 +55,7 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"The device {name} was asked for, and torch sees no GPU.")
+    torch.backends.cudnn.benchmark = True  # the rival's convolutions deserve cuDNN's best choice
     return device
 
 

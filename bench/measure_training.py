@@ -7,6 +7,7 @@ count, as they do in training.
 
 import argparse
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import torch
 from sdnet.bench import environment
 from sdnet.bench.ledger import RESULTS, Ledger, refused
 from sdnet.bench.operators import DTYPES, LAYOUTS
-from sdnet.bench.participants import OFFICIAL, Batches, Participant, Setting, noise, pictures
+from sdnet.bench.participants import OFFICIAL, Batches, Participant, Setting, noise, pictures, stem_for
 from sdnet.bench.tables import training_table
 from sdnet.bench.timing import Timing, fp32_products, interleave, wall_time
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 
 MODELS = ("resnet18", "sdnet18", "sdnet18_all", "official_sdnet18", "official_sdnet18_all")
+MS_PER_TURN = 500
+"""On a GPU a turn takes as many steps as fit; on a CPU it takes one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=30, help="of each batch and image size, all models; default 30"
     )
     parser.add_argument("--turns", type=int, default=3, help="the least number of turns; default 3")
-    parser.add_argument("--steps", type=int, help="of one turn; default 10, on a CPU 1")
+    parser.add_argument("--budget", type=float, help="seconds after which no further batch or image size is begun")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before timing; default 2")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"the ledger's folder; default {RESULTS}")
@@ -52,13 +55,17 @@ def run(options: argparse.Namespace) -> int:
     ledger = Ledger(options.out, "train", environment.describe(device))
     if device.type == "cpu":
         print("No GPU: training on the CPU. Ratios here say nothing about a GPU.")
+    begin = time.perf_counter()
     for image_size, batch, products in itertools.product(
         options.image_size or ([224, 32] if device.type == "cuda" else [32]),
         options.batch or ([256] if device.type == "cuda" else [32]),
         (False, True),
     ):
         settings = [item for item in chosen(options, device, batch, image_size) if (item.dtype == "tf32") == products]
-        if settings:
+        if settings and time.perf_counter() - begin > (options.budget or float("inf")):
+            for setting in settings:
+                skip(setting, ledger, f"the budget of {options.budget:.0f} seconds was spent")
+        elif settings:
             with fp32_products(tf32=products):
                 measure_group(settings, device, options, ledger)
     print("\n" + training_table(ledger.rows))
@@ -67,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def chosen(options: argparse.Namespace, device: torch.device, batch: int, image_size: int) -> Iterator[Setting]:
-    """The settings of one batch and image size: plain networks have no steps, official ones are not compiled."""
+    """The settings of one batch and image size: plain networks have no steps; official ones run NCHW and eager."""
     on_gpu = device.type == "cuda"
     dtypes = options.dtype or (["fp32", "bf16"] if on_gpu else ["fp32"])
     layouts = options.layout or (["channels_last", "contiguous"] if on_gpu else ["contiguous"])
@@ -76,15 +83,15 @@ def chosen(options: argparse.Namespace, device: torch.device, batch: int, image_
         for n_steps, dtype, layout, compiled in itertools.product(
             options.n_steps[:1] if plain else options.n_steps,
             dtypes,
-            ["contiguous"] if official and "contiguous" in layouts else layouts,
+            ["contiguous"] if official else layouts,
             ["off"] if official else options.compile,
         ):
-            yield Setting(model, batch, image_size, n_steps, dtype, layout, compiled == "on", options.impl)
+            stem = stem_for(image_size)
+            yield Setting(model, stem, batch, image_size, n_steps, dtype, layout, compiled == "on", options.impl)
 
 
 def measure_group(settings: list[Setting], device: torch.device, options: argparse.Namespace, ledger: Ledger) -> None:
     """Train all settings in turns; one row each."""
-    steps = options.steps or (10 if device.type == "cuda" else 1)
     shared: dict[str, Batches] = {}
     runners: dict[str, Runner] = {}
     for setting in settings:
@@ -93,18 +100,26 @@ def measure_group(settings: list[Setting], device: torch.device, options: argpar
                 pictures(setting, device, options.data, options.threads) if options.data else noise(setting, device)
             )
         name = repr(setting)
-        runners[name] = Runner(setting, device, shared[setting.layout], steps)
+        runners[name] = Runner(setting, device, shared[setting.layout])
         runners[name].warm_up(options.warm_up)
     timings = interleave({name: runner.turn for name, runner in runners.items()}, options.seconds, least=options.turns)
     for name, runner in runners.items():
         runner.report(ledger, timings[name], "pictures" if options.data else "noise")
 
 
+def skip(setting: Setting, ledger: Ledger, reason: str) -> None:
+    """A row that says why there is no measurement."""
+    shape = setting.describe()
+    ledger.add(
+        setting.model, "step", shape, status="skipped", reason=reason, dtype=setting.dtype, layout=setting.layout
+    )
+
+
 class Runner:
     """A participant's turns, its split of the step over all of them, and its memory."""
 
-    def __init__(self, setting: Setting, device: torch.device, batches: Batches, steps: int) -> None:
-        self.setting, self.device, self.batches, self.steps = setting, device, batches, steps
+    def __init__(self, setting: Setting, device: torch.device, batches: Batches) -> None:
+        self.setting, self.device, self.batches, self.steps = setting, device, batches, 1
         self.before = self._allocated()
         self.participant = Participant(setting, device)
         self.split: dict[str, float] = {}
@@ -120,6 +135,9 @@ class Runner:
         if not self.setting.compiled:
             self.kept = self.participant.kept_for_backward(self.batches)
         self.own = self._allocated() - self.before
+        if self.device.type == "cuda":
+            self.steps = max(1, min(50, round(MS_PER_TURN / self.turn())))
+            self.split, self.taken = {}, 0
 
     def turn(self) -> float:
         """Milliseconds of one step, mean over a turn."""
@@ -129,8 +147,8 @@ class Runner:
         clock = self.participant.clock
         clock.lap()
         spent = wall_time([lambda: self.participant.step(self.batches)] * self.steps + [self._wait])
-        for phase, time in clock.split().items():
-            self.split[phase] = self.split.get(phase, 0.0) + time
+        for phase, elapsed in clock.split().items():
+            self.split[phase] = self.split.get(phase, 0.0) + elapsed
         self.taken += self.steps
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) - resident + self.own
@@ -144,18 +162,13 @@ class Runner:
             "shape": setting.describe(),
             "dtype": setting.dtype,
             "layout": setting.layout,
-            "settings": {
-                "compile": setting.compiled,
-                "impl": setting.impl,
-                "input": source,
-                "steps_per_turn": self.steps,
-            },
+            "settings": {"compile": setting.compiled, "impl": setting.impl, "input": source},
         }
         loss = float(self.participant.loss)
         if not abs(loss) < float("inf"):
             ledger.add(setting.model, "step", status="refused", reason=f"its loss is {loss}", **facts)
             return
-        metrics = {f"{phase}_ms": time / self.taken for phase, time in self.split.items()}
+        metrics = {f"{phase}_ms": elapsed / self.taken for phase, elapsed in self.split.items()}
         metrics |= {"images_per_second": 1e3 * setting.batch / timing.p50}
         if self.kept is not None:
             metrics["kept_for_backward_mib"] = self.kept

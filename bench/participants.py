@@ -34,6 +34,7 @@ class Setting:
     """What a participant runs. `dtype` is autocast's, parameters are fp32; "fp32" and "tf32" are without autocast."""
 
     model: str
+    stem: Stem
     batch: int
     image_size: int
     n_steps: int
@@ -43,18 +44,15 @@ class Setting:
     impl: str = "auto"
 
     @property
-    def stem(self) -> Stem:
-        """CIFAR's up to 64 pixels, ImageNet's beyond."""
-        return "cifar" if self.image_size <= 64 else "imagenet"
-
-    @property
     def half(self) -> bool:
         """Whether autocast is on."""
         return DTYPES[self.dtype] != torch.float32
 
     def describe(self) -> dict[str, Any]:
         """The shape for the ledger."""
-        return {name: value for name, value in asdict(self).items() if name in ("batch", "image_size", "n_steps")}
+        return {
+            name: value for name, value in asdict(self).items() if name in ("batch", "image_size", "n_steps", "stem")
+        }
 
 
 class Participant:
@@ -64,14 +62,19 @@ class Participant:
     power iterations the official loop takes. An official network gets what its loop does before every batch, the
     refresh of all step sizes to tolerance; ours gets the hook of `sdnet.attach`.
 
+    Args:
+        setting: what to run.
+        device: where.
+        model: the network, if it is not the one that the setting names.
+
     Raises:
         UserError: no such model.
     """
 
-    def __init__(self, setting: Setting, device: torch.device) -> None:
+    def __init__(self, setting: Setting, device: torch.device, model: nn.Module | None = None) -> None:
         self.setting, self.device = setting, device
         torch.manual_seed(0)
-        model = make_model(setting).to(device)
+        model = (model or make_model(setting)).to(device)
         model.to(memory_format=LAYOUTS[setting.layout])  # pyright: ignore[reportCallIssue]  # torch has it
         self.refresh: Callable[[], None] | None = None
         if isinstance(model, OfficialSDNet):
@@ -162,6 +165,11 @@ def noise(setting: Setting, device: torch.device) -> Batches:
         for _ in range(BATCHES_OF_NOISE)
     ]
     return cycle(batches)
+
+
+def stem_for(image_size: int) -> Stem:
+    """CIFAR's stem up to 64 pixels, ImageNet's beyond."""
+    return "cifar" if image_size <= 64 else "imagenet"
 
 
 def pictures(setting: Setting, device: torch.device, data: Path, threads: int) -> Batches:

@@ -110,14 +110,14 @@ def kernels_table(rows: Iterable[Row]) -> str:
 
 
 def comparable(row: Row) -> tuple[Any, ...]:
-    """What two models must share for a ratio of like with like: run, size, batch, type, layout, compile, input."""
-    return (row.run, row.shape["image_size"], row.shape["batch"], row.dtype, row.layout, *row.settings.items())
+    """What two training rows must share for a ratio of like with like: run, sizes, type, input."""
+    shape = row.shape
+    return (row.run, shape["image_size"], shape["stem"], shape["batch"], row.dtype, row.settings.get("input"))
 
 
 def yardstick_of(row: Row, rows: Iterable[Row]) -> Row | None:
-    """ResNet-18 under the settings of a row, in the same run."""
-    like = [other for other in rows if other.provider == YARDSTICK and comparable(other) == comparable(row)]
-    return fastest(like)
+    """ResNet-18 in the same run, size and type, in its fastest layout, compiled or not."""
+    return fastest(other for other in rows if other.provider == YARDSTICK and comparable(other) == comparable(row))
 
 
 def training_table(rows: Iterable[Row]) -> str:
@@ -165,6 +165,29 @@ def loading_table(rows: Iterable[Row]) -> str:
         low, middle, high = (number(1e3 * batch / row.time_ms[at]) for at in ("p80", "p50", "p20"))
         lines.append([name, f"{middle} [{low}–{high}]", number(cpu), number(1e3 / cpu)])
     return markdown(header, lines)
+
+
+def feeding_lines(loads: Iterable[Row], trained: Iterable[Row]) -> list[str]:
+    """What the best loader feeds beside what each model eats: newest training rows of the same machine and size."""
+    best: dict[tuple[str, int], Row] = {}
+    for row in loads:
+        place = (row.environment["device"], row.shape["image_size"])
+        if row.status == "ok" and (place not in best or rate(row) > rate(best[place])):
+            best[place] = row
+    newest = {(row.provider, *setting_words(row)): row for row in sorted(trained, key=lambda row: row.run)}
+    lines = []
+    for row in newest.values():
+        load = best.get((row.environment["device"], row.shape["image_size"]))
+        if load is not None and row.status == "ok":
+            eats, feeds = rate(row), rate(load)
+            name = ", ".join([row.provider, *setting_words(row)])
+            lines.append(f"- {name} eats {number(eats)} images/s; {load.provider} feeds {feeds / eats:.2f}× that.")
+    return lines or ["No training speed of this machine at this size stands in the ledger to compare with."]
+
+
+def rate(row: Row) -> float:
+    """Images per second."""
+    return row.metrics["images_per_second"]
 
 
 def profile_table(rows: Iterable[Row], most: int = 15) -> str:
