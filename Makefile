@@ -43,8 +43,9 @@ lint: $(READY) ## ruff: rules and format
 types: $(READY) ## Pyright
 	$(BIN)/pyright
 
+# One thread per process: the tests' convolutions are too small to share out among cores, the tests are not.
 test: lint types ## lint, types and tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 demo: $(READY) ## train SDNet-18 on photographs that the installation brings (minutes on two cores)
 	$(BIN)/python -m sdnet.train.demo_data demo/data
