@@ -1,0 +1,239 @@
+"""The gradient of the dictionary as Triton computes it, against PyTorch's in fp64."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from sdnet.kernels.fused.correlation import PAIRS, Correlated, launches_of, weight_correlation
+from sdnet.kernels.fused.correlation_tiles import Shape, Tile, splits_of, tile_of
+from sdnet.kernels.reference import Pair, codes_size
+from sdnet.kernels.shapes import LayerShape, distinct_layers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+"""Relative RMS error."""
+
+POINTERS = Tile(False, False, 1, (2, 2, 8), 16, 16, 4, 1)
+FLAT = Tile(False, True, 1, (4, 4, 2), 16, 32, 4, 1)
+DESCRIPTORS = Tile(True, False, 1, (32, 1, 1), 16, 16, 4, 1)
+ROWS = DESCRIPTORS._replace(taps=3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small problem; its str is the test's id, naming what departs from the default."""
+
+    batch: int = 3
+    channels: int = 5
+    atoms: int = 7
+    kernel_size: Pair = (3, 3)
+    stride: Pair = (1, 1)
+    padding: Pair = (1, 1)
+    size: Pair = (5, 6)
+    pairs: int = 3
+    layout: Literal["contiguous", "channels_last", "sliced", "mixed"] = "contiguous"
+    tile: Tile | None = None
+    splits: int | None = None
+
+    def __str__(self) -> str:
+        default = Case()
+        named = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)]
+        names = {"POINTERS": POINTERS, "FLAT": FLAT, "DESCRIPTORS": DESCRIPTORS, "ROWS": ROWS}
+        for name, tile in names.items():
+            named = [text.replace(f"tile={tile}", name) for text in named]
+        return "-".join(named).replace(" ", "") or "default"
+
+    def tensors(self, dtype: torch.dtype) -> tuple[list[Correlated], Tensor]:
+        """The pairs, scaled by a tensor, by -1, by the tensor again and so on, and the weight."""
+        generator = torch.Generator().manual_seed(0)
+        grid = codes_size(self.size, self.kernel_size, self.stride, self.padding)
+
+        def random(channels: int, size: Pair, pair: int) -> Tensor:
+            tensor = torch.randn(self.batch, channels, *size, generator=generator).to(DEVICE, dtype)
+            if self.layout == "channels_last" or (self.layout == "mixed" and pair == 1):
+                return tensor.contiguous(memory_format=torch.channels_last)
+            if self.layout == "sliced":
+                wide = tensor.new_full((self.batch, channels + 1, size[0], 2 * size[1]), torch.nan)
+                wide[:, 1:, :, ::2] = tensor
+                return wide[:, 1:, :, ::2]
+            return tensor
+
+        scale = torch.tensor(0.3, device=DEVICE)
+        pairs = [
+            (random(self.channels, self.size, n), random(self.atoms, grid, n), -1.0 if n % 2 else scale)
+            for n in range(self.pairs)
+        ]
+        weight = torch.empty(self.atoms, self.channels, *self.kernel_size, device=DEVICE, dtype=dtype)
+        return pairs, weight.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else weight
+
+
+def expected(pairs: Sequence[Correlated], weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """The sum of the correlations in fp64."""
+    options: Any = {"stride": stride, "padding": padding}  # which are annotated as ints alone
+    shape = list(weight.shape)
+    return sum(
+        (scale * conv2d_weight(r.double(), shape, m.double(), **options) for r, m, scale in pairs),
+        start=torch.zeros(shape, dtype=torch.float64, device=weight.device),
+    )
+
+
+def error(actual: Tensor, wanted: Tensor) -> float:
+    """The relative RMS error."""
+    return float((actual.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture
+def _poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+CASES = [
+    Case(),
+    Case(layout="channels_last"),
+    Case(layout="sliced", stride=(2, 1)),
+    Case(layout="mixed"),
+    Case(pairs=1, splits=2),
+    Case(pairs=2, size=(7, 4), splits=3),
+    Case(pairs=5, layout="channels_last"),
+    Case(batch=1, kernel_size=(1, 1), padding=(0, 0), stride=(3, 3), size=(8, 7)),
+    Case(kernel_size=(5, 5), padding=(2, 2), stride=(2, 2), size=(9, 8), pairs=1),
+    Case(kernel_size=(7, 7), padding=(3, 3), stride=(2, 2), channels=3, size=(9, 11), pairs=1, layout="channels_last"),
+    Case(kernel_size=(7, 7), padding=(3, 3), stride=(2, 2), channels=3, size=(10, 8), tile=FLAT, splits=2),
+    Case(channels=3, tile=FLAT, layout="channels_last"),
+    Case(kernel_size=(3, 1), padding=(2, 0), stride=(1, 2), size=(4, 9)),
+    Case(padding=(0, 0), stride=(3, 2)),
+    Case(channels=33, atoms=18, kernel_size=(3, 2), size=(4, 5), stride=(2, 2), layout="channels_last", pairs=2),
+    Case(tile=POINTERS, layout="channels_last", size=(7, 9), stride=(2, 2), pairs=2, splits=3),
+    Case(batch=35, channels=24, atoms=16, size=(3, 2), layout="channels_last", tile=ROWS, splits=2),
+    Case(batch=33, channels=8, atoms=16, size=(5, 4), stride=(2, 2), layout="channels_last", tile=ROWS, pairs=2),
+    Case(batch=40, channels=24, atoms=8, size=(6, 5), stride=(3, 2), layout="channels_last", tile=DESCRIPTORS, pairs=1),
+    Case(
+        batch=3,
+        channels=8,
+        atoms=8,
+        kernel_size=(2, 5),
+        padding=(0, 2),
+        size=(3, 4),
+        layout="channels_last",
+        tile=DESCRIPTORS,
+    ),
+]
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(case, torch.float32, id=f"{case}-fp32") for case in CASES]
+    + [pytest.param(case, torch.float16, id=f"{case}-fp16") for case in CASES[1::2]],
+)
+def test_equals_pytorch_in_fp64(case: Case, dtype: torch.dtype) -> None:
+    pairs, weight = case.tensors(dtype)
+    actual = weight_correlation(pairs, weight, case.stride, case.padding, "ieee", case.tile, case.splits)
+    assert actual.dtype == dtype
+    assert actual.shape == weight.shape
+    assert actual.stride() == weight.stride()
+    assert error(actual, expected(pairs, weight, case.stride, case.padding)) <= TOLERANCE[dtype]
+
+
+def test_result_in_another_type_than_the_operands() -> None:
+    case = Case()
+    pairs, weight = case.tensors(torch.float16)
+    actual = weight_correlation(pairs, weight.float(), case.stride, case.padding)
+    assert actual.dtype == torch.float32
+    # Products of fp16 are exact in fp32, so only the sums round.
+    assert error(actual, expected(pairs, weight, case.stride, case.padding)) <= TOLERANCE[torch.float32]
+
+
+def test_same_call_same_bits() -> None:
+    case = Case(splits=3)
+    pairs, weight = case.tensors(torch.float32)
+    first, second = (
+        weight_correlation(pairs, weight, case.stride, case.padding, "ieee", splits=case.splits) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_empty_batch_gives_zeros() -> None:
+    case = Case(batch=0)
+    pairs, weight = case.tensors(torch.float32)
+    assert torch.equal(weight_correlation(pairs, weight, case.stride, case.padding), torch.zeros_like(weight))
+
+
+def test_scale_of_zero_is_left_out() -> None:
+    case = Case()
+    pairs, weight = case.tensors(torch.float32)
+    without = weight_correlation([(r, m, 0.0 if s == -1.0 else s) for r, m, s in pairs], weight, (1, 1), (1, 1), "ieee")
+    kept = [pair for pair in pairs if isinstance(pair[2], Tensor)]
+    assert error(without, expected(kept, weight, (1, 1), (1, 1))) <= TOLERANCE[torch.float32]
+    assert not weight_correlation([(r, m, 0.0) for r, m, _ in pairs], weight, (1, 1), (1, 1)).any()
+
+
+def test_device_scale_of_zero() -> None:
+    case = Case()
+    pairs, weight = case.tensors(torch.float32)
+    zero = torch.zeros((), device=DEVICE)
+    pairs = [(r, m, zero if isinstance(s, Tensor) else s) for r, m, s in pairs]
+    actual = weight_correlation(pairs, weight, (1, 1), (1, 1), "ieee")
+    assert error(actual, expected(pairs, weight, (1, 1), (1, 1))) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("spread", [2**30, 2**31], ids=["box beyond 2^31", "images beyond 2^31"])
+def test_tensors_past_two_to_the_31_elements(spread: int) -> None:
+    case = Case(batch=3, pairs=1, channels=2, atoms=2, size=(3, 4))
+    [(r, m, scale)], weight = case.tensors(torch.float16)
+    # Images far apart in memory that the system hands out only where it is touched.
+    storage = torch.empty(2 * spread + r[0].numel(), dtype=r.dtype, device=DEVICE)
+    far = storage.as_strided(r.shape, (spread, *r.stride()[1:]))
+    far.copy_(r)
+    actual = weight_correlation([(far, m, scale)], weight, case.stride, case.padding)
+    assert error(actual, expected([(r, m, scale)], weight, case.stride, case.padding)) <= TOLERANCE[torch.float16]
+
+
+def test_launches_hold_few_pairs_and_lose_none() -> None:
+    r, scale, other = torch.empty(0), torch.ones(()), torch.ones(())
+    pairs: list[Correlated] = [(r, r, s) for s in (scale, -1.0, scale, 2.0, scale, -1.0, other, scale)]
+    launches = list(launches_of(pairs))
+    assert all(1 <= len(head) + len(tail) <= PAIRS for head, tail in launches)
+    assert all(len({id(pair[2]) for pair in head}) <= 1 for head, _ in launches)
+    assert all(len({pair[2] for pair in tail}) <= 1 for _, tail in launches)
+    taken = [pair for head, tail in launches for pair in (*head, *tail)]
+    assert sorted(map(id, taken)) == sorted(map(id, pairs))
+
+
+def test_two_steps_are_one_launch() -> None:
+    r, scale = torch.empty(0), torch.ones(())
+    [(head, tail)] = launches_of([(r, r, scale), (r, r, -1.0), (r, r, scale)])
+    assert (len(head), len(tail)) == (2, 1)
+
+
+@pytest.mark.parametrize("layer", distinct_layers(), ids=str)
+def test_every_layer_keeps_a_large_gpu_busy(layer: LayerShape) -> None:
+    processors, square = 132, (layer.kernel_size, layer.kernel_size)
+    few = layer.channels < 8
+    shape = Shape(256, layer.channels, layer.atoms, square, layer.codes_size, 2, last=True, aligned=not few)
+    tile = tile_of(shape, arch=90)
+    blocks = tile.blocks(layer.atoms, layer.channels, layer.kernel_size**2)
+    boxes = tile.boxes(shape.batch, shape.grid)
+    splits = splits_of(blocks, boxes, processors)
+    rounds = blocks * splits / processors
+    assert tile.descriptors != few
+    assert splits <= boxes
+    assert rounds / -(-blocks * splits // processors) >= 0.75
+    assert splits * layer.atoms * layer.channels * layer.kernel_size**2 * 4 <= 64 * 2**20  # bytes of partial sums
+
+
+def test_descriptors_are_for_what_they_can_read() -> None:
+    shape = Shape(256, 64, 64, (3, 3), (56, 56), 2, last=True, aligned=True)
+    assert tile_of(shape, 90).descriptors
+    assert not tile_of(shape, 80).descriptors
+    assert not tile_of(shape._replace(aligned=False), 90).descriptors
+    assert not tile_of(shape._replace(batch=8), 90).descriptors
+    assert not tile_of(shape._replace(channels=3), 90).descriptors
