@@ -1,14 +1,17 @@
-"""The public operator `csc_encode`: it checks its arguments, chooses an implementation and calls it."""
+"""The public operator `csc_encode`: it checks its arguments and calls the implementation that is asked for."""
 
+import os
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from sdnet.kernels import reference
-from sdnet.kernels.dispatch import choose
-from sdnet.kernels.operators import csc_forward
+from sdnet.kernels.dispatch import choose, requested
+from sdnet.kernels.operators import csc_forward, memory_format_of
 from sdnet.kernels.reference import DataTerm, Pair, Solver
+
+KEEP_RESIDUALS = "SDNET_KEEP_RESIDUALS"
 
 
 def csc_encode(
@@ -25,6 +28,7 @@ def csc_encode(
     data_term: DataTerm = "squared",
     n_dict: int = 1,
     impl: str = "auto",
+    keep_residuals: bool | None = None,
 ) -> Tensor:
     """Sparse codes of x by unrolled proximal steps.
 
@@ -48,7 +52,11 @@ def csc_encode(
         data_term: "squared", or "norm", the official SQUARE_NOISE: False: from the second step on the residual is
             multiplied by 1/2 / |x - A p|, per sample, without gradient through the norm.
         n_dict: how many reconstructions one code has, each compared with x (the official EXPANSION_FACTOR).
-        impl: "auto", "torch", "reference" (undecorated, for torch.export and higher derivatives) or "triton".
+        impl: "auto", "torch", "reference" (undecorated, for torch.export and higher derivatives) or "triton"
+            (`explain` says what a call would take).
+        keep_residuals: whether the backward pass finds the residuals, n_steps - 1 tensors of the size of n_dict x, kept
+            by the forward pass instead of computing them again, a transposed convolution each. None asks the
+            environment variable SDNET_KEEP_RESIDUALS, "1" for yes.
 
     Returns:
         The codes [N, K, h, w] in x's dtype (autocast's under autocast), channels_last if x or weight is.
@@ -60,15 +68,62 @@ def csc_encode(
     step = _scalar_or_per_sample("step", step, x, per_sample=False)
     lam = _scalar_or_per_sample("lam", lam, x, per_sample=True)
     x, weight = _autocast(x, weight)
-    choice = choose(impl)
-    if choice.impl == "reference":
+    impl, _ = requested(impl)
+    if impl == "reference":
         return reference.csc_encode(
             x, weight, step, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict
         )
+    if keep_residuals is None:
+        keep_residuals = os.environ.get(KEEP_RESIDUALS) == "1"
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or lam.requires_grad)
     return csc_forward(
-        x, weight, step, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict, needs_gradient
+        x,
+        weight,
+        step,
+        lam,
+        mu,
+        n_steps,
+        stride,
+        padding,
+        nonnegative,
+        solver,
+        data_term,
+        n_dict,
+        impl,
+        keep_residuals,
+        needs_gradient,
     )[-1]
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    step: float | Tensor,
+    lam: float | Tensor,
+    mu: float = 0.0,
+    n_steps: int = 2,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    nonnegative: bool = True,
+    solver: Solver = "fista",
+    data_term: DataTerm = "squared",
+    n_dict: int = 1,
+    impl: str = "auto",
+    keep_residuals: bool | None = None,
+) -> str:
+    """Which implementation `csc_encode` takes for these arguments, and why; it raises what `csc_encode` would raise."""
+    stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
+    _check(x, weight, mu, n_steps, padding, solver, data_term, n_dict)
+    _scalar_or_per_sample("step", step, x, per_sample=False)
+    _scalar_or_per_sample("lam", lam, x, per_sample=True)
+    x, weight = _autocast(x, weight)
+    choice = choose(impl, x, weight)
+    if choice.impl != "triton":
+        return f"{choice.impl}: {choice.reason}."
+    from sdnet.kernels.fused import loop
+
+    layer = loop.layer_of(x, weight, stride, padding, memory_format_of(x, weight))
+    return f"triton: {choice.reason}; {loop.path_of(layer).reason}."
 
 
 def _pair(name: str, value: int | Pair, least: int) -> Pair:

@@ -75,13 +75,19 @@ def copies_of(x: Tensor, n_dict: int) -> Tensor:
     return x if n_dict == 1 else repeat(x, "n c h w -> n (d c) h w", d=n_dict)
 
 
-def residual_of(x: Tensor, gradient_point: Tensor, weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """r = x - A p [N, n_dict C, H, W] and its scale c, None for one."""
+def residual_of(x: Tensor, gradient_point: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+    """r = x - A p [N, n_dict C, H, W]."""
     size = (x.shape[2], x.shape[3])
     reconstruction = synthesis(gradient_point, weight, size, problem.stride, problem.padding)
-    residual = torch.sub(copies_of(x, problem.n_dict), reconstruction, out=reconstruction)
-    scale = residual_scale(residual, problem.data_term)
-    return residual, None if scale is None else scale.to(residual.dtype)
+    return torch.sub(copies_of(x, problem.n_dict), reconstruction, out=reconstruction)
+
+
+def rescaled(residual: Tensor, scale: Tensor | None, in_place: bool) -> Tensor:
+    """c r; r itself for c = None, which stands for one."""
+    if scale is None:
+        return residual
+    scale = scale.to(residual.dtype)
+    return residual.mul_(scale) if in_place else residual * scale
 
 
 def shrink_step(y: Tensor | None, residual: Tensor, scaled_weight: Tensor, problem: Problem) -> Tensor:
@@ -103,20 +109,24 @@ def shrink_step(y: Tensor | None, residual: Tensor, scaled_weight: Tensor, probl
     return v.sub_(torch.clamp(v, -threshold, threshold))
 
 
-def forward(x: Tensor, weight: Tensor, problem: Problem) -> list[Tensor]:
-    """All codes [z_1, ..., z_n], each [N, K, h, w]."""
+def forward(
+    x: Tensor, weight: Tensor, problem: Problem, keep_residuals: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """All codes [z_1, ..., z_n], each [N, K, h, w]; the residuals [r_1, ..., r_{n-1}] if kept, else none."""
     scaled = problem.scaled(weight)
     # The n_dict copies of x meet the sum of their dictionaries in the first step.
     first = reduce(scaled, "k (d c) h w -> k c h w", "sum", d=problem.n_dict) if problem.n_dict > 1 else scaled
     codes = [shrink_step(None, x, first, problem)]
+    residuals: list[Tensor] = []
     for beta in momentum(problem.n_steps, problem.solver)[1:]:
         extrapolated = problem.extrapolated(codes[-1], codes[-2], beta) if beta else codes[-1]
         gradient_point = extrapolated if problem.solver == "fista" else codes[-1]
-        residual, scale = residual_of(x, gradient_point, weight, problem)
-        if scale is not None:
-            residual.mul_(scale)
+        residual = residual_of(x, gradient_point, weight, problem)
+        if keep_residuals:
+            residuals.append(residual)
+        residual = rescaled(residual, residual_scale(residual, problem.data_term), in_place=not keep_residuals)
         codes.append(shrink_step(extrapolated, residual, scaled, problem))
-    return codes
+    return codes, residuals
 
 
 def weight_correlation(residual: Tensor, codes: Tensor, weight: Tensor, problem: Problem) -> Tensor:
@@ -162,8 +172,19 @@ class Gradients(NamedTuple):
     lam: Tensor | None
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, codes: list[Tensor], problem: Problem, needs: Needs) -> Gradients:
-    """The gradients for x, weight and lam from grad = dL/dz_n [N, K, h, w] and all codes [z_1, ..., z_n]."""
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    codes: list[Tensor],
+    residuals: list[Tensor],
+    problem: Problem,
+    needs: Needs,
+) -> Gradients:
+    """The gradients for x, weight and lam from grad = dL/dz_n [N, K, h, w] and all codes [z_1, ..., z_n].
+
+    `residuals` are the forward pass's, or empty: then they are recomputed.
+    """
     size, stride, padding = (x.shape[2], x.shape[3]), problem.stride, problem.padding
     scaled = problem.scaled(weight)
     betas = momentum(problem.n_steps, problem.solver)
@@ -181,10 +202,10 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, codes: list[Tensor], probl
             d_lam = accumulate(d_lam, lam_correlation(m, codes[k], problem))
         d_residual = synthesis(m, scaled, size, stride, padding)
         if needs.weight or problem.data_term == "norm":
-            residual, scale = residual_of(x, point, weight, problem)
-            if scale is not None:
-                residual.mul_(scale)
-                d_residual.mul_(scale)
+            residual = residuals[k - 1] if residuals else residual_of(x, point, weight, problem)
+            scale = residual_scale(residual, problem.data_term)
+            residual = rescaled(residual, scale, in_place=not residuals)
+            d_residual = rescaled(d_residual, scale, in_place=True)
             if needs.weight:
                 term = weight_correlation(residual, m, weight, problem)
                 analysis_correlation = accumulate(analysis_correlation, term)

@@ -262,11 +262,11 @@ def test_both_operators_pass_opcheck(case: Case) -> None:
     x, weight, step, lam = case.tensors()
     options = tuple(case.options.values())
     stride, padding = (n if isinstance(n, tuple) else (n, n) for n in (case.stride, case.padding))
-    options = (case.mu, case.n_steps, stride, padding, *options[4:])
-    torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step, lam, *options, True))
+    options = (case.mu, case.n_steps, stride, padding, *options[4:], "torch")
+    torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step, lam, *options, False, True))
     leaves = [tensor.detach() for tensor in (x, weight, step, lam)]
-    torch.library.opcheck(torch.ops.sdnet.csc_forward, (*leaves, *options, False))
-    codes = torch.ops.sdnet.csc_forward(*leaves, *options, True)
+    torch.library.opcheck(torch.ops.sdnet.csc_forward, (*leaves, *options, False, False))
+    codes = torch.ops.sdnet.csc_forward(*leaves, *options, False, True)
     for needs in ([True, True, True], [False, True, False]):
         torch.library.opcheck(torch.ops.sdnet.csc_backward, (probe(codes[-1]), *leaves, codes, *options, needs))
 

@@ -1,8 +1,13 @@
 """Which implementation a call takes, and what it says of itself."""
 
 import pytest
+import torch
+from torch import Tensor
 
+from sdnet.kernels import csc_encode, dispatch, explain
 from sdnet.kernels.dispatch import ENVIRONMENT_VARIABLE, choose
+
+X, WEIGHT = torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -10,44 +15,109 @@ def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
 
 
-def test_auto_takes_the_torch_path_and_gives_the_reason() -> None:
-    choice = choose("auto")
-    assert choice.impl == "torch"
-    assert "no Triton kernels" in choice.reason
+class OnGPU:
+    """What `choose` asks of a tensor, answered as a tensor on a GPU would."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+    def __init__(self, like: Tensor) -> None:
+        self.dtype, self.shape = like.dtype, like.shape
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """An x that claims to lie on a Hopper GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    x: object = OnGPU(X)
+    return x  # pyright: ignore[reportReturnType]
+
+
+def test_auto_takes_the_torch_path_on_a_cpu_and_gives_the_reason() -> None:
+    assert choose("auto", X, WEIGHT) == ("torch", "auto takes the torch path for tensors on cpu")
+
+
+def test_auto_takes_triton_on_a_gpu(on_gpu: Tensor) -> None:
+    assert choose("auto", on_gpu, WEIGHT) == ("triton", "auto takes the Triton kernels for CUDA tensors")
+
+
+def test_auto_falls_back_on_a_gpu_and_says_so_once(on_gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_is_installed", lambda _: False)
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="auto takes the torch path: Triton is not installed") as caught:
+        choices = [choose("auto", on_gpu, WEIGHT) for _ in range(2)]
+    assert [choice.impl for choice in choices] == ["torch", "torch"]
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_an_implementation_asked_for_is_taken(impl: str) -> None:
-    choice = choose(impl)
+    choice = choose(impl, X, WEIGHT)
     assert choice.impl == impl
     assert choice.reason == "the argument impl asks for it"
 
 
 def test_the_environment_overrides_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
-    choice = choose("auto")
+    choice = choose("auto", X, WEIGHT)
     assert choice.impl == "reference"
     assert ENVIRONMENT_VARIABLE in choice.reason
 
 
 def test_the_environment_does_not_override_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
-    assert choose("torch").impl == "torch"
-
-
-def test_triton_says_that_it_is_not_there() -> None:
-    with pytest.raises(NotImplementedError, match="impl='triton' is not there yet"):
-        choose("triton")
+    assert choose("torch", X, WEIGHT).impl == "torch"
 
 
 def test_an_unknown_implementation_is_refused_by_name() -> None:
     with pytest.raises(
         ValueError, match="the argument impl is 'cuda'; it must be one of auto, torch, reference, triton"
     ):
-        choose("cuda")
+        choose("cuda", X, WEIGHT)
 
 
 def test_an_unknown_implementation_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(ValueError, match=f"the environment variable {ENVIRONMENT_VARIABLE} is 'cuda'"):
-        choose("auto")
+        choose("auto", X, WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "interpreted", "sentence"),
+    [
+        (X, WEIGHT, "0", "x is on cpu: its kernels need a CUDA device, or TRITON_INTERPRET=1 in the environment"),
+        (X.double(), WEIGHT.double(), "1", "its kernels compute in float16, bfloat16, float32, not in float64"),
+        (X.bfloat16(), WEIGHT.bfloat16(), "1", "Triton's interpreter gets bfloat16 wrong"),
+        (torch.zeros(1, 2, 20, 20), torch.zeros(3, 2, 17, 1), "1", "atoms are 17x1, and its kernels reach 16x16"),
+        (torch.zeros(1, 1, 1, 1).expand(1, 2, 2**15, 2**15), WEIGHT, "1", "a sample of 3221225472 elements is over"),
+    ],
+    ids=["cpu", "fp64", "bf16", "large atoms", "large sample"],
+)
+def test_triton_says_what_it_cannot_do(
+    x: Tensor, weight: Tensor, interpreted: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    with pytest.raises(NotImplementedError, match=f"the argument impl is 'triton', but {sentence}"):
+        choose("triton", x, weight)
+
+
+def test_a_call_that_triton_cannot_do_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(NotImplementedError, match="x is on cpu"):
+        csc_encode(X, WEIGHT, 0.1, 0.1, impl="triton")
+
+
+def test_explain_names_the_implementation_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert explain(X, WEIGHT, 0.1, 0.1) == "torch: auto takes the torch path for tensors on cpu."
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("SDNET_STEPS", "fused")
+    expected = "triton: the argument impl asks for it; SDNET_STEPS asks for fused steps."
+    assert explain(X, WEIGHT, 0.1, 0.1, impl="triton") == expected
+    monkeypatch.delenv("SDNET_STEPS")
+    wide = WEIGHT.half().repeat(1, 9, 1, 1)
+    assert "pointwise steps around cuDNN, by rule" in explain(X.half(), wide, 0.1, 0.1, n_dict=9, impl="triton")
+
+
+def test_explain_refuses_what_csc_encode_refuses() -> None:
+    with pytest.raises(ValueError, match="n_steps is 0"):
+        explain(X, WEIGHT, 0.1, 0.1, n_steps=0)

@@ -1,0 +1,286 @@
+"""The steps of a CSC layer: each a convolution with all that surrounds it in the epilogue, one pass over its tensors.
+
+With gamma = step / (1 + step mu), damping = 1 / (1 + step mu), and c one number per sample (one unless given):
+
+    encode      z' = shrink(damping y + gamma c A'r, gamma lam),  y = z + beta (z - z_prev);  y' = z' + beta' (z' - z)
+    residual    r  = x - A p,  x being compared with each of the n_dict reconstructions of p
+    spread      dr = gamma c A m  (+ a gradient that is already there)
+    backstep    m' = [z != 0] g,  g the gradient for z that came through m = dL/dz' masked, and dr:
+                d_y = damping m - A'dr,   g = (1 + beta) d_y - beta' d_y'            if the gradient was taken at y
+                d_y = damping m,          g = (1 + beta) d_y - A'dr - beta' d_y'     if it was taken at z
+
+r, x, dr are images [N, C, H, W], all others codes [N, K, h, w]; y' and d_y are written only where a later step needs
+them. step and lam are read on the device. Products accumulate in fp32; fp32 tensors are multiplied in tf32 where
+torch.backends.cudnn allows it for convolutions, as cuDNN would.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdnet.kernels.fused import tiles
+from sdnet.kernels.fused.implicit_gemm import analysis_sum, box, pixel, synthesis_sum
+from sdnet.kernels.reference import Pair, codes_size
+from sdnet.kernels.unrolled import Problem
+
+
+@triton.jit
+def encode_kernel(
+    r_ptr, w_ptr, z_ptr, previous_ptr, out_ptr, next_ptr, step_ptr, lam_ptr, scale_ptr, mu, beta, next_beta,
+    N, taps, H, W, h, w, ONE_SIDED: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, SPECIAL: tl.constexpr, PRECISION: tl.constexpr,
+    TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    first, b, i, j, inside, n = box(N, h, w, K, TB, TH, TW, BN)  # pyright: ignore[reportGeneralTypeIssues]
+    sum = analysis_sum(
+        r_ptr, w_ptr, first, b, i, j, inside, n, taps, H, W,
+        C, K, KH, KW, SH, SW, PH, PW, LAST, SPECIAL, BN, BK, PRECISION,
+    )  # fmt: skip  # [BM, BN]
+    step = tl.load(step_ptr).to(tl.float32)
+    damping = 1 / (1 + step * mu)
+    v = step * damping * sum
+    if scale_ptr is not None:
+        v *= tl.load(scale_ptr + first + b, mask=inside, other=0.0)[:, None]
+    if PER_SAMPLE:
+        lam = tl.load(lam_ptr + first + b, mask=inside, other=0.0).to(tl.float32)[:, None]  # [BM, 1]
+    else:
+        lam = tl.load(lam_ptr).to(tl.float32)
+    threshold = step * damping * lam
+
+    start = first * K * h * w
+    offset = pixel(b, i, j, h, w, K, LAST)[:, None] + (n * (1 if LAST else h * w))[None, :]
+    kept = inside[:, None] & (n < K)[None, :]
+    z = v
+    if z_ptr is not None:
+        z = tl.load(z_ptr + start + offset, mask=kept, other=0.0).to(tl.float32)
+        y = z
+        if previous_ptr is not None:
+            y += beta * (z - tl.load(previous_ptr + start + offset, mask=kept, other=0.0).to(tl.float32))
+        v += damping * y
+    # A NaN compares as false and so stays a NaN.
+    if ONE_SIDED:
+        v = tl.where(v < threshold, 0.0, v - threshold)
+    else:
+        v = tl.where(tl.abs(v) < threshold, 0.0, tl.where(v < 0, v + threshold, v - threshold))
+    codes = v.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + start + offset, codes, mask=kept)
+    if next_ptr is not None:
+        # From the rounded codes, as the backward pass will have it.
+        rounded = codes.to(tl.float32)
+        y = rounded + next_beta * (rounded - z)
+        tl.store(next_ptr + start + offset, y.to(next_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def backstep_kernel(
+    dr_ptr, w_ptr, m_ptr, z_ptr, later_ptr, out_ptr, dy_ptr, step_ptr, mu, beta, next_beta,
+    N, taps, H, W, h, w, AT_Y: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, SPECIAL: tl.constexpr, PRECISION: tl.constexpr,
+    TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    first, b, i, j, inside, n = box(N, h, w, K, TB, TH, TW, BN)  # pyright: ignore[reportGeneralTypeIssues]
+    sum = analysis_sum(
+        dr_ptr, w_ptr, first, b, i, j, inside, n, taps, H, W,
+        C, K, KH, KW, SH, SW, PH, PW, LAST, SPECIAL, BN, BK, PRECISION,
+    )  # fmt: skip  # [BM, BN]
+    damping = 1 / (1 + tl.load(step_ptr).to(tl.float32) * mu)
+
+    start = first * K * h * w
+    offset = pixel(b, i, j, h, w, K, LAST)[:, None] + (n * (1 if LAST else h * w))[None, :]
+    kept = inside[:, None] & (n < K)[None, :]
+    direct = damping * tl.load(m_ptr + start + offset, mask=kept, other=0.0).to(tl.float32)
+    if AT_Y:
+        direct -= sum
+        if dy_ptr is not None:
+            tl.store(dy_ptr + start + offset, direct.to(dy_ptr.dtype.element_ty), mask=kept)
+        g = (1 + beta) * direct
+    else:
+        g = (1 + beta) * direct - sum
+    if later_ptr is not None:  # d_y' where the gradient was taken at y, else m' with d_y' = damping m'
+        later = tl.load(later_ptr + start + offset, mask=kept, other=0.0).to(tl.float32)
+        g -= next_beta * later if AT_Y else next_beta * damping * later
+    z = tl.load(z_ptr + start + offset, mask=kept, other=0.0)
+    tl.store(out_ptr + start + offset, tl.where(z != 0, g, 0.0).to(out_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def synthesis_kernel(
+    p_ptr, w_ptr, x_ptr, add_ptr, out_ptr, step_ptr, scale_ptr, mu,
+    N, taps, H, W, h, w, X: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, SPECIAL: tl.constexpr, PRECISION: tl.constexpr,
+    TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """residual if x [N, X, H, W] is given, else spread."""
+    columns: tl.constexpr = C * SH * SW if SPECIAL else C
+    first, b, i, j, inside, n = box(N, (H + SH - 1) // SH, (W + SW - 1) // SW, columns, TB, TH, TW, BN)  # pyright: ignore[reportGeneralTypeIssues]
+    if SPECIAL:  # [1, BN]
+        phase_h, phase_w, channel = (n // C // SW)[None, :], (n // C % SW)[None, :], (n % C)[None, :]
+    else:
+        phase_h, phase_w, channel = tl.program_id(1) // SW, tl.program_id(1) % SW, n[None, :]
+    sum = synthesis_sum(
+        p_ptr, w_ptr, first, b, i, j, inside, n, phase_h, phase_w, taps, h, w,
+        C, K, KH, KW, SH, SW, PH, PW, LAST, SPECIAL, BN, BK, PRECISION,
+    )  # fmt: skip  # [BM, BN]
+
+    row, column = i[:, None] * SH + phase_h, j[:, None] * SW + phase_w  # [BM, 1], or [BM, BN] if SPECIAL
+    kept = inside[:, None] & (n < columns)[None, :] & (row < H) & (column < W)
+    channel_step = 1 if LAST else H * W
+    offset = pixel(b[:, None], row, column, H, W, C, LAST) + channel * channel_step
+    start = first * C * H * W
+    if x_ptr is not None:
+        if C == X:
+            x = tl.load(x_ptr + start + offset, mask=kept, other=0.0)
+        else:
+            x_offset = pixel(b[:, None], row, column, H, W, X, LAST) + channel % X * channel_step
+            x = tl.load(x_ptr + first * X * H * W + x_offset, mask=kept, other=0.0)
+        v = x.to(tl.float32) - sum
+    else:
+        step = tl.load(step_ptr).to(tl.float32)
+        v = step / (1 + step * mu) * sum
+        if scale_ptr is not None:
+            v *= tl.load(scale_ptr + first + b, mask=inside, other=0.0)[:, None]
+        if add_ptr is not None:
+            v += tl.load(add_ptr + start + offset, mask=kept, other=0.0).to(tl.float32)
+    tl.store(out_ptr + start + offset, v.to(out_ptr.dtype.element_ty), mask=kept)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A dictionary [K, C, kh, kw] on images of one size: what the launchers need beside the tensors of a step."""
+
+    weight: Tensor
+    batch: int
+    size: Pair
+    stride: Pair
+    padding: Pair
+    layout: torch.memory_format
+
+    @cached_property
+    def grid(self) -> Pair:
+        """Height and width of the codes."""
+        height, width = self.weight.shape[2:]
+        return codes_size(self.size, (height, width), self.stride, self.padding)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """The dictionary in the memory order [K, kh, kw, C]."""
+        return self.weight.contiguous(memory_format=torch.channels_last)
+
+    @cached_property
+    def precision(self) -> str:
+        """What fp32 tensors are multiplied in."""
+        cudnn: Any = torch.backends.cudnn
+        return "tf32" if self.weight.dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+    def empty_codes(self) -> Tensor:
+        shape = (self.batch, self.weight.shape[0], *self.grid)
+        return torch.empty(shape, dtype=self.weight.dtype, device=self.weight.device, memory_format=self.layout)
+
+    def empty_image(self) -> Tensor:
+        shape = (self.batch, self.weight.shape[1], *self.size)
+        return torch.empty(shape, dtype=self.weight.dtype, device=self.weight.device, memory_format=self.layout)
+
+    def arguments(self, tile: tiles.Tile, **flags: bool | int) -> dict[str, Any]:
+        """The sizes at run time, the constexprs that all kernels share, one kernel's own, the options of the launch."""
+        atoms, channels, kernel_h, kernel_w = self.weight.shape
+        return {
+            "N": self.batch, "taps": kernel_h * kernel_w,
+            "H": self.size[0], "W": self.size[1], "h": self.grid[0], "w": self.grid[1],
+            "C": channels, "K": atoms, "KH": kernel_h, "KW": kernel_w,
+            "SH": self.stride[0], "SW": self.stride[1], "PH": self.padding[0], "PW": self.padding[1],
+            "LAST": self.layout == torch.channels_last, "SPECIAL": tile.special, "PRECISION": self.precision,
+            "TB": tile.images, "TH": tile.rows, "TW": tile.columns, "BN": tile.channels, "BK": tile.reduction,
+            "num_warps": tile.warps, "num_stages": tile.stages, **flags,
+        }  # fmt: skip
+
+    def shape(self) -> tiles.Shape:
+        """The layer as the rules for tiles see it."""
+        atoms, channels, *kernel_size = self.weight.shape
+        return tiles.Shape(
+            self.batch, channels, atoms, self.size, self.grid, (kernel_size[0], kernel_size[1]), self.stride,
+            self.weight.element_size(), self.precision,
+        )  # fmt: skip
+
+
+def encode(
+    layer: Layer,
+    r: Tensor,
+    problem: Problem,
+    z: Tensor | None = None,
+    previous: Tensor | None = None,
+    beta: float = 0.0,
+    scale: Tensor | None = None,
+    next_beta: float = 0.0,
+    keep_next: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """z' and, if keep_next, y'. z = None stands for zero, the first step; `previous` is read only if beta is not 0."""
+    codes = layer.empty_codes()
+    extrapolated = layer.empty_codes() if keep_next else None
+    if codes.numel():
+        tile = tiles.analysis_tile(layer.shape())
+        encode_kernel[tiles.analysis_grid(layer.shape(), tile)](
+            r, layer.packed, z, previous if beta else None, codes, extrapolated, problem.step, problem.lam, scale,
+            problem.mu, beta, next_beta,
+            **layer.arguments(tile, ONE_SIDED=problem.nonnegative, PER_SAMPLE=problem.lam.ndim > 0),
+        )  # fmt: skip
+    return codes, extrapolated
+
+
+def backstep(
+    layer: Layer,
+    dr: Tensor,
+    m: Tensor,
+    z: Tensor,
+    problem: Problem,
+    beta: float = 0.0,
+    later: Tensor | None = None,
+    next_beta: float = 0.0,
+    at_y: bool = True,
+    keep_dy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """m' and, if keep_dy, d_y. `later` is d_y', or the m that d_y' is damping times of if not at_y."""
+    masked = layer.empty_codes()
+    d_y = layer.empty_codes() if keep_dy else None
+    if masked.numel():
+        tile = tiles.analysis_tile(layer.shape())
+        backstep_kernel[tiles.analysis_grid(layer.shape(), tile)](
+            dr, layer.packed, m, z, later, masked, d_y, problem.step, problem.mu, beta, next_beta,
+            **layer.arguments(tile, AT_Y=at_y),
+        )  # fmt: skip
+    return masked, d_y
+
+
+def residual(layer: Layer, x: Tensor, point: Tensor, problem: Problem) -> Tensor:
+    """x - A point, [N, n_dict C, H, W] for x [N, C, H, W]."""
+    return _synthesis(layer, point, problem, x=x)
+
+
+def spread(layer: Layer, m: Tensor, problem: Problem, scale: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    """gamma c A m + add."""
+    return _synthesis(layer, m, problem, scale=scale, add=add)
+
+
+def _synthesis(
+    layer: Layer,
+    codes: Tensor,
+    problem: Problem,
+    x: Tensor | None = None,
+    scale: Tensor | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    image = layer.empty_image()
+    if image.numel():
+        tile = tiles.synthesis_tile(layer.shape())
+        synthesis_kernel[tiles.synthesis_grid(layer.shape(), tile)](
+            codes, layer.packed, x, add, image, problem.step, scale, problem.mu,
+            **layer.arguments(tile, X=layer.weight.shape[1] if x is None else x.shape[1]),
+        )  # fmt: skip
+    return image

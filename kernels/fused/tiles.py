@@ -1,0 +1,179 @@
+"""Which tile a convolution runs with: rules by shape, type and memory, without a search.
+
+A program makes `channels` output channels of a box of images x rows x columns pixels, `reduction` input channels at a
+time. Every side is a power of two. The box is the one that wastes the fewest pixels on the grid at hand, and among
+those the most compact: 8 x 8 for 56 x 56 pixels, 2 x 2 of 32 images for 14 x 14, one pixel of 128 images for 7 x 7.
+"""
+
+import json
+import os
+from functools import cache
+from itertools import product
+from math import ceil, prod
+from pathlib import Path as File
+from typing import NamedTuple
+
+from sdnet.kernels.reference import Pair
+
+
+class Shape(NamedTuple):
+    """A layer as the rules see it."""
+
+    batch: int
+    channels: int
+    atoms: int
+    size: Pair
+    grid: Pair
+    kernel_size: Pair
+    stride: Pair
+    itemsize: int
+    precision: str
+
+    @property
+    def phases(self) -> int:
+        return self.stride[0] * self.stride[1]
+
+    @property
+    def most_images(self) -> int:
+        """A box's images must lie within 2^31 elements."""
+        image, codes = self.channels * prod(self.size), self.atoms * prod(self.grid)
+        return max(1, 2**30 // max(image, codes))
+
+
+class Tile(NamedTuple):
+    """`special` is the form for few image channels: FLAT analysis, MERGED synthesis (`implicit_gemm`)."""
+
+    images: int
+    rows: int
+    columns: int
+    channels: int
+    reduction: int
+    warps: int
+    stages: int
+    special: bool
+
+    @property
+    def pixels(self) -> int:
+        return self.images * self.rows * self.columns
+
+
+ENVIRONMENT_VARIABLE = "SDNET_STEPS"
+
+FUSED_CHANNELS = 128
+
+FEW = 8
+"""The most image channels that a tap is not worth a reduction block of its own for."""
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """The least power of two that is at least n, within [least, most]."""
+    return min(max(1 << (n - 1).bit_length(), least), most)
+
+
+@cache
+def box_of(pixels: int, batch: int, grid: Pair, most_images: int) -> tuple[int, int, int]:
+    """Images, rows and columns of a box of this many pixels, of at most so many images."""
+    sides = [1 << e for e in range(pixels.bit_length())]
+
+    def waste(box: tuple[int, int, int]) -> tuple[int, int]:
+        covered = 1
+        for n, side in zip((batch, *grid), box, strict=True):
+            covered *= ceil(n / side) * side
+        return covered, box[0] * (box[1] + 2) * (box[2] + 2)
+
+    boxes = ((pixels // (rows * columns), rows, columns) for rows, columns in product(sides, sides))
+    return min((box for box in boxes if 0 < box[0] <= most_images), key=waste)
+
+
+def _tile(shape: Shape, grid: Pair, columns: int, reduction: int, special: bool) -> Tile:
+    half = shape.itemsize == 2
+    channels = power_of_two(columns, 16, 128 if half else 64)
+    if not half and shape.precision == "ieee":
+        # Products on the ordinary cores keep all operands in registers.
+        box = box_of(64, shape.batch, grid, shape.most_images)
+        return Tile(*box, min(channels, 32), 16, 4, 2, special)
+    box = box_of(128, shape.batch, grid, shape.most_images)
+    return Tile(*box, channels, power_of_two(reduction, 16, 64 if half else 32), 8 if channels > 64 else 4, 3, special)
+
+
+@cache
+def analysis_tile(shape: Shape) -> Tile:
+    """For A': codes' grid, K columns, C channels to reduce over at each tap."""
+    flat = shape.channels <= FEW
+    reduction = shape.channels * shape.kernel_size[0] * shape.kernel_size[1] if flat else shape.channels
+    return _tile(shape, shape.grid, shape.atoms, reduction, flat)
+
+
+@cache
+def synthesis_tile(shape: Shape) -> Tile:
+    """For A: one phase of the image's grid, C columns (of all phases if few), K channels to reduce over at each tap."""
+    merged = shape.channels <= FEW
+    columns = shape.channels * shape.phases if merged else shape.channels
+    return _tile(shape, _phase_grid(shape), columns, shape.atoms, merged)
+
+
+def _phase_grid(shape: Shape) -> Pair:
+    return ceil(shape.size[0] / shape.stride[0]), ceil(shape.size[1] / shape.stride[1])
+
+
+def _boxes(shape: Shape, grid: Pair, tile: Tile) -> int:
+    return ceil(shape.batch / tile.images) * ceil(grid[0] / tile.rows) * ceil(grid[1] / tile.columns)
+
+
+def analysis_grid(shape: Shape, tile: Tile) -> tuple[int]:
+    return (_boxes(shape, shape.grid, tile) * ceil(shape.atoms / tile.channels),)
+
+
+def synthesis_grid(shape: Shape, tile: Tile) -> tuple[int, int]:
+    boxes = _boxes(shape, _phase_grid(shape), tile)
+    if tile.special:
+        return boxes * ceil(shape.channels * shape.phases / tile.channels), 1
+    return boxes * ceil(shape.channels / tile.channels), shape.phases
+
+
+class Path(NamedTuple):
+    """Whether the steps of a layer run as fused convolutions, or as cuDNN's with pointwise kernels; and why."""
+
+    fused: bool
+    reason: str
+
+
+def path_of(shape: Shape, channels_last: bool, gpu: str | None) -> Path:
+    """SDNET_STEPS, else the table measured on this GPU, else a rule that no GPU has confirmed.
+
+    The rule: at up to 128 channels a fused step saves more passes over memory than cuDNN's better products gain, and
+    with a few image channels cuDNN is weak; beyond, and for fp32 without tf32, cuDNN's products win. In 16 bits the
+    taps of contiguous NCHW images start at odd addresses, which neither wide nor asynchronous loads can take.
+    """
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced is not None:
+        if forced not in ("fused", "pointwise"):
+            raise ValueError(f"{ENVIRONMENT_VARIABLE} is {forced!r}; it must be fused or pointwise.")
+        return Path(forced == "fused", f"{ENVIRONMENT_VARIABLE} asks for {forced} steps")
+    measured = table(gpu).get(key_of(shape, channels_last)) if gpu else None
+    if measured is not None:
+        return Path(measured == "fused", f"{measured} steps were the quicker ones when measured on {gpu}")
+    if shape.itemsize == 4 and shape.precision == "ieee":
+        return Path(False, "pointwise steps around cuDNN, by rule, for fp32 without tf32")
+    if shape.channels <= FEW:
+        return Path(True, f"fused steps, by rule, for up to {FEW} image channels")
+    if not channels_last:
+        return Path(False, "pointwise steps around cuDNN, by rule, for tensors that are not channels_last")
+    if max(shape.channels, shape.atoms) > FUSED_CHANNELS:
+        return Path(False, f"pointwise steps around cuDNN, by rule, for more than {FUSED_CHANNELS} channels")
+    return Path(True, f"fused steps, by rule, for up to {FUSED_CHANNELS} channels")
+
+
+def key_of(shape: Shape, channels_last: bool) -> str:
+    """The layer's entry in a table."""
+    (height, width), (kernel_h, kernel_w) = shape.size, shape.kernel_size
+    layer = f"{shape.channels}->{shape.atoms} {kernel_h}x{kernel_w}/{shape.stride[0]}x{shape.stride[1]}"
+    memory = "channels_last" if channels_last else "contiguous"
+    return f"{layer} @ {height}x{width} {8 * shape.itemsize}-bit {memory}"
+
+
+@cache
+def table(gpu: str) -> dict[str, str]:
+    """What was measured on a GPU of this name: "fused" or "pointwise" for each layer; empty without a measurement."""
+    file = File(__file__).with_name("measured") / f"{gpu.replace(' ', '_')}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
