@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import multiprocessing
+import multiprocessing.context
 import os
 import pkgutil
 import re
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -28,7 +29,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from sdnet.kernels.fused.cases import CompileCase
 
@@ -80,14 +80,12 @@ def check(module: str, name: str, arch: int) -> Report:
     """Compiles one case and reads the outcome."""
     case = cases_of(module, arch)[name]
     report = Report(module.rpartition(".")[2], name, arch, case.num_warps, case.num_stages)
-    # Under the interpreter triton.jit makes another class; the function it wraps compiles all the same.
-    kernel = case.kernel if isinstance(case.kernel, JITFunction) else JITFunction(case.kernel.fn)
-    names = list(kernel.arg_names)
+    names = list(case.kernel.arg_names)
     signature = {argument: case.signature.get(argument, "constexpr") for argument in names}
     attributes = {(names.index(argument),): [["tt.divisibility", 16]] for argument in case.divisible}
     try:
         compiled = triton.compile(
-            ASTSource(kernel, signature, dict(case.constexprs), attributes),
+            ASTSource(case.kernel, signature, dict(case.constexprs), attributes),
             target=GPUTarget("cuda", arch, 32),
             options={"num_warps": case.num_warps, "num_stages": case.num_stages},
         )
@@ -137,41 +135,54 @@ def found(pattern: str, text: str) -> str:
 
 
 def jobs_of(archs: Iterable[int], only: str = "", quick: bool = False) -> list[Job]:
-    """Every case whose module and name hold `only`; with `quick` one for each module, kernel, type and architecture."""
+    """Every case whose module and name hold `only`; with `quick` one of each kernel, in bf16."""
     jobs: dict[object, Job] = {}
     for arch in archs:
         for module in kernel_modules():
             for name, case in cases_of(module, arch).items():
-                if only in f"{module} {name}":
-                    types = tuple(sorted(set(case.signature.values()) & {"*bf16", "*fp16", "*fp32"}))
-                    kind = (module, arch, id(case.kernel), types, case.num_warps) if quick else (module, arch, name)
-                    jobs.setdefault(kind, (module, name, arch))
+                types = set(case.signature.values())
+                if only not in f"{module} {name}" or (quick and not any("bf16" in kind for kind in types)):
+                    continue
+                jobs.setdefault((arch, id(case.kernel)) if quick else (arch, module, name), (module, name, arch))
     return list(jobs.values())
+
+
+def submitted(pool: ProcessPoolExecutor, jobs: list[Job]) -> list[Future[Report]]:
+    """The jobs, given to processes that start without the interpreter: its choice falls when Triton is imported."""
+    interpreted = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        return [pool.submit(check, *job) for job in jobs]
+    finally:
+        if interpreted is not None:
+            os.environ["TRITON_INTERPRET"] = interpreted
 
 
 def reports_of(jobs: list[Job], processes: int) -> Iterator[Report]:
     """The jobs' reports in order, from a pool of processes. A job that kills its process is named; the others go on."""
-    os.environ.pop("TRITON_INTERPRET", None)
     context = multiprocessing.get_context("spawn")
     while jobs:
+        done = 0
         with ProcessPoolExecutor(processes, context) as pool:
-            futures = [pool.submit(check, *job) for job in jobs]
-            done = 0
             try:
-                for future in futures:
+                for future in submitted(pool, jobs):
                     yield future.result()
                     done += 1
-                return
             except BrokenProcessPool:
                 pass
-        # Which of those under way broke the pool is not known: the first unfinished one goes alone.
-        with ProcessPoolExecutor(1, context) as alone:
-            module, name, arch = jobs[done]
-            try:
-                yield alone.submit(check, module, name, arch).result()
-            except BrokenProcessPool:
-                yield Report(module.rpartition(".")[2], name, arch, faults=["compiling it kills the process"])
-        jobs = jobs[done + 1 :]
+        if done < len(jobs):  # which of those under way broke the pool is not known: the first unfinished goes alone
+            yield alone(jobs[done], context)
+            done += 1
+        jobs = jobs[done:]
+
+
+def alone(job: Job, context: multiprocessing.context.SpawnContext) -> Report:
+    """The report of a job in a process of its own, which it may kill."""
+    module, name, arch = job
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return submitted(pool, [job])[0].result()
+        except BrokenProcessPool:
+            return Report(module.rpartition(".")[2], name, arch, faults=["compiling it kills the process"])
 
 
 def table(reports: list[Report]) -> str:
@@ -204,7 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sdnet.kernels.fused.compile_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
-    parser.add_argument("--quick", action="store_true", help="one case for each kernel, type and architecture")
+    parser.add_argument("--quick", action="store_true", help="one case of each kernel and architecture, in bf16")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose module and name hold this text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write .json or .md")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
