@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
@@ -269,6 +270,18 @@ def test_both_operators_pass_opcheck(case: Case) -> None:
     codes = torch.ops.sdnet.csc_forward(*leaves, *options, False, True)
     for needs in ([True, True, True], [False, True, False]):
         torch.library.opcheck(torch.ops.sdnet.csc_backward, (probe(codes[-1]), *leaves, codes, *options, needs))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_the_compiler_foresees_the_layout_of_the_codes(layout: torch.memory_format) -> None:
+    case = Case()
+    x, weight, step, lam = (tensor.detach() for tensor in case.tensors())
+    x = x.to(memory_format=layout)
+    real = case.encode(x, weight, step, lam, "torch")
+    with FakeTensorMode() as mode:
+        x, weight, step, lam = (mode.from_tensor(tensor) for tensor in (x, weight, step, lam))
+        foreseen = case.encode(x, weight, step, lam, "torch")
+    assert (foreseen.shape, foreseen.stride(), foreseen.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 def compiled_equals_eager(case: Case, backend: str, relative: float, dtype: torch.dtype) -> None:

@@ -149,9 +149,11 @@ def test_margins_are_step_times_eigenvalue_on_any_grid_and_change_nothing() -> N
 def test_after_each_optimiser_step_the_atoms_are_on_the_sphere_and_the_step_follows() -> None:
     model = network()
     sdnet.refresh_step_size(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
     sdnet.attach(model, optimizer)
     start = [layer.weight.detach().clone() for layer in csc_layers(model)]
+    for layer in csc_layers(model):
+        layer.step.mul_(0.5)
     for _ in range(10):
         train(model, optimizer, 1)
         assert norms_off(model) < 1e-6
