@@ -20,7 +20,6 @@ from sdnet.train.errors import UserError
 PHOTOGRAPHS = (
     "astronaut.png",
     "brick.png",
-    "camera.png",
     "chelsea.png",
     "coffee.png",
     "coins.png",
@@ -29,6 +28,7 @@ PHOTOGRAPHS = (
     "hubble_deep_field.jpg",
     "ihc.png",
     "motorcycle_left.png",
+    "retina.jpg",
     "rocket.jpg",
 )
 MARKER = "demo.json"
@@ -48,7 +48,7 @@ def make_demo_data(out: Path, train: int = 80, val: int = 20, side: int = 96, se
         return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds something else: remove it, or choose another folder.")
-    source = _photographs_folder()
+    source = photographs_folder()
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     generator = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def _random_crop(picture: Image.Image, side: int, generator: np.random.Generator
     return picture.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + extent, top + extent))
 
 
-def _photographs_folder() -> Path:
+def photographs_folder() -> Path:
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise UserError("The photographs come with scikit-image: pip install 'sdnet[demo]'.")

@@ -131,9 +131,9 @@ def demo() -> Recipe:
         name="demo",
         image_size=64,
         eval_resize=72,
-        epochs=10,
+        epochs=8,
         batch=32,
-        lr=0.05,
+        lr=0.02,
         schedule="cosine",
         warmup_epochs=1.0,
     )

@@ -39,8 +39,8 @@ class RunFolder:
         _write_json(self.recipe_file, recipe.to_json())
 
     def check_unused(self) -> None:
-        """Raise a UserError if the folder holds a run already."""
-        if self.recipe_file.exists():
+        """Raise a UserError if the folder holds a run that got as far as a checkpoint."""
+        if self.checkpoint_file.exists():
             raise UserError(f"{self.path} holds a run: go on with --resume {self.path} or choose another --out.")
 
     def recipe(self) -> Recipe:

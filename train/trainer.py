@@ -1,5 +1,6 @@
 """The training loop over loaders, a model and Accelerate; no host sync except where it reports."""
 
+import math
 import os
 from collections.abc import Callable
 from itertools import islice
@@ -74,6 +75,8 @@ class Trainer:
         total = self.job.recipe.epochs * self.steps_per_epoch
         self._open_run()
         with Interrupt() as self.interrupt, Display(total, self.step, self.accelerator.is_main_process) as self.display:
+            for note in self.data.notes:
+                self.display.say(note)
             while self.epoch < self.job.recipe.epochs:
                 self._train_epoch()
                 self._finish_epoch()
@@ -110,6 +113,9 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             broadcast(list(self.model.buffers()))  # batch norm's statistics differ between ranks: those of rank 0 count
         scores = evaluate(self.model, self.data.val, self.data.val_size, self.accelerator.device)
+        if not math.isfinite(scores["val_loss"]):
+            where = f"after step {self.step}, in epoch {self.epoch + 1}"
+            raise NonFiniteLossError(f"The validation loss became infinite or NaN {where}; {self._last_good()}.")
         self.epoch, self.batch, self.meter = self.epoch + 1, 0, LossMeter(self.accelerator.device)
         self.data.train.set_epoch(self.epoch)
         rate = self.optimizer.param_groups[0]["lr"]
@@ -258,6 +264,8 @@ def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if recipe.mixed_precision != "no" and not accelerator.native_amp:  # Accelerate itself would train in fp32
+        raise UserError(f"Mixed precision {recipe.mixed_precision} needs a GPU; this run has {accelerator.device}.")
     if accelerator.gradient_accumulation_steps != recipe.accumulate:
         steps = accelerator.gradient_accumulation_steps
         raise UserError(f"accelerate was launched with {steps} accumulation steps: pass --accumulate {steps} instead.")

@@ -56,6 +56,12 @@ def open_image_folder(job: Job, shard: Shard, device: torch.device) -> Data:
         val_size=len(val),
         classes=train.classes,
         digest=train.digest(),
+        notes=tuple(
+            f"{len(split.ignored)} entries of class folders in {split.root} are no pictures and are left out, "
+            f"such as {split.ignored[0]}."
+            for split in (train, val)
+            if split.ignored
+        ),
     )
 
 

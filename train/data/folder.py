@@ -16,7 +16,7 @@ class ImageSet:
     """The pictures of one split in a fixed order: classes sorted by name, files sorted within a class.
 
     `files` are relative to `root`; `labels[i]` is the index of the class of `files[i]` in `classes`;
-    `ignored` are the files in class folders that are hidden or bear no picture's extension.
+    `ignored` is what else lies in class folders: hidden files, folders, other extensions.
     """
 
     root: Path
@@ -65,14 +65,18 @@ def _read_split(root: Path) -> ImageSet:
     labels: list[int] = []
     ignored: list[str] = []
     for label, name in enumerate(classes):
-        entries = sorted(entry.name for entry in os.scandir(root / name))
-        pictures = [entry for entry in entries if entry[0] != "." and entry.lower().endswith(EXTENSIONS)]
+        entries = sorted(os.scandir(root / name), key=lambda entry: entry.name)
+        pictures = [entry.name for entry in entries if _is_picture(entry)]
         if not pictures:
             raise UserError(f"The class folder {root / name} has no pictures: an empty class would shift the labels.")
         files += [f"{name}/{picture}" for picture in pictures]
         labels += [label] * len(pictures)
-        ignored += [f"{name}/{entry}" for entry in sorted(set(entries) - set(pictures))]
+        ignored += [f"{name}/{entry.name}" for entry in entries if not _is_picture(entry)]
     return ImageSet(root, classes, files, labels, ignored)
+
+
+def _is_picture(entry: os.DirEntry[str]) -> bool:
+    return entry.name[0] != "." and entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
 
 
 def _shorten(names: Sequence[str], most: int = 5) -> str:

@@ -51,7 +51,8 @@ class Loader(Protocol):
 class Data:
     """What a run trains on and is judged by.
 
-    `val_size` is the number of validation pictures over all ranks; `digest` fingerprints the training set.
+    `val_size` is the number of validation pictures over all ranks; `digest` fingerprints the training set; `notes` are
+    sentences that the user should read before the training.
     """
 
     train: Loader
@@ -59,3 +60,4 @@ class Data:
     val_size: int
     classes: tuple[str, ...]
     digest: str
+    notes: tuple[str, ...] = ()
