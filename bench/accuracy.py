@@ -18,13 +18,13 @@ Answers = dict[str, Tensor]
 
 
 def answers(bound: Bound, grad: Tensor, modes: tuple[str, ...]) -> Answers:
-    """The output without gradients and, if a mode asks for them, the gradients of the leaves, "d0", "d1" ..."""
+    """The output without gradients and, if a mode asks for them, "d_x" and "d_weight"."""
     with torch.no_grad():
         found = {"output": bound.run()}
     if modes != ("forward",):
         output = bound.run()
         gradients = torch.autograd.grad(output, bound.leaves, grad.to(output.dtype))
-        found |= {f"d{i}": gradient for i, gradient in enumerate(gradients)}
+        found |= dict(zip(("d_x", "d_weight"), gradients, strict=True))
     return found
 
 
@@ -53,9 +53,8 @@ def objection(found: dict[str, float], yardstick: dict[str, float], dtype: str) 
     for name, error in found.items():
         floor = 16 * epsilon if name == "output" else 4 * epsilon**0.5
         allowed = max(2 * yardstick[name], floor)
-        what = "the output" if name == "output" else f"gradient {name[1:]}"
         if yardstick[name] > WORST_YARDSTICK:
-            return f"plain torch itself is off by {yardstick[name]:.2g} in {what}: nothing to hold answers against"
+            return f"plain torch itself is off by {yardstick[name]:.2g} in {name}: nothing to hold answers against"
         if error > allowed:
-            return f"{what} is off by {error:.2g} relative, allowed is {allowed:.2g}"
+            return f"{name} is off by {error:.2g} relative, allowed is {allowed:.2g}"
     return ""

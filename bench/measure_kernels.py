@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     ledger = Ledger(options.out, "kernels", environment.describe(device))
     if device.type == "cpu":
         print("No GPU: torch's providers on the CPU. These times say nothing about a GPU.")
-    deadline = time.perf_counter() + (options.budget or float("inf"))
+    deadline = time.perf_counter() + (float("inf") if options.budget is None else options.budget)
     ceilings: dict[str, Ceilings] = {}
     for case in cases(options, device):
         with timing.fp32_products(case.dtype == "tf32"):

@@ -55,14 +55,14 @@ def run(options: argparse.Namespace) -> int:
     ledger = Ledger(options.out, "train", environment.describe(device))
     if device.type == "cpu":
         print("No GPU: training on the CPU. Ratios here say nothing about a GPU.")
-    begin = time.perf_counter()
+    deadline = time.perf_counter() + (float("inf") if options.budget is None else options.budget)
     for image_size, batch, products in itertools.product(
         options.image_size or ([224, 32] if device.type == "cuda" else [32]),
         options.batch or ([256] if device.type == "cuda" else [32]),
         (False, True),
     ):
         settings = [item for item in chosen(options, device, batch, image_size) if (item.dtype == "tf32") == products]
-        if settings and time.perf_counter() - begin > (options.budget or float("inf")):
+        if settings and time.perf_counter() > deadline:
             for setting in settings:
                 skip(setting, ledger, f"the budget of {options.budget:.0f} seconds was spent")
         elif settings:

@@ -45,6 +45,11 @@ class Case:
         """stride and padding as convolutions and `csc_encode` take them."""
         return {"stride": (self.layer.stride,) * 2, "padding": (self.layer.padding,) * 2}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `csc_encode` is told: the official loop, whose codes the official layer can be held against."""
+        return {"n_steps": self.n_steps, "solver": "sdnet", **self.geometry}
+
     def describe(self) -> dict[str, Any]:
         """The shape for the ledger."""
         facts = {"operator": self.operator, "layer": str(self.layer.geometry), "batch": self.batch}
@@ -52,7 +57,7 @@ class Case:
 
 
 class Bound(NamedTuple):
-    """A provider on one set of inputs: what to call, and the tensors whose gradients count."""
+    """A provider on one set of inputs: what to call, and x and weight as leaves if they have gradients."""
 
     run: Callable[[], Tensor]
     leaves: tuple[Tensor, ...] = ()
@@ -103,7 +108,7 @@ def csc_by(impl: str) -> Provider:
 
     def bind(case: Case, inputs: Inputs) -> Bound:
         x, weight = differentiable(inputs)
-        options = {"n_steps": case.n_steps, **case.geometry, "impl": impl}
+        options: dict[str, Any] = {**case.options, "impl": impl}
         return Bound(lambda: csc_encode(x, weight, inputs["step"], inputs["lam"], **options), (x, weight))
 
     return bind
@@ -112,7 +117,7 @@ def csc_by(impl: str) -> Provider:
 def csc_compiled(case: Case, inputs: Inputs) -> Bound:
     """The reference through torch.compile, for this shape alone."""
     x, weight = differentiable(inputs)
-    options: dict[str, Any] = {"n_steps": case.n_steps, **case.geometry, "impl": "reference"}
+    options: dict[str, Any] = {**case.options, "impl": "reference"}
     function = compiled(tuple(options.items()))
     return Bound(lambda: function(x, weight, inputs["step"], inputs["lam"]), (x, weight))
 
@@ -129,8 +134,9 @@ def compiled(options: tuple[Any, ...]) -> Callable[..., Tensor]:
 
 def forget_compiled() -> None:
     """Let the next case compile afresh: torch.compile gives up on a function that it met in too many shapes."""
-    COMPILED.clear()
-    torch._dynamo.reset()
+    if COMPILED:
+        COMPILED.clear()
+        torch._dynamo.reset()
 
 
 def csc_official(case: Case, inputs: Inputs) -> Bound:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sdnet.bench.ledger import Row
+from sdnet.bench.step_clock import PHASES
 
 OURS = ("triton", "torch")
 """What `impl="auto"` may choose, the best first."""
@@ -13,7 +14,7 @@ RIVALS = ("reference", "compile")
 """Plain torch without official waste, the stronger of which a kernel has to beat."""
 
 YARDSTICK = "resnet18"
-PHASES = ("data", "refresh", "forward", "backward", "optimiser")
+
 Cell = Callable[[Row], str]
 
 
@@ -209,6 +210,7 @@ def profile_table(rows: Iterable[Row], most: int = 15) -> str:
                 ("host_reads", "reads of a tensor's value by the host per step"),
                 ("data_wait_share", "% of the step waiting for data"),
             )
+            if name in row.metrics
         )
         lines = [[name, number(time), f"{time / total:.1%}"] for name, time in top]
         tables.append(f"{title}: {facts}.\n\n" + markdown(["operator", "ms per step", "share"], lines))

@@ -1,0 +1,154 @@
+"""`profile`: where the time of a recipe's training step goes, operator by operator, and what makes the host wait.
+
+First a few plain steps give the step's time and its phases; then torch.profiler records a few more, whose own time is
+inflated by recording and is used for shares alone. A Chrome trace and a stacked bar go into --traces.
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from sdnet.bench import environment, plots
+from sdnet.bench.ledger import RESULTS, Ledger
+from sdnet.bench.participants import Participant, Setting, noise, pictures
+from sdnet.bench.tables import profile_table
+from sdnet.bench.timing import percentiles, wall_time
+from sdnet.train.errors import UserError
+from sdnet.train.recipes import RECIPES, Recipe
+from sdnet.train.trainer import make_model
+
+STEP = "sdnet.bench.step"
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+READ = "aten::_local_scalar_dense"
+"""What `item()` and a tensor's truth value end in: the host waits for the device."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", choices=RECIPES, default="imagenet_sdnet18", help="default imagenet_sdnet18")
+    parser.add_argument("--batch", type=int, help="default the recipe's, on a CPU 8")
+    parser.add_argument("--image-size", type=int, help="default the recipe's")
+    parser.add_argument("--steps", type=int, default=3, help="recorded steps; default 3")
+    parser.add_argument("--data", type=Path, help="an ImageFolder tree; without it, noise on the device")
+    parser.add_argument("--threads", type=int, default=2, help="decoding threads for --data; default 2")
+    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
+    parser.add_argument("--traces", type=Path, default=Path("runs/profile"), help="default runs/profile")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"the ledger's folder; default {RESULTS}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Profile the recipe."""
+    if options.steps < 1:
+        raise UserError(f"--steps is {options.steps}; it must be at least 1.")
+    device = environment.choose_device(options.device)
+    ledger = Ledger(options.out, "profile", environment.describe(device))
+    recipe = RECIPES[options.recipe]()
+    setting = setting_of(recipe, options, device)
+    participant = Participant(setting, device, make_model(recipe, 1000))
+    batches = pictures(setting, device, options.data, options.threads) if options.data else noise(setting, device)
+
+    for _ in range(3):
+        participant.step(batches)
+    times, split = plain_steps(participant, batches, options.steps, device)
+    profiler = recorded_steps(participant, batches, options.steps, device)
+    metrics = {f"{phase}_ms": time / options.steps for phase, time in split.items()}
+    metrics["data_wait_share"] = 100 * split.get("data", 0.0) / sum(split.values())
+    metrics |= counts(profiler.events() or [], options.steps, device)
+    metrics |= operator_times(profiler.key_averages(), options.steps, device)
+    ledger.add(
+        recipe.name,
+        "step",
+        setting.describe(),
+        dtype=setting.dtype,
+        layout=setting.layout,
+        time_ms=percentiles(times)._asdict(),
+        metrics=metrics,
+        settings={"compile": setting.compiled, "input": "pictures" if options.data else "noise"},
+    )
+    options.traces.mkdir(parents=True, exist_ok=True)
+    trace, picture = options.traces / f"{recipe.name}.json", options.traces / f"{recipe.name}.png"
+    profiler.export_chrome_trace(str(trace))
+    plots.step_bars(ledger.rows, picture)
+    print(profile_table(ledger.rows))
+    print(f"\nTrace for chrome://tracing or ui.perfetto.dev: {trace}\nWhere the step goes: {picture}\n{ledger.path}")
+    return 0
+
+
+def setting_of(recipe: Recipe, options: argparse.Namespace, device: torch.device) -> Setting:
+    """What of a recipe decides a step's cost."""
+    return Setting(
+        model=recipe.model,
+        stem=recipe.stem,
+        batch=options.batch or (recipe.batch if device.type == "cuda" else 8),
+        image_size=options.image_size or recipe.image_size,
+        n_steps=recipe.n_steps,
+        dtype="fp32" if recipe.mixed_precision == "no" else recipe.mixed_precision,
+        layout="channels_last" if recipe.channels_last else "contiguous",
+        compiled=recipe.compile,
+        impl=recipe.impl,
+    )
+
+
+def plain_steps(
+    participant: Participant, batches: Any, steps: int, device: torch.device
+) -> tuple[list[float], dict[str, float]]:
+    """Milliseconds of each step, and of its phases summed over the steps, without a profiler."""
+    times, total = [], {}
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for _ in range(steps):
+        wait()
+        participant.clock.lap()
+        times.append(wall_time([lambda: participant.step(batches), wait]))
+        for phase, time in participant.clock.split().items():
+            total[phase] = total.get(phase, 0.0) + time
+    return times, total
+
+
+def recorded_steps(participant: Participant, batches: Any, steps: int, device: torch.device) -> profile:
+    """The profiler after so many steps, each under the name STEP."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            with record_function(STEP):
+                participant.step(batches)
+    return profiler
+
+
+def counts(events: Iterable[Any], steps: int, device: torch.device) -> dict[str, float]:
+    """Launches, host syncs and reads of values per step, counted between a step's begin and end on the host."""
+    events = list(events)
+    spans = [event.time_range for event in events if event.name == STEP and event.device_type == DeviceType.CPU]
+
+    def count(*names: str) -> float:
+        found = [event.time_range.start for event in events if event.name in names]
+        return sum(any(span.start <= start <= span.end for span in spans) for start in found) / steps
+
+    result: dict[str, float] = {"host_reads": count(READ)}
+    if device.type == "cuda":
+        result |= {"launches": count(*LAUNCHES), "host_syncs": count(*SYNCS)}
+    return result
+
+
+def operator_times(averages: Iterable[Any], steps: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds per step of the operators by name ("ms:aten::add"), their own time, and of all together.
+
+    On a GPU the time of the kernels that an operator launched, on a CPU its own.
+    """
+    on_gpu = device.type == "cuda"
+    own = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / steps
+        for event in averages
+        if event.device_type == DeviceType.CPU and event.key != STEP
+    }
+    total = float(sum(own.values()))
+    shown: dict[str, float] = {f"ms:{name}": time for name, time in own.items() if time > total / 1000}
+    return shown | {"operators_ms": total}

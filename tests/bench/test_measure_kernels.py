@@ -1,0 +1,153 @@
+"""A wrong answer is refused and not timed, whatever is wrong with it."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdnet.bench import __main__ as front
+from sdnet.bench import environment, measure_kernels
+from sdnet.bench.ledger import Row, read
+from sdnet.bench.operators import OPERATORS, Bound, Case, Inputs, Provider, csc_by
+from sdnet.bench.roofline import least_work
+from sdnet.kernels.shapes import LayerShape
+from sdnet.train.errors import UserError
+
+LAYER = "4,8,3,2,8"
+
+
+def spoilt(spoil: Callable[[Tensor], Tensor]) -> Provider:
+    """The reference with its codes, or through `GradientOnly` their gradients, changed."""
+
+    def bind(case: Case, inputs: Inputs) -> Bound:
+        right = csc_by("reference")(case, inputs)
+        return Bound(lambda: spoil(right.run()), right.leaves)
+
+    return bind
+
+
+class GradientOnly(torch.autograd.Function):
+    """The right codes with a gradient that is 10 % too large."""
+
+    @staticmethod
+    def forward(ctx, codes):
+        return codes.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.1 * grad
+
+
+def unsupported(case: Case, inputs: Inputs) -> Bound:
+    raise NotImplementedError("not this shape.")
+
+
+def crash(_: Tensor) -> Tensor:
+    raise RuntimeError("misaligned address\nand more")
+
+
+PLANTED: dict[str, tuple[Provider, str, str]] = {
+    "right": (csc_by("torch"), "ok", ""),
+    "off": (spoilt(lambda codes: 1.001 * codes), "refused", "output is off by 0.001"),
+    "gradient": (spoilt(GradientOnly.apply), "refused", "d_x is off by 0.1"),
+    "nan": (spoilt(lambda codes: codes / 0), "refused", "output is off by inf"),
+    "shape": (spoilt(lambda codes: codes[:1]), "refused", "RuntimeError"),
+    "crash": (spoilt(crash), "refused", "RuntimeError: misaligned address"),
+    "absent": (unsupported, "unsupported", "not this shape."),
+}
+
+
+def kernels(out: Path, *arguments: str) -> tuple[int, list[Row]]:
+    status = front.main(["kernels", "--seconds", "0.01", "--batch", "2", "--out", str(out), *arguments])
+    return status, [row for _, row in read(out)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_ceilings() -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(measure_kernels, "measure_ceilings", lambda *_: measure_kernels.Ceilings(10, 0.1))
+    yield
+    patch.undo()
+
+
+def test_planted_wrong_answers_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    providers = {"reference": csc_by("reference")} | {name: provider for name, (provider, _, _) in PLANTED.items()}
+    monkeypatch.setitem(OPERATORS, "csc", replace(OPERATORS["csc"], providers=providers))
+    status, rows = kernels(tmp_path, "--operator", "csc", "--layer", LAYER)
+    assert status == 1
+    assert len(rows) == 3 * len(providers)
+    for row in rows:
+        _, expected, reason = PLANTED.get(row.provider, (None, "ok", ""))
+        assert (row.status, row.time_ms is None) == (expected, expected != "ok")
+        assert reason in row.reason
+    assert "REFUSED gradient backward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("n_steps", ["1", "3"])
+def test_our_providers_and_the_official_one_are_right(tmp_path: Path, dtype: str, n_steps: str) -> None:
+    """Whatever of them can run here: Triton only where there is a GPU."""
+    providers = ["--provider", "triton", "torch", "reference", "official"]
+    layout = ["--layout", "channels_last" if n_steps == "3" else "contiguous"]
+    status, rows = kernels(
+        tmp_path, "--layer", LAYER, "4,4,3,1,6", "--n-steps", n_steps, "--dtype", dtype, *providers, *layout
+    )
+    assert status == 0
+    assert {row.provider for row in rows if row.status == "ok"} >= {"torch", "reference", "official"}
+    assert all(row.status != "refused" for row in rows)
+    csc = [row for row in rows if row.shape["operator"] == "csc" and row.status == "ok"]
+    assert all(row.metrics["roofline_ms"] > 0 and row.metrics["error_output"] < 0.2 for row in csc)
+
+
+def test_shapes_of_a_model_are_distinct() -> None:
+    parser = argparse.ArgumentParser()
+    measure_kernels.add_arguments(parser)
+    options = parser.parse_args(["--model", "sdnet18_all", "--operator", "csc"])
+    cases = list(measure_kernels.cases(options, torch.device("cpu")))
+    assert [str(case.layer.geometry) for case in cases[:2]] == ["3->64 3x3/1 @ 32x32", "64->64 3x3/1 @ 32x32"]
+    assert len({case.layer.geometry for case in cases}) == len(cases) == 8
+
+
+def test_budget_skips_and_says_so(tmp_path: Path) -> None:
+    status, rows = kernels(tmp_path, "--operator", "csc", "--layer", LAYER, "--budget", "0", "--mode", "forward")
+    assert status == 0
+    assert {(row.status, row.reason) for row in rows} == {("skipped", "the budget of 0 seconds was spent")}
+
+
+def test_least_work_of_a_layer_counted_by_hand() -> None:
+    case = Case("csc", LayerShape("", 4, 8, 3, 1, (5, 5)), 2, 2, "fp32", "contiguous", torch.device("cpu"))
+    codes, image, weight = 2 * 8 * 25, 2 * 4 * 25, 8 * 4 * 9
+    forward, backward, both = (least_work(case, mode) for mode in ("forward", "backward", "both"))
+    assert forward == (3 * 2 * codes * 4 * 9, 4 * (image + weight + codes))
+    assert backward == (6 * 2 * codes * 4 * 9, 4 * (2 * image + 2 * weight + 3 * codes))
+    assert both == (forward.flops + backward.flops, forward.bytes + backward.bytes)
+
+
+def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match="interpreted"):
+        environment.choose_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--layer", "4,8,3"], "not five positive numbers"),
+        (["--provider", "cudnn"], "must be one of compile, official"),
+        (["--device", "cuda"], "torch sees no GPU"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], sentence: str
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, rows = kernels(tmp_path, *arguments)
+    assert (status, rows) == (2, [])
+    assert sentence in capsys.readouterr().err

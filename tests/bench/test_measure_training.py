@@ -1,0 +1,151 @@
+"""Training is measured as it happens: planted sleeps show up where they were planted, and ratios come out right."""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdnet.bench import __main__ as front
+from sdnet.bench import measure_training, participants
+from sdnet.bench.ledger import Row, read
+from sdnet.bench.participants import OFFICIAL, Participant, Setting, noise
+from sdnet.bench.tables import training_table
+from sdnet.layers import CSCConv2d
+
+CPU = torch.device("cpu")
+
+
+class Sleepy(nn.Module):
+    """One CSC layer and a classifier, with a nap of known length in the forward pass."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.conv, self.linear = CSCConv2d(3, 4, 3, input_size=8), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return self.linear(self.conv(x).mean(dim=(2, 3)))
+
+
+def setting(model: str, batch: int = 2) -> Setting:
+    return Setting(model, "cifar", batch, 8, 2, "fp32", "contiguous", compiled=False)
+
+
+def train(out: Path, *arguments: str) -> tuple[int, list[Row]]:
+    options = ["--image-size", "8", "--batch", "2", "--seconds", "0", "--turns", "1", "--warm-up", "1"]
+    status = front.main(["train", "--out", str(out), *options, *arguments])
+    return status, [row for _, row in read(out)]
+
+
+@pytest.fixture
+def sleepy_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second model is three times as slow as the first."""
+    naps = {"resnet18": 0.15, "sdnet18": 0.45}
+    monkeypatch.setattr(participants, "make_model", lambda setting: Sleepy(naps[setting.model]))
+
+
+@pytest.mark.usefixtures("sleepy_models")
+def test_ratio_to_resnet_on_known_sleeps(tmp_path: Path) -> None:
+    status, rows = train(tmp_path, "--model", "resnet18", "sdnet18", "--turns", "3")
+    assert status == 0
+    fast, slow = rows
+    assert fast.time_ms is not None
+    assert slow.time_ms is not None
+    assert slow.time_ms["p50"] / fast.time_ms["p50"] == pytest.approx(3, rel=0.35)
+    assert fast.metrics["images_per_second"] == pytest.approx(2e3 / fast.time_ms["p50"])
+    assert slow.metrics["forward_ms"] >= 450
+    assert "| 1.00× |" in training_table(rows).splitlines()[2]
+    assert f"| {fast.time_ms['p50'] / slow.time_ms['p50']:.2f}× |" in training_table(rows).splitlines()[3]
+
+
+@pytest.mark.parametrize("phase", ["data", "refresh", "optimiser"])
+def test_planted_sleep_is_seen_in_its_phase(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(participants, "make_model", lambda _: Sleepy(0))
+    participant, nap = Participant(setting("resnet18"), CPU), 0.3
+    batches = noise(participant.setting, CPU)
+    participant.step(batches)
+
+    def sleepy(call: Callable) -> Callable:
+        def slower(*arguments, **named):
+            time.sleep(nap)
+            return call(*arguments, **named)
+
+        return slower
+
+    if phase == "data":
+        batches = map(sleepy(lambda batch: batch), batches)
+    elif phase == "refresh":
+        layer = next(module for module in participant.model.modules() if isinstance(module, CSCConv2d))
+        layer.project = sleepy(layer.project)
+    else:
+        participant.optimizer.register_step_pre_hook(sleepy(lambda *_: None))
+    participant.clock.lap()
+    participant.step(batches)
+    split = participant.clock.split()
+    assert max(split, key=lambda name: split[name]) == phase
+    assert split[phase] >= 1e3 * nap
+    assert sum(time for name, time in split.items() if name != phase) < 1e3 * nap
+
+
+@pytest.mark.parametrize("model", ["resnet18", "sdnet18", "official_sdnet18"])
+def test_models_learn_and_keep_memory_for_it(model: str) -> None:
+    participant = Participant(setting(model), CPU)
+    before = [weight.detach().clone() for weight in participant.model.parameters()]
+    batches = noise(participant.setting, CPU)
+    participant.clock.lap()
+    participant.step(batches)
+    assert all(not torch.equal(a, b) for a, b in zip(before, participant.model.parameters(), strict=True))
+    assert participant.loss.isfinite()
+    assert set(participant.clock.split()) == {"data", "refresh", "forward", "backward", "optimiser"}
+    first_codes = 2 * 64 * 8 * 8 * 4 / 2**20
+    assert first_codes < participant.kept_for_backward(batches) < 100 * first_codes
+
+
+def test_kept_memory_of_a_layer_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x and both codes of the CSC layer; what the pooling, classifier and loss keep is 100 bytes a picture."""
+    monkeypatch.setattr(participants, "make_model", lambda _: Sleepy(0))
+    participant = Participant(setting("resnet18", batch=64), CPU)
+    kept = participant.kept_for_backward(noise(participant.setting, CPU)) * 2**20 / 64
+    assert 0 <= kept - 4 * 64 * (3 + 2 * 4) < 300
+
+
+def test_blown_up_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Setting) -> nn.Module:
+        model = Sleepy(0)
+        nn.init.constant_(model.linear.weight, float("nan"))
+        return model
+
+    monkeypatch.setattr(participants, "make_model", broken)
+    status, (row,) = train(tmp_path, "--model", "sdnet18")
+    assert (status, row.status, row.reason) == (1, "refused", "its loss is nan")
+
+
+def test_scaling_gives_a_row_for_each_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(participants, "make_model", lambda _: Sleepy(0))
+    status, rows = train(tmp_path, "--model", "resnet18", "sdnet18", "--batch", "1", "2", "--n-steps", "1", "2")
+    assert status == 0
+    sizes = [(row.provider, row.shape["batch"], row.shape["n_steps"]) for row in rows]
+    assert sizes == [
+        (model, batch, steps) for batch in (1, 2) for model, steps in (("resnet18", 1), ("sdnet18", 1), ("sdnet18", 2))
+    ]
+
+
+def test_official_runs_as_published() -> None:
+    parser = argparse.ArgumentParser()
+    measure_training.add_arguments(parser)
+    options = parser.parse_args(["--layout", "channels_last", "--compile", "on", "off"])
+    chosen = list(measure_training.chosen(options, CPU, 2, 32))
+    official = [item for item in chosen if item.model in OFFICIAL]
+    assert {(item.layout, item.compiled) for item in official} == {("contiguous", False)}
+    assert len(chosen) == 3 * 2 + 2
+
+
+def test_unknown_model_gets_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    status, rows = train(tmp_path, "--model", "resnet50")
+    assert (status, rows) == (2, [])
+    assert "it must be one of resnet18" in capsys.readouterr().err

@@ -1,0 +1,67 @@
+"""The stopwatch itself, on sleeps of known length."""
+
+import time
+
+import pytest
+import torch
+
+from sdnet.bench.ceilings import Ceilings
+from sdnet.bench.step_clock import StepClock
+from sdnet.bench.timing import burst_length, interleave, make_sampler, percentiles, wall_time
+
+CPU = torch.device("cpu")
+
+
+def test_percentiles_interpolate() -> None:
+    timing = percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    assert timing == pytest.approx((2.0, 3.5, 5.0, 6))
+
+
+def test_ratio_of_known_sleeps() -> None:
+    samplers = {
+        name: make_sampler([lambda seconds=seconds: time.sleep(seconds)], CPU, capturable=True)[0]
+        for name, seconds in {"short": 0.01, "long": 0.03}.items()
+    }
+    timings = interleave(samplers, seconds=0.0, least=5)
+    assert timings["short"].p50 >= 10
+    assert timings["long"].p50 / timings["short"].p50 == pytest.approx(3, rel=0.2)
+
+
+def test_turns_alternate_and_end() -> None:
+    order: list[str] = []
+
+    def sampler(name: str):
+        return lambda: float(len(order.append(name) or order))
+
+    timings = interleave({"a": sampler("a"), "b": sampler("b")}, seconds=60.0, least=1, most=4)
+    assert "".join(order) == "abbaabba"
+    assert timings["a"].samples == timings["b"].samples == 4
+
+
+def test_burst_goes_through_all_inputs_and_is_long_enough() -> None:
+    seen: list[int] = []
+    calls = [lambda i=i: seen.append(i) for i in range(3)]
+    length = burst_length(calls, wall_time)
+    assert length % 3 == 0
+    assert length > 30
+    assert set(seen) == {0, 1, 2}
+
+
+def test_clock_splits_a_step_into_phases() -> None:
+    clock = StepClock(CPU)
+    clock.lap()
+    for phase, seconds in (("data", 0.02), ("forward", 0.05), ("data", 0.02)):
+        time.sleep(seconds)
+        clock.mark(phase)
+    split = clock.split()
+    assert list(split) == ["data", "forward"]
+    assert 40 <= split["data"] < 60
+    assert 50 <= split["forward"] < 70
+    clock.lap()
+    assert clock.split() == {}
+
+
+def test_roofline_is_the_higher_of_both_times() -> None:
+    ceilings = Ceilings(copy_gb_s=100, gemm_tflop_s=1)
+    assert ceilings.shortest_ms(flops=2e9, bytes_moved=1e6) == pytest.approx(2)
+    assert ceilings.shortest_ms(flops=2e6, bytes_moved=1e9) == pytest.approx(10)
