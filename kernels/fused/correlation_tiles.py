@@ -86,10 +86,11 @@ def tile_of(shape: Shape, arch: int) -> Tile:
         return Tile(True, False, 1, (images, 1, 1), 128, 128, 8, 3)
     pixels = 128 // shape.itemsize
     box = box_of(pixels, shape)
-    if not shape.last:  # pixels of 16 bits are gathered through registers: small blocks, many threads
+    # Small blocks and many threads where 16-bit elements are gathered one by one, through registers.
+    if not shape.last:
         return Tile(False, flat, 1, box, min(atoms, 64), min(width, 64), 8, 3)
     if min(shape.channels, shape.atoms) <= 64:
-        return Tile(False, flat, 1, box, min(atoms, 64), min(width, 64), 4, 3)
+        return Tile(False, flat, 1, box, min(atoms, 64), min(width, 64), 8 if flat else 4, 3)
     return Tile(False, flat, 1, box, 128, 128, 8, 3)
 
 

@@ -1,0 +1,197 @@
+"""The counted costs: by hand, and against what PyTorch's dispatcher sees of the same formulations."""
+
+import subprocess
+import sys
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdnet.kernels import cost, unrolled
+from sdnet.kernels.cost import Operation, Total, backward, forward, total
+from sdnet.kernels.shapes import LayerShape, csc_layers, distinct_layers
+
+LAYER = LayerShape("", channels=2, atoms=3, kernel_size=3, stride=1, size=(5, 4))
+BATCH = 2
+aten = torch.ops.aten
+
+
+class PassCounter(TorchDispatchMode):
+    """Counts readings and writings of images, codes and dictionaries, told apart by their shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = self.codes = self.weights = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        free = func.is_view or func in (aten.detach.default, aten.empty_like.default, aten.alias.default)
+        if not free:
+            self.count(func, args, result)
+        return result
+
+    def count(self, func: Any, args: Any, result: Any) -> None:
+        if func == aten.convolution_backward.default:
+            grad, x, weight, *_, outputs = args
+            for operand, output in ((weight, result[0]), (x, result[1])):
+                self.add(*(tensor for tensor in (grad, operand, output) if output is not None))
+            assert not outputs[2]
+            return
+        self.add(*(arg for arg in args if isinstance(arg, Tensor)))
+        self.add(*([result] if isinstance(result, Tensor) else []))
+        if func == aten.convolution.default and args[2] is not None:  # CUDA adds a bias in a kernel of its own
+            self.add(result, result)
+
+    def add(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            self.images += tuple(tensor.shape) == (BATCH, LAYER.channels, *LAYER.size)
+            self.codes += tuple(tensor.shape) == (BATCH, LAYER.atoms, *LAYER.codes_size)
+            self.weights += tuple(tensor.shape) == (LAYER.atoms, LAYER.channels, 3, 3)
+
+
+def leaves() -> tuple[Tensor, Tensor]:
+    x = torch.randn(BATCH, LAYER.channels, *LAYER.size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(LAYER.atoms, LAYER.channels, 3, 3, dtype=torch.float64, requires_grad=True)
+    return x, weight
+
+
+def official(x: Tensor, weight: Tensor, n_steps: int) -> Tensor:
+    """The operators of the official layer for n_steps <= 2, in their order, the normalisation of the atoms left out."""
+    step, scaling_mu, threshold = torch.tensor(0.1, dtype=x.dtype), 1.0, 0.01
+    codes = torch.empty(0)
+    for k in range(n_steps):
+        if k == 0:
+            codes = step * F.conv2d(x.repeat(1, 1, 1, 1), weight, padding=1)
+        else:
+            residual = x.repeat(1, 1, 1, 1) - F.conv_transpose2d(codes, weight, padding=1)
+            codes = codes + step * F.conv2d(residual, weight, padding=1)
+        codes = F.relu(F.softshrink(codes * scaling_mu, threshold))
+    residual = x.repeat(1, 1, 1, 1) - F.conv_transpose2d(codes, weight, padding=1)
+    torch.sum(torch.pow(residual, 2))
+    torch.sum(torch.abs(codes))
+    torch.sum(torch.pow(codes, 2))
+    return codes
+
+
+def passes(counter: PassCounter) -> tuple[int, int]:
+    return counter.images, counter.codes
+
+
+def counted(operations: list[Operation]) -> Total:
+    return total(operations, LAYER, BATCH)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_official_counts_are_the_dispatchers(n_steps: int) -> None:
+    x, weight = leaves()
+    with PassCounter() as seen:
+        codes = official(x, weight, n_steps)
+    assert passes(seen) == counted(forward("official", n_steps))[:2]
+    for needs_x in (True, False):
+        codes = official(x.detach().requires_grad_(needs_x), weight, n_steps)
+        grad = torch.ones_like(codes)
+        with PassCounter() as seen:
+            codes.backward(grad)
+            weight.grad = None
+        assert passes(seen) == counted(backward("official", n_steps, needs_x))[:2]
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 4])
+def test_cudnn_counts_are_the_dispatchers(n_steps: int) -> None:
+    x, weight = (leaf.detach() for leaf in leaves())
+    step, lam = torch.tensor([0.1, 0.15], dtype=x.dtype).unbind()
+    problem = unrolled.Problem(step, lam, 0.0, n_steps, (1, 1), (1, 1), True, "ista", "squared", 1)
+    with PassCounter() as seen:
+        codes, residuals = unrolled.forward(x, weight, problem, keep_residuals=True)
+    assert passes(seen) == counted(forward("cudnn", n_steps))[:2]
+    grad = torch.ones_like(codes[-1])
+    for needs_x, kept in product((True, False), (True, False)):
+        needs = unrolled.Needs(needs_x, weight=True, lam=False)
+        with PassCounter() as seen:
+            unrolled.backward(grad, x, weight, codes, residuals if kept else [], problem, needs)
+        assert passes(seen) == counted(backward("cudnn", n_steps, needs_x, kept))[:2]
+
+
+def test_two_steps_on_a_stride_one_layer() -> None:
+    found = {formulation: counted(forward(formulation)) for formulation in cost.FORMULATIONS}
+    assert {name: costs.passes for name, costs in found.items()} == {
+        "official": 48,
+        "cudnn": 20,
+        "pointwise": 14,
+        "fused": 8,
+    }
+    assert {name: costs.convolutions for name, costs in found.items()} == {
+        "official": 4,
+        "cudnn": 3,
+        "pointwise": 3,
+        "fused": 3,
+    }
+    kept = {name: counted(backward(name, keep_residual=True)) for name in cost.FORMULATIONS}
+    assert {name: costs.passes for name, costs in kept.items()} == {
+        "official": 40,
+        "cudnn": 26,
+        "pointwise": 22,
+        "fused": 18,
+    }
+    assert [kept[name].convolutions for name in ("official", "pointwise", "fused")] == [6, 6, 6]
+    anew = counted(backward("fused"))
+    assert (anew.passes, anew.convolutions) == (21, 7)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 5])
+def test_convolutions_grow_as_steps_do(n_steps: int) -> None:
+    assert counted(forward("fused", n_steps)).convolutions == 2 * n_steps - 1
+    assert counted(backward("fused", n_steps, keep_residual=True)).convolutions == 2 * (2 * n_steps - 1)
+
+
+def test_bytes_and_flops_by_hand() -> None:
+    layer = LayerShape("", 64, 64, 3, 1, (56, 56))
+    costs = total(forward("fused"), layer, 256)
+    pixels, dictionary = 256 * 56 * 56, 64 * 64 * 9
+    assert costs.bytes == 2 * (8 * 64 * pixels + 3 * dictionary)
+    assert costs.flops == 3 * 2 * pixels * dictionary
+    # The weight gradient's partial sums are a small part of its traffic.
+    [reduction] = [operation for operation in backward("fused") if operation.sums]
+    plain = reduction._replace(sums=False)
+    assert 0 < reduction.bytes(layer, 256) - plain.bytes(layer, 256) < 0.1 * plain.bytes(layer, 256)
+
+
+@pytest.mark.parametrize("layer", distinct_layers(), ids=str)
+def test_fused_moves_least_on_every_layer(layer: LayerShape) -> None:
+    def moved(formulation: cost.Formulation) -> int:
+        return sum(total(ops, layer, 256).bytes for ops in (forward(formulation), backward(formulation)))
+
+    assert moved("fused") < moved("pointwise") < moved("cudnn") < moved("official")
+
+
+@pytest.mark.parametrize(("depth", "image_size"), [(18, 32), (18, 224), (34, 64), (34, 96)])
+def test_layer_shapes_are_those_of_the_models(depth: int, image_size: int) -> None:
+    from sdnet import create_model
+    from sdnet.step_size import csc_layers as layers_of
+
+    stem = "cifar" if image_size <= 64 else "imagenet"
+    with torch.device("meta"):
+        model = create_model(f"sdnet{depth}_all", stem=stem, image_size=image_size)
+    shapes = list(csc_layers(depth, image_size))
+    found = layers_of(model)
+    assert list(found) == [shape.name for shape in shapes]
+    for shape, layer in zip(shapes, found.values(), strict=True):
+        assert layer.weight.shape == (shape.atoms, shape.channels, shape.kernel_size, shape.kernel_size)
+        assert (layer.stride, layer.padding) == ((shape.stride,) * 2, (shape.padding,) * 2)
+        assert layer.vector.shape[2:] == shape.size
+    assert [shape.name for shape in csc_layers(depth, image_size, every=False)] == ["stem.conv"]
+
+
+def test_command_needs_neither_triton_nor_rich() -> None:
+    blocked = "import sys; sys.modules['triton'] = sys.modules['rich'] = None\n"
+    code = (
+        blocked + "import sys; sys.argv = ['cost', '--image-size', '32']; from sdnet.kernels.cost import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "19 + 29 = 48" in done.stdout
+    assert "64->64 3x3/1 @ 32x32" in done.stdout
