@@ -34,7 +34,7 @@ PHOTOGRAPHS = (
 MARKER = "demo.json"
 
 
-def make_demo_data(out: Path, train: int = 80, val: int = 20, side: int = 96, seed: int = 0) -> bool:
+def make_demo_data(out: Path, train: int = 64, val: int = 16, side: int = 96, seed: int = 0) -> bool:
     """Write `out`/{train,val}/<class>/NNN.jpg with `train` and `val` crops a class, `side` pixels square.
 
     The same arguments give the same files. The tree appears whole or not at all. Returns False if it was there.

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 Item = TypeVar("Item")
 
@@ -51,30 +53,32 @@ class Display:
     def __init__(self, steps: int, done: int, active: bool) -> None:
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
         self.steps = steps
-        self._bar: Progress | None = None
-        if active and self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task("starting", total=steps, completed=done)
         self._begin, self._done = time.perf_counter(), done
+        self._live: Live | None = None
+        if active and self.console.is_terminal:
+            self._text = Text("starting")
+            self._bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+            self._task = self._bar.add_task("", total=steps, completed=done)
+            self._live = Live(Group(self._text, self._bar), console=self.console)
 
     def __enter__(self) -> "Display":
-        if self._bar:
-            self._bar.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, markup=False)
 
     def show(self, step: int, text: str) -> None:
-        """Where the run stands: on the bar, or as a line with the time that is left."""
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
+        """Where the run stands: above the bar, or as a line with the time that is left."""
+        if self._live:
+            self._text.plain = text
+            self._bar.update(self._task, completed=step)
             return
         left = (time.perf_counter() - self._begin) / max(step - self._done, 1) * (self.steps - step)
         self.say(f"step {step}/{self.steps}  {text}  {_clock(left)} left")
@@ -83,9 +87,9 @@ class Display:
 def peak_memory(device: torch.device) -> str:
     """The most memory that this process has held: of the GPU, or resident on a CPU."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB"
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
     unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
 
 
 def _clock(seconds: float) -> str:
