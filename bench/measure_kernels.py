@@ -13,25 +13,29 @@ from typing import Any
 import torch
 from torch._functorch import config as compiled_backward
 
-from sdnet.bench import accuracy, environment, timing
+from sdnet.bench import accuracy, environment, step_operators, timing
 from sdnet.bench.ceilings import Ceilings, measure_ceilings
 from sdnet.bench.ledger import RESULTS, Ledger, refused
 from sdnet.bench.operators import (
+    CSC,
     DTYPES,
     LAYOUTS,
     NOT_CAPTURABLE,
-    OPERATORS,
     Bound,
     Case,
     Operator,
     Provider,
     forget_compiled,
+    layer_inputs,
 )
 from sdnet.bench.roofline import least_work
 from sdnet.bench.tables import kernels_table
 from sdnet.kernels.shapes import LayerShape, csc_layers
 from sdnet.train.errors import UserError
 
+OPERATORS = {"csc": CSC} | {
+    name: Operator(layer_inputs, ("forward",), providers) for name, providers in step_operators.PROVIDERS.items()
+}
 DEPTHS = {"sdnet18": (18, False), "sdnet18_all": (18, True), "sdnet34": (34, False), "sdnet34_all": (34, True)}
 SECONDS_PER_MODE = {"cpu": 3.0, "cuda": 0.6}
 

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="autocast's; default fp32 and bf16, on a CPU fp32")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both, on a CPU contiguous")
     parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off"], help="default off")
+    parser.add_argument(
+        "--keep-residuals", nargs="+", choices=("off", "on"), default=["off"], help="for the backward; default off"
+    )
     parser.add_argument("--impl", choices=IMPLEMENTATIONS, default="auto", help="of the CSC operator; default auto")
     parser.add_argument("--data", type=Path, help="an ImageFolder tree; without it, noise on the device")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads for --data; default 2")
@@ -80,14 +83,16 @@ def chosen(options: argparse.Namespace, device: torch.device, batch: int, image_
     layouts = options.layout or (["channels_last", "contiguous"] if on_gpu else ["contiguous"])
     for model in options.model:
         official, plain = model in OFFICIAL, model.startswith("resnet")
-        for n_steps, dtype, layout, compiled in itertools.product(
+        for n_steps, dtype, layout, compiled, keep in itertools.product(
             options.n_steps[:1] if plain else options.n_steps,
             dtypes,
             ["contiguous"] if official else layouts,
             ["off"] if official else options.compile,
+            ["off"] if official or plain else options.keep_residuals,
         ):
             stem = stem_for(image_size)
-            yield Setting(model, stem, batch, image_size, n_steps, dtype, layout, compiled == "on", options.impl)
+            execution = (dtype, layout, compiled == "on", options.impl, keep == "on")
+            yield Setting(model, stem, batch, image_size, n_steps, *execution)
 
 
 def measure_group(settings: list[Setting], device: torch.device, options: argparse.Namespace, ledger: Ledger) -> None:
@@ -162,7 +167,12 @@ class Runner:
             "shape": setting.describe(),
             "dtype": setting.dtype,
             "layout": setting.layout,
-            "settings": {"compile": setting.compiled, "impl": setting.impl, "input": source},
+            "settings": {
+                "compile": setting.compiled,
+                "impl": setting.impl,
+                "keep_residuals": setting.keep_residuals,
+                "input": source,
+            },
         }
         loss = float(self.participant.loss)
         if not abs(loss) < float("inf"):

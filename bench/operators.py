@@ -1,4 +1,4 @@
-"""What `kernels` measures: operators, the inputs that a layer's shape gives them, and who can compute them.
+"""The CSC layer as `kernels` measures it: the inputs that a layer's shape gives it, and who can compute it.
 
 | provider    | what it is                                                                       |
 |-------------|----------------------------------------------------------------------------------|
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdnet.bench.official import DictConv2d, OfficialConfig
-from sdnet.kernels import csc_encode, reference, spectral
+from sdnet.kernels import csc_encode, spectral
 from sdnet.kernels.shapes import LayerShape
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -159,44 +159,17 @@ def csc_official(case: Case, inputs: Inputs) -> Bound:
     return Bound(run, (x, module.weight))
 
 
-def power_iteration(case: Case, inputs: Inputs) -> Bound:
-    """The power iteration of one layer's step-size refresh: the next vector [1, C, H, W] times its norm, AA'u."""
-
-    def run() -> Tensor:
-        vector, eigenvalue = spectral.power_iteration(inputs["weight"], inputs["vector"], **case.geometry)
-        return vector * eigenvalue
-
-    return Bound(run)
-
-
-def power_iteration_reference(case: Case, inputs: Inputs) -> Bound:
-    """AA'u from the two convolutions, in the dtype of the weights."""
-    size, weight = case.layer.size, inputs["weight"]
-    vector = inputs["vector"].to(weight.dtype)
-
-    def run() -> Tensor:
-        codes = reference.analysis(vector, weight, **case.geometry)
-        return reference.synthesis(codes, weight, size, **case.geometry)
-
-    return Bound(run)
-
-
-OPERATORS: dict[str, Operator] = {
-    "csc": Operator(
-        layer_inputs,
-        ("forward", "backward", "both"),
-        {
-            "triton": csc_by("triton"),
-            "torch": csc_by("torch"),
-            "reference": csc_by("reference"),
-            "compile": csc_compiled,
-            "official": csc_official,
-        },
-    ),
-    "power_iteration": Operator(
-        layer_inputs, ("forward",), {"torch": power_iteration, "reference": power_iteration_reference}
-    ),
-}
+CSC = Operator(
+    layer_inputs,
+    ("forward", "backward", "both"),
+    {
+        "triton": csc_by("triton"),
+        "torch": csc_by("torch"),
+        "reference": csc_by("reference"),
+        "compile": csc_compiled,
+        "official": csc_official,
+    },
+)
 
 NOT_CAPTURABLE = ("official",)
 """Providers that read the device from the host: timed by events around their launches."""

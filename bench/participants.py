@@ -1,7 +1,7 @@
 """Who takes training steps: a registered model with `sdnet.attach`, or an official network as its own loop runs it."""
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -15,6 +15,7 @@ import sdnet
 from sdnet.bench.official import OfficialConfig, OfficialSDNet
 from sdnet.bench.operators import DTYPES, LAYOUTS
 from sdnet.bench.step_clock import StepClock
+from sdnet.kernels.csc import KEEP_RESIDUALS
 from sdnet.models import Stem
 from sdnet.train.errors import UserError
 
@@ -42,6 +43,7 @@ class Setting:
     layout: str
     compiled: bool
     impl: str = "auto"
+    keep_residuals: bool = False
 
     @property
     def half(self) -> bool:
@@ -97,8 +99,7 @@ class Participant:
         if self.refresh is not None:
             self.refresh()
             self.clock.mark("refresh")
-        with self._autocast():
-            loss = F.cross_entropy(self.forward(images), labels)
+        loss = self._loss(self.forward, images, labels)
         self.clock.mark("forward")
         self.scaler.scale(loss).backward()
         self.clock.mark("backward")
@@ -119,18 +120,18 @@ class Participant:
             return tensor
 
         images, labels = next(batches)
-        with self._autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = F.cross_entropy(self.model(images), labels)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self._loss(self.model, images, labels)
         # Asked after the forward, for the official one moves its weights to other memory.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             sizes.pop(tensor.untyped_storage().data_ptr(), None)
         del loss
         return sum(sizes.values()) / 2**20
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if not self.setting.half:
-            return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.setting.dtype])
+    def _loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        os.environ[KEEP_RESIDUALS] = str(int(self.setting.keep_residuals))
+        with torch.autocast(self.device.type, DTYPES[self.setting.dtype], enabled=self.setting.half):
+            return F.cross_entropy(forward(images), labels)
 
 
 def make_model(setting: Setting) -> nn.Module:

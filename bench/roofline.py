@@ -1,38 +1,35 @@
-"""The least work that an operator needs: operations and bytes, counted from its shape."""
+"""The work of an operator by the counted model of `sdnet.kernels.cost`: operations, and bytes in whole passes."""
 
 from typing import NamedTuple
 
 import torch
 
 from sdnet.bench.operators import DTYPES, Case
+from sdnet.kernels import cost
+
+STEPS = {
+    "encode": cost.ANALYSIS._replace(codes=2),
+    "residual": cost.SYNTHESIS._replace(images=2),
+    "weight_correlation": cost.correlations(3),
+}
 
 
 class Work(NamedTuple):
-    """Operations and bytes that cannot be avoided: each input read once, each output written once."""
+    """Operations of the convolutions, and bytes read and written."""
 
     flops: float
     bytes: float
 
 
 def least_work(case: Case, mode: str) -> Work | None:
-    """Of the CSC layer; None for operators whose time says nothing about a ceiling.
-
-    With n steps the forward pass has 2 n - 1 convolutions; the backward pass has 2 n - 1 for the data and as many for
-    the dictionary, if the residuals were kept. Forward reads x and writes z_n; backward reads x, dL/dz_n and all codes
-    and writes dL/dx. The dictionary is read in both, its gradient written.
-    """
-    if case.operator != "csc":
+    """What the fused formulation does with kept residuals, whoever is timed; None if the time has no such bound."""
+    layer, itemsize = case.layer, torch.empty((), dtype=DTYPES[case.dtype]).element_size()
+    if case.operator == "csc":
+        operations = cost.forward("fused", case.n_steps) if mode != "backward" else []
+        operations += cost.backward("fused", case.n_steps, keep_residual=True) if mode != "forward" else []
+    elif case.operator in STEPS:
+        operations = [STEPS[case.operator]]
+    else:
         return None
-    layer = case.layer
-    height, width = layer.codes_size
-    codes = case.batch * layer.atoms * height * width
-    image = case.batch * layer.channels * layer.size[0] * layer.size[1]
-    weight = layer.atoms * layer.channels * layer.kernel_size**2
-    convolutions = 2 * case.n_steps - 1
-    flops = 2 * codes * layer.channels * layer.kernel_size**2 * convolutions
-    forward = Work(flops, image + weight + codes)
-    backward = Work(2 * flops, 2 * image + 2 * weight + (case.n_steps + 1) * codes)
-    works = {"forward": forward, "backward": backward}
-    works["both"] = Work(*(a + b for a, b in zip(forward, backward, strict=True)))
-    element = torch.empty((), dtype=DTYPES[case.dtype]).element_size()
-    return Work(works[mode].flops, works[mode].bytes * element)
+    total = cost.total(operations, layer, case.batch, itemsize)
+    return Work(total.flops, total.bytes)

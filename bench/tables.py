@@ -149,6 +149,7 @@ def setting_words(row: Row) -> list[str]:
         words.append(f"{row.shape['n_steps']} steps")
     words += ["compiled"] if row.settings.get("compile") else []
     words += [f"impl {row.settings['impl']}"] if row.settings.get("impl", "auto") != "auto" else []
+    words += ["residuals kept"] if row.settings.get("keep_residuals") else []
     words += ["real pictures"] if row.settings.get("input") == "pictures" else []
     return words
 

@@ -1,0 +1,150 @@
+"""The parts of a CSC layer one by one, each with its Triton kernel, its torch twin and its plain mathematics.
+
+    encode              shrink(z + step A'r, step lam)
+    residual            x - A z
+    weight_correlation  step corr(r, z) + corr(r, z) - corr(r, z): three pairs, as the backward pass of two steps has
+    power_iteration     AA'u of one layer's vector
+
+`pointwise` are cuDNN's convolutions with our kernels around them: the Triton path where cuDNN's products win.
+"""
+
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from sdnet.bench.operators import LAYOUTS, Bound, Case, Inputs, Provider
+from sdnet.kernels import reference, spectral, unrolled
+from sdnet.kernels.dispatch import obstacle_to_triton
+
+
+def problem_of(case: Case, inputs: Inputs) -> unrolled.Problem:
+    """The published problem: two steps, non-negative codes."""
+    return unrolled.Problem(
+        step=inputs["step"],
+        lam=inputs["lam"],
+        mu=0.0,
+        n_steps=2,
+        stride=case.geometry["stride"],
+        padding=case.geometry["padding"],
+        nonnegative=True,
+        solver="sdnet",
+        data_term="squared",
+        n_dict=1,
+    )
+
+
+def encode_torch(case: Case, inputs: Inputs) -> Bound:
+    problem, weight = problem_of(case, inputs), inputs["weight"]
+    return Bound(lambda: unrolled.shrink_step(inputs["grad"], inputs["x"], problem.scaled(weight), problem))
+
+
+def encode_reference(case: Case, inputs: Inputs) -> Bound:
+    step, lam = inputs["step"].to(inputs["x"].dtype), inputs["lam"].to(inputs["x"].dtype)
+
+    def run() -> Tensor:
+        v = inputs["grad"] + step * reference.analysis(inputs["x"], inputs["weight"], **case.geometry)
+        return reference.proximal(v, step, lam, 0.0, nonnegative=True)
+
+    return Bound(run)
+
+
+def residual_torch(case: Case, inputs: Inputs) -> Bound:
+    problem = problem_of(case, inputs)
+    return Bound(lambda: unrolled.residual_of(inputs["x"], inputs["grad"], inputs["weight"], problem))
+
+
+def residual_reference(case: Case, inputs: Inputs) -> Bound:
+    size = case.layer.size
+    return Bound(lambda: inputs["x"] - reference.synthesis(inputs["grad"], inputs["weight"], size, **case.geometry))
+
+
+def correlation_torch(case: Case, inputs: Inputs) -> Bound:
+    problem, weight = problem_of(case, inputs), inputs["weight"]
+
+    def run() -> Tensor:
+        first, second, third = (
+            unrolled.weight_correlation(inputs["x"], inputs["grad"], weight, problem) for _ in range(3)
+        )
+        gradient = unrolled.weight_gradient(first.add_(second), third, problem)
+        assert gradient is not None
+        return gradient
+
+    return Bound(run)
+
+
+def correlation_reference(case: Case, inputs: Inputs) -> Bound:
+    weight, step = inputs["weight"], inputs["step"].to(inputs["x"].dtype)
+
+    def correlation() -> Tensor:
+        return conv2d_weight(inputs["x"], weight.shape, inputs["grad"], **case.geometry)
+
+    return Bound(lambda: step * (correlation() + correlation()) - correlation())
+
+
+def power_iteration_torch(case: Case, inputs: Inputs) -> Bound:
+    def run() -> Tensor:
+        vector, eigenvalue = spectral.power_iteration(inputs["weight"], inputs["vector"], **case.geometry)
+        return vector * eigenvalue
+
+    return Bound(run)
+
+
+def power_iteration_reference(case: Case, inputs: Inputs) -> Bound:
+    size, weight = case.layer.size, inputs["weight"]
+    vector = inputs["vector"].to(weight.dtype)
+
+    def run() -> Tensor:
+        codes = reference.analysis(vector, weight, **case.geometry)
+        return reference.synthesis(codes, weight, size, **case.geometry)
+
+    return Bound(run)
+
+
+def by_triton(name: str, path: str) -> Provider:
+    """The kernel for a part, on the path "convolution" (all fused) or "pointwise_path".
+
+    Raises:
+        NotImplementedError: the reason that `sdnet.kernels` gives for not using Triton here.
+    """
+
+    def bind(case: Case, inputs: Inputs) -> Bound:
+        x, weight, codes = inputs["x"], inputs["weight"], inputs["grad"]
+        if obstacle := obstacle_to_triton(x, weight):
+            raise NotImplementedError(f"{obstacle}.")
+        from sdnet.kernels.fused import convolution, correlation, loop, pointwise_path
+
+        problem, step = problem_of(case, inputs), inputs["step"]
+        layer = loop.layer_of(x, weight, problem.stride, problem.padding, LAYOUTS[case.layout])
+        steps = {"convolution": convolution, "pointwise_path": pointwise_path}[path]
+        pairs = [(x, codes, step), (x, codes, step), (x, codes, -1.0)]
+        runs = {
+            "encode": lambda: steps.encode(layer, x, problem, codes)[0],
+            "residual": lambda: steps.residual(layer, x, codes, problem),
+            "weight_correlation": lambda: correlation.weight_correlation(
+                pairs, weight, problem.stride, problem.padding, layer.precision
+            ),
+        }
+        return Bound(runs[name])
+
+    return bind
+
+
+PROVIDERS: dict[str, dict[str, Provider]] = {
+    "encode": {
+        "triton": by_triton("encode", "convolution"),
+        "pointwise": by_triton("encode", "pointwise_path"),
+        "torch": encode_torch,
+        "reference": encode_reference,
+    },
+    "residual": {
+        "triton": by_triton("residual", "convolution"),
+        "pointwise": by_triton("residual", "pointwise_path"),
+        "torch": residual_torch,
+        "reference": residual_reference,
+    },
+    "weight_correlation": {
+        "triton": by_triton("weight_correlation", "convolution"),
+        "torch": correlation_torch,
+        "reference": correlation_reference,
+    },
+    "power_iteration": {"torch": power_iteration_torch, "reference": power_iteration_reference},
+}
