@@ -8,16 +8,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sdnet.train.errors import UserError
+from sdnet.train.errors import DataError, UserError
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
+
+Verify = Literal["header", "full"]  # look at the ends of every picture, or decode it
+BadFiles = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
 class Job:
     """What to run and where: the recipe, and what does not change its numbers.
 
-    `threads` are the decoding threads of each process, 0 for its share of the machine's cores.
+    `threads` are the decoding threads of each process, 0 for its share of the machine's cores; `prefetch` and
+    `hw_decoder_load` are DALI's. `verify`, `bad_files` and `val_labels` are those of `sdnet.train.data.sources`.
     """
 
     recipe: Recipe
@@ -26,6 +30,11 @@ class Job:
     resume: bool
     threads: int
     log_every: int
+    verify: Verify = "header"
+    bad_files: BadFiles = "fail"
+    val_labels: Path | None = None
+    prefetch: int = 2
+    hw_decoder_load: float = 0.65
 
 
 def parse_job(recipes: Mapping[str, Callable[[], Recipe]], default: str, argv: Sequence[str] | None = None) -> Job:
@@ -48,29 +57,44 @@ def parse_job(recipes: Mapping[str, Callable[[], Recipe]], default: str, argv: S
         recipe = replace(recipes[chosen]() if chosen else stored, **changes)
         if differences := recipe.differences(stored):
             raise UserError(f"{resume} cannot be resumed with another recipe; {'; '.join(differences)}.")
-    for name, least in (("threads", 0), ("log_every", 1)):
+    for name, least in (("threads", 0), ("log_every", 1), ("prefetch", 1)):
         if options[name] < least:
             raise UserError(f"{name} is {options[name]}; it must be at least {least}.")
-    return Job(recipe, options["data"], run, resume is not None, options["threads"], options["log_every"])
+    if not 0 <= options["hw_decoder_load"] <= 1:
+        raise UserError(f"hw_decoder_load is {options['hw_decoder_load']}; it must be between 0 and 1.")
+    same = {item.name: options[item.name] for item in fields(Job) if item.name not in ("recipe", "run", "resume")}
+    return Job(recipe=recipe, run=run, resume=resume is not None, **same)
 
 
 def _parser(recipes: Mapping[str, Callable[[], Recipe]], default: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s --data DIR [--recipe NAME] [--out RUN | --resume RUN] [settings]",
-        description="Train on an ImageFolder tree: train/<class>/* and val/<class>/*.\n"
+        description="Train on an image folder (train/<class>/* and val/<class>/*) or another source of pictures.\n"
         f"A recipe gives the settings, options override them; brackets show those of {default}.",
         epilog="recipes:\n" + "\n".join(f"  {name:22} {recipe.__doc__}" for name, recipe in recipes.items()),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=110),
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the ImageFolder tree")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="where the pictures are")
     parser.add_argument("--recipe", choices=recipes, metavar="NAME", help=f"one of those below [{default}]")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--out", type=Path, metavar="RUN", help="folder of a new run [runs/<name>]")
     place.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument(
-        "--threads", type=int, default=0, metavar="INT", help="decoding threads [its share of the cores]"
-    )
     parser.add_argument("--log-every", type=int, default=20, metavar="INT", help="steps between reports [20]")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--verify", choices=get_args(Verify), default="header", help="look at, or decode, each picture [header]"
+    )
+    data.add_argument(
+        "--bad-files", choices=get_args(BadFiles), default="fail", help="what to do with broken ones [fail]"
+    )
+    data.add_argument("--val-labels", type=Path, metavar="FILE", help="ground truth of a flat validation folder")
+    data.add_argument("--threads", type=int, default=0, metavar="INT", help="decoding threads [its share of the cores]")
+    data.add_argument(
+        "--prefetch", type=int, default=2, metavar="INT", help="batches that DALI works on in advance [2]"
+    )
+    data.add_argument(
+        "--hw-decoder-load", type=float, default=0.65, metavar="FLOAT", help="share for the GPU's JPEG unit [0.65]"
+    )
 
     groups: dict[str, Any] = {}
     hints = get_type_hints(Recipe)
@@ -110,4 +134,5 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise SystemExit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
+        said_here = isinstance(error, DataError) or os.environ.get("RANK", "0") == "0"
+        raise SystemExit(f"error: {error}" if said_here else 1) from None

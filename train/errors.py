@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class NonFiniteLossError(UserError):
     """The training loss became infinite or NaN."""
+
+
+class DataError(UserError):
+    """A picture broke during the run: on one process alone, which must say so itself."""

@@ -1,4 +1,4 @@
-"""Train on an ImageFolder tree: `accelerate launch train/imagenet.py --data DIR`."""
+"""Train on ImageNet or any folder of pictures: `accelerate launch train/imagenet.py --data DIR`."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         job = parse_job(RECIPES, "imagenet_sdnet18", argv)
         # Heavy: imported only when there is something to train.
-        from sdnet.train.data.dali import open_image_folder
+        from sdnet.train.data.dali import open_pictures
         from sdnet.train.trainer import Trainer
 
-        Trainer(job, open_image_folder).train()
+        Trainer(job, open_pictures).train()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Recipes: everything that decides the numbers of a training run, as one typed, frozen dataclass.
 
-Functions return them; `RECIPES` names those that the command line offers. `sdnet.train.cli` makes an option of every
-field, so a new field with a `setting(...)` needs nothing else.
+Functions return them; `RECIPES` and `CIFAR_RECIPES` name those that train/imagenet.py and train/cifar.py offer.
+`sdnet.train.cli` makes an option of every field, so a new field with a `setting(...)` needs nothing else.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from sdnet.train.errors import UserError
@@ -41,13 +41,21 @@ class Recipe:
     image_size: int = setting(224, "pictures", "height and width that the model sees, in pixels", 1)
     eval_resize: int = setting(256, "pictures", "shorter side before the centre crop of the evaluation, in pixels", 1)
 
+    crop_padding: int = setting(4, "pictures", "black margin of random crops, in pixels; train/cifar.py only", 0)
+    extras: Literal["none", "trivial", "rand"] = setting(
+        "none", "pictures", "DALI's TrivialAugmentWide or RandAugment after the crop; train/imagenet.py only"
+    )
+    mixup: float = setting(0.0, "pictures", "alpha of Mixup, 0 for none", 0)
+    cutmix: float = setting(0.0, "pictures", "alpha of CutMix, 0 for none", 0)
+
     epochs: int = setting(100, "optimisation", "passes over the training set", 1)
     batch: int = setting(512, "optimisation", "pictures of one step over all processes and accumulated batches", 1)
     accumulate: int = setting(1, "optimisation", "batches whose gradients make one step", 1)
     lr: float = setting(0.1, "optimisation", "learning rate at its highest", 0)
-    schedule: Literal["step", "cosine"] = setting("step", "optimisation", "x gamma at milestones, or cosine to zero")
+    schedule: Literal["step", "cosine"] = setting("step", "optimisation", "x gamma at milestones, or cosine to lr_min")
     milestones: tuple[int, ...] = setting((30, 60, 90), "optimisation", "epochs at which step drops the rate")
     gamma: float = setting(0.1, "optimisation", "the factor of a drop", 0)
+    lr_min: float = setting(0.0, "optimisation", "learning rate at the end of the cosine", 0)
     warmup_epochs: float = setting(0.0, "optimisation", "epochs of linear rise from zero, part of the epochs", 0)
     momentum: float = setting(0.9, "optimisation", "of SGD", 0)
     nesterov: bool = setting(False, "optimisation", "Nesterov's momentum")
@@ -55,6 +63,9 @@ class Recipe:
     label_smoothing: float = setting(0.0, "optimisation", "share of the target spread over all classes", 0)
 
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "execution", "autocast type; fp16 needs a GPU")
+    input_dtype: Literal["fp32", "fp16", "bf16"] = setting(
+        "fp32", "execution", "type of the pictures that the loader gives; fp16 and bf16 need that mixed precision"
+    )
     channels_last: bool = setting(False, "execution", "NHWC memory format")
     compile: bool = setting(False, "execution", "torch.compile the model")
     seed: int = setting(0, "execution", "of weights, order and augmentation", 0)
@@ -67,6 +78,8 @@ class Recipe:
                 raise UserError(f"{item.name} is {value}; it must be a finite number of at least {least}.")
         if self.eval_resize < self.image_size:
             raise UserError(f"eval_resize is {self.eval_resize}, less than image_size, {self.image_size}.")
+        if self.input_dtype not in ("fp32", self.mixed_precision):
+            raise UserError(f"input_dtype {self.input_dtype} needs mixed_precision {self.input_dtype}.")
 
     def local_batch(self, processes: int) -> int:
         """Pictures of one batch of one process.
@@ -142,4 +155,40 @@ def demo() -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe
     for recipe in (imagenet_sdnet18, imagenet_sdnet18_all, imagenet_sdnet34, imagenet_resnet18, demo)
+}
+
+
+def cifar_sdnet18() -> Recipe:
+    """SDNet-18 on CIFAR-10 or CIFAR-100 with the official settings."""
+    return Recipe(
+        name="cifar_sdnet18",
+        stem="cifar",
+        image_size=32,
+        eval_resize=32,
+        epochs=220,
+        batch=128,
+        schedule="cosine",
+        lr_min=1e-6,
+        nesterov=True,
+        weight_decay=5e-4,
+    )
+
+
+def cifar_sdnet18_all() -> Recipe:
+    """SDNet-18 with CSC layers throughout on CIFAR, official settings."""
+    return replace(cifar_sdnet18(), name="cifar_sdnet18_all", model="sdnet18_all")
+
+
+def cifar_sdnet34() -> Recipe:
+    """SDNet-34 on CIFAR with the official settings."""
+    return replace(cifar_sdnet18(), name="cifar_sdnet34", model="sdnet34")
+
+
+def cifar_resnet18() -> Recipe:
+    """ResNet-18 on CIFAR under the same protocol: the yardstick."""
+    return replace(cifar_sdnet18(), name="cifar_resnet18", model="resnet18")
+
+
+CIFAR_RECIPES: dict[str, Callable[[], Recipe]] = {
+    recipe.__name__: recipe for recipe in (cifar_sdnet18, cifar_sdnet18_all, cifar_sdnet34, cifar_resnet18)
 }

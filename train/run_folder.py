@@ -5,12 +5,14 @@ environment.json   versions, commit, devices, data and command line, one entry p
 metrics.jsonl      one line per epoch: epoch, step, loss, rate, val top-1 and top-5, images/s, data wait
 curve.png          loss and accuracy over the epochs
 tensorboard/       the same, and the training loss within epochs
+left_out.tsv       files of the data that are not used, and why
 best.safetensors   weights of the epoch with the highest val top-1
 last.safetensors   weights of the last checkpoint
 last.pt            all that a resume needs, in one file (see sdnet.train.checkpoint)
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,15 @@ class RunFolder:
         """Note under what a start or resume of the run happened."""
         starts = json.loads(self.environment_file.read_text()) if self.environment_file.exists() else []
         _write_json(self.environment_file, [*starts, environment])
+
+    def note_left_out(self, files: Sequence[tuple[str, str]]) -> None:
+        """Write which files of the data are not used, and why."""
+        path = self.path / "left_out.tsv"
+        text = "".join(f"{file}\t{reason}\n" for file, reason in files)
+        if files:
+            write_atomically(path, lambda temporary: temporary.write_text(text, errors="surrogateescape"))
+        else:
+            path.unlink(missing_ok=True)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are whole."""

@@ -11,7 +11,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     With e = step / steps_per_epoch, W warm-up epochs and E epochs in all:
         warm-up, e < W:  lr (step + 1) / (W steps_per_epoch)
         "step":          lr gamma^(number of milestones <= e)
-        "cosine":        lr (1 + cos(pi (e - W) / (E - W))) / 2
+        "cosine":        lr_min + (lr - lr_min) (1 + cos(pi (e - W) / (E - W))) / 2
     """
     epoch = step / steps_per_epoch
     if epoch < recipe.warmup_epochs:
@@ -19,4 +19,4 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     if recipe.schedule == "step":
         return recipe.lr * recipe.gamma ** sum(epoch >= milestone for milestone in recipe.milestones)
     progress = (epoch - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
-    return recipe.lr * (1 + math.cos(math.pi * progress)) / 2
+    return recipe.lr_min + (recipe.lr - recipe.lr_min) * (1 + math.cos(math.pi * progress)) / 2

@@ -44,7 +44,10 @@ class Trainer:
         self.job, self.run, recipe = job, job.run, job.recipe
         self.accelerator = make_accelerator(recipe, job.run)
         shard = Shard(self.accelerator.process_index, self.accelerator.num_processes)
-        self.data = open_data(job, shard, self.accelerator.device)
+        with self.accelerator.local_main_process_first():  # the others find what it has found out about the files
+            self.data = open_data(job, shard, self.accelerator.device)
+        if len(set(gather_object([self.data.digest]))) > 1:
+            raise UserError("The processes do not see the same training pictures.")
         self.steps_per_epoch = len(self.data.train) // recipe.accumulate
         if not self.steps_per_epoch:
             raise UserError(f"The training set is smaller than one batch of {recipe.batch}.")
@@ -184,6 +187,7 @@ class Trainer:
             if not self.job.resume:
                 self.run.create(self.job.recipe)
             self.run.keep_metrics(self.epoch)
+            self.run.note_left_out(self.data.left_out)
             self.run.add_environment(describe_environment(self.accelerator.device, self.accelerator.num_processes))
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
 

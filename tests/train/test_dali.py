@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sdnet.train.data.dali import MEAN, STD, DaliLoader
+from sdnet.train.data.dali import DaliLoader
 from sdnet.train.data.folder import ImageSet, read_image_folder
 from sdnet.train.data.loader import Shard
+from sdnet.train.data.pipeline import MEAN, STD
 from sdnet.train.errors import UserError
 
 

@@ -14,7 +14,7 @@ import sdnet
 from sdnet.train import trainer as trainer_module
 from sdnet.train.checkpoint import Checkpoint
 from sdnet.train.cli import Job
-from sdnet.train.data.dali import DaliLoader, open_image_folder
+from sdnet.train.data.dali import DaliLoader, open_pictures
 from sdnet.train.data.folder import read_image_folder
 from sdnet.train.errors import NonFiniteLossError, UserError
 from sdnet.train.metrics import evaluate
@@ -45,7 +45,7 @@ def whole(data, tmp_path_factory) -> Path:
 
 def trainer(data: Path, run: Path, recipe: Recipe = SMALL, resume: bool = False) -> Trainer:
     job = Job(recipe, data, RunFolder(run), resume, threads=1, log_every=2)
-    return Trainer(job, open_image_folder)
+    return Trainer(job, open_pictures)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
+from sdnet.train.data.span import Span
 from sdnet.train.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -16,7 +18,7 @@ class ImageSet:
     """The pictures of one split in a fixed order: classes sorted by name, files sorted within a class.
 
     `files` are relative to `root`; `labels[i]` is the index of the class of `files[i]` in `classes`;
-    `ignored` is what else lies in class folders: hidden files, folders, other extensions.
+    `ignored` is what else lies there: hidden files and folders, nested folders, loose files, other extensions.
     """
 
     root: Path
@@ -35,16 +37,30 @@ class ImageSet:
             digest.update(f"\0{file}\0{label}".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
+    def where(self, index: int) -> Span:
+        """Where the bytes of a picture lie."""
+        return Span(self.root / self.files[index])
+
+    def paths(self) -> Iterable[Path]:
+        """The files on disk whose change would change the pictures."""
+        return (self.root / file for file in self.files)
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """Some of the pictures, in the order of `indices`; the classes stay."""
+        files, labels = [self.files[index] for index in indices], [self.labels[index] for index in indices]
+        return replace(self, files=files, labels=labels)
+
 
 def read_image_folder(root: Path) -> tuple[ImageSet, ImageSet]:
-    """The training and validation set under `root`.
+    """The training and validation set under `root`; where there is no val, test is taken.
 
     Raises:
         UserError: a folder is missing, there are no classes, a class has no picture, or the two class sets differ.
     """
     if not root.is_dir():
         raise UserError(f"The data folder {root} does not exist.")
-    train, val = _read_split(root / "train"), _read_split(root / "val")
+    held_out = root / ("test" if (root / "test").is_dir() and not (root / "val").is_dir() else "val")
+    train, val = read_split(root / "train"), read_split(held_out)
     if train.classes != val.classes:
         differences = [
             f"only in {split}: {_shorten(sorted(set(ours) - set(theirs)))}"
@@ -55,15 +71,17 @@ def read_image_folder(root: Path) -> tuple[ImageSet, ImageSet]:
     return train, val
 
 
-def _read_split(root: Path) -> ImageSet:
+def read_split(root: Path) -> ImageSet:
+    """The pictures of `root`/<class>/*; errors as in `read_image_folder`."""
     if not root.is_dir():
         raise UserError(f"There is no folder {root}: an ImageFolder tree holds train/<class>/ and val/<class>/.")
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
+    found = sorted(os.scandir(root), key=lambda entry: entry.name)
+    classes = tuple(entry.name for entry in found if entry.is_dir() and entry.name[0] != ".")
     if not classes:
         raise UserError(f"The folder {root} has no class folders: pictures belong in {root.name}/<class>/.")
     files: list[str] = []
     labels: list[int] = []
-    ignored: list[str] = []
+    ignored = [entry.name for entry in found if entry.name not in classes]
     for label, name in enumerate(classes):
         entries = sorted(os.scandir(root / name), key=lambda entry: entry.name)
         pictures = [entry.name for entry in entries if _is_picture(entry)]

@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Shard:
 
 
 class Loader(Protocol):
-    """Batches of one rank: images [B, 3, S, S] fp32, normalised, and labels [B] int64, on the loader's device.
+    """Batches of one rank: images [B, 3, S, S], normalised, fp32 or as asked for, and labels [B] int64, or targets
+    [B, classes] fp32 where pictures are mixed; on the loader's device.
 
     A batch is a pure function of (seed, epoch, rank, step): a loader rebuilt with the same arguments and
     `set_epoch` gives the same batches, and `load_state` resumes in the midst of an epoch.
@@ -35,11 +39,15 @@ class Loader(Protocol):
         ...
 
     def state(self) -> Tensor:
-        """The position within the epoch as bytes [K] uint8; empty before the first batch."""
+        """The place within the epoch as bytes [K] uint8."""
         ...
 
     def load_state(self, state: Tensor) -> None:
-        """Let the next iteration of the chosen epoch start where `state` was taken."""
+        """Let the next iteration of the chosen epoch start where `state` was taken.
+
+        Raises:
+            UserError: it was taken with another batch, number of ranks, seed, epoch or list of pictures.
+        """
         ...
 
     def close(self) -> None:
@@ -52,7 +60,7 @@ class Data:
     """What a run trains on and is judged by.
 
     `val_size` is the number of validation pictures over all ranks; `digest` fingerprints the training set; `notes` are
-    sentences that the user should read before the training.
+    sentences that the user should read before the training; `left_out` are (file, reason) of what is not used.
     """
 
     train: Loader
@@ -61,3 +69,4 @@ class Data:
     classes: tuple[str, ...]
     digest: str
     notes: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
