@@ -1,0 +1,21 @@
+"""Train on CIFAR or other small pictures: `accelerate launch train/cifar.py --data DIR`."""
+
+from collections.abc import Sequence
+
+from sdnet.train.cli import parse_job, user_errors
+from sdnet.train.recipes import CIFAR_RECIPES
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run the job; `--help` lists recipes and options."""
+    with user_errors():
+        job = parse_job(CIFAR_RECIPES, "cifar_sdnet18", argv)
+        # Heavy: imported only when there is something to train.
+        from sdnet.train.data.cifar import open_small_pictures
+        from sdnet.train.trainer import Trainer
+
+        Trainer(job, open_small_pictures).train()
+
+
+if __name__ == "__main__":
+    main()
