@@ -56,8 +56,8 @@ def largest_eigenvalue(
     vector: Tensor,
     stride: Pair,
     padding: Pair,
-    tolerance: float = 1e-6,
-    subspace: int = 12,
+    tolerance: float = 1e-5,
+    subspace: int = 16,
     max_restarts: int = 100,
 ) -> tuple[Tensor, Tensor]:
     """The largest eigenvalue of A'A, 0-d, and its unit vector [1, C, H, W], from a vector to start from; fp32.

@@ -69,19 +69,8 @@ class CSCConv2d(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        for name, count in {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "n_steps": n_steps,
-            "n_dict": n_dict,
-        }.items():
-            if count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1.")
-        if not 0 <= mu < float("inf"):
-            raise ValueError(f"mu is {mu}; it must be a finite number of at least 0.")
-        _check_choice("solver", solver, get_args(Solver))
-        _check_choice("data_term", data_term, get_args(DataTerm))
-        _check_choice("impl", impl, IMPLEMENTATIONS)
+        _check_at_least_one(in_channels=in_channels, out_channels=out_channels)
+        check_coding(lam, mu, n_steps, solver, data_term, n_dict, impl)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride = _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1)
         half = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
@@ -162,7 +151,7 @@ class CSCConv2d(nn.Module):
     def lam(self, value: float | Tensor) -> None:
         lam = torch.as_tensor(value, dtype=torch.float32, device=self._lam.device).detach()
         if not lam.is_meta and not bool(((lam >= 0) & lam.isfinite()).all()):
-            raise ValueError(f"lam is {value}; it must be finite and at least 0.")
+            raise ValueError(f"lam is {value}; it must be a finite number of at least 0.")
         if lam.ndim and lam.numel() != lam.shape[0]:
             raise ValueError(
                 f"lam has shape {list(lam.shape)}; it must be a number or one per sample, [N] or [N, 1, 1, 1]."
@@ -189,9 +178,9 @@ class CSCConv2d(nn.Module):
         self.step.copy_(spectral.step_size(eigenvalue))
 
     @torch.no_grad()
-    def converge_vector(self) -> Tensor:
-        """Runs the power iteration to convergence; returns the largest eigenvalue of A'A, 0-d, leaves the step."""
-        vector, eigenvalue = spectral.largest_eigenvalue(self.weight, self.vector, self.stride, self.padding)
+    def converge_vector(self, tolerance: float = 1e-5) -> Tensor:
+        """Converges the vector; returns the largest eigenvalue of A'A, 0-d, some `tolerance` below; leaves the step."""
+        vector, eigenvalue = spectral.largest_eigenvalue(self.weight, self.vector, self.stride, self.padding, tolerance)
         self.vector.copy_(vector)
         return eigenvalue
 
@@ -227,6 +216,23 @@ def _pair(name: str, value: int | Pair, least: int) -> Pair:
     if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
         raise ValueError(f"{name} is {value}; it must be an int or a pair of ints of at least {least}.")
     return pair[0], pair[1]
+
+
+def check_coding(lam: float, mu: float, n_steps: int, solver: str, data_term: str, n_dict: int, impl: str) -> None:
+    """Raises a ValueError that names the first of these options of a `CSCConv2d` that it does not take."""
+    for name, weight in {"lam": lam, "mu": mu}.items():
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"{name} is {weight}; it must be a finite number of at least 0.")
+    _check_at_least_one(n_steps=n_steps, n_dict=n_dict)
+    _check_choice("solver", solver, get_args(Solver))
+    _check_choice("data_term", data_term, get_args(DataTerm))
+    _check_choice("impl", impl, IMPLEMENTATIONS)
+
+
+def _check_at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1.")
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdnet.kernels.reference import DataTerm, Pair, Solver, codes_size
-from sdnet.layers import CSCConv2d
+from sdnet.layers import CSCConv2d, check_coding
 
 Stem = Literal["imagenet", "cifar"]
 Convolution = Callable[..., nn.Module]
@@ -88,6 +88,7 @@ def create_model(
     if min(size) < 1:
         raise ValueError(f"image_size is {image_size}; it must be at least 1.")
 
+    check_coding(lam, mu, n_steps, solver, data_term, n_dict, impl)
     options = {
         "n_steps": n_steps,
         "lam": lam,

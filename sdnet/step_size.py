@@ -59,9 +59,9 @@ def refresh_step_size(model: nn.Module, image_size: int | Pair | None = None) ->
 
 @torch.no_grad()
 def converge_vectors(model: nn.Module) -> None:
-    """Converges the power iteration of every CSC layer and leaves the step sizes as they are."""
+    """Brings the vector of every CSC layer to where warm iterations can start; leaves the step sizes."""
     for layer in csc_layers(model).values():
-        layer.converge_vector()
+        layer.converge_vector(tolerance=1e-3)
 
 
 @torch.no_grad()

@@ -200,8 +200,8 @@ def test_adaptive_lambda_scales_with_the_number_of_pixels_per_code(kernel_size: 
         ({"out_channels": -1}, "out_channels is -1; it must be at least 1"),
         ({"n_steps": 0}, "n_steps is 0; it must be at least 1"),
         ({"n_dict": 0}, "n_dict is 0; it must be at least 1"),
-        ({"lam": -0.1}, "lam is -0.1; it must be finite and at least 0"),
-        ({"lam": float("inf")}, "lam is inf; it must be finite"),
+        ({"lam": -0.1}, "lam is -0.1; it must be a finite number of at least 0"),
+        ({"lam": float("inf")}, "lam is inf; it must be a finite number"),
         ({"mu": -0.1}, "mu is -0.1; it must be a finite number of at least 0"),
         ({"solver": "lista"}, "solver is 'lista'; it must be one of ista, fista, sdnet"),
         ({"data_term": "huber"}, "data_term is 'huber'; it must be one of squared, norm"),
@@ -222,8 +222,8 @@ def test_bad_options_get_one_sentence(options: dict[str, Any], sentence: str) ->
 @pytest.mark.parametrize(
     ("lam", "sentence"),
     [
-        (-1.0, "lam is -1.0; it must be finite and at least 0"),
-        (torch.tensor([0.1, float("nan")]), "it must be finite and at least 0"),
+        (-1.0, "lam is -1.0; it must be a finite number of at least 0"),
+        (torch.tensor([0.1, float("nan")]), "it must be a finite number of at least 0"),
         (torch.ones(2, 8), r"lam has shape \[2, 8\]; it must be a number or one per sample"),
     ],
     ids=["negative", "nan", "per channel"],

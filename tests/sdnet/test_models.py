@@ -118,6 +118,7 @@ def test_no_relu_follows_the_codes_of_a_block_without_shortcut() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
+        ("resnet18", {"lam": -0.1}, "lam is -0.1; it must be a finite number of at least 0"),
         ("sdnet50", {}, "name is 'sdnet50'; it must be one of resnet18, .*, sdnet34_all"),
         ("sdnet18", {"stem": "patch"}, "stem is 'patch'; it must be one of imagenet, cifar"),
         ("sdnet18", {"num_classes": 0}, "num_classes is 0; it must be at least 1"),

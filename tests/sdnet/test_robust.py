@@ -59,8 +59,8 @@ def test_lambda_is_no_part_of_the_state_dict(model: nn.Sequential) -> None:
     ("lam", "layers", "sentence"),
     [
         (0.1, "last", "layers is 'last'; it must be one of all, first"),
-        (-0.1, "all", "lam is -0.1; it must be finite and at least 0"),
-        (torch.tensor([0.1, -0.1]), "all", "it must be finite and at least 0"),
+        (-0.1, "all", "lam is -0.1; it must be a finite number of at least 0"),
+        (torch.tensor([0.1, -0.1]), "all", "it must be a finite number of at least 0"),
     ],
     ids=["layers", "negative", "one negative"],
 )
