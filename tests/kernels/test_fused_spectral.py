@@ -1,0 +1,119 @@
+"""All layers' power iterations at once, against those of one layer at a time in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdnet.kernels import upkeep
+from sdnet.kernels.fused import spectral as fused
+from sdnet.kernels.reference import Pair
+from sdnet.kernels.spectral import seeded_vector
+from sdnet.kernels.upkeep import Dictionary
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# (weight's shape, the image's size, stride, padding, whether channels lie last)
+SHAPES: dict[str, tuple[tuple[int, int, int, int], Pair, Pair, Pair, bool]] = {
+    "picture": ((20, 3, 7, 7), (11, 12), (2, 2), (3, 3), False),
+    "square": ((18, 17, 3, 3), (9, 8), (1, 1), (1, 1), True),
+    "strided": ((33, 18, 3, 3), (7, 10), (2, 1), (1, 1), False),
+    "sparse": ((5, 70, 1, 2), (5, 4), (3, 2), (0, 1), True),
+    "one": ((1, 1, 1, 1), (1, 1), (1, 1), (0, 0), False),
+}
+
+
+def dictionary_of(name: str) -> Dictionary:
+    shape, size, stride, padding, last = SHAPES[name]
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weight = weight.contiguous(memory_format=torch.channels_last) if last else weight
+    vector = seeded_vector((1, shape[1], *size)).to(DEVICE)
+    return Dictionary(weight, vector, torch.full((), torch.nan, device=DEVICE), stride, padding)
+
+
+def wanted(dictionary: Dictionary, iterations: int) -> Dictionary:
+    """A copy after the same work in fp64."""
+    weight, vector, step, *rest = dictionary
+    copy = Dictionary(weight.double(), vector.double(), step.double(), *rest)
+    # One layer at a time, with PyTorch's own operators, whose arithmetic follows the tensors' type but for the
+    # power iteration's deliberate fp32: that is repeated here.
+    copy.weight.div_(torch.linalg.vector_norm(copy.weight, dim=(1, 2, 3), keepdim=True))
+    for _ in range(iterations):
+        codes = torch.nn.functional.conv2d(copy.vector, copy.weight, None, copy.stride, copy.padding)
+        image = torch.autograd.functional.vjp(
+            lambda x: torch.nn.functional.conv2d(x, copy.weight, None, copy.stride, copy.padding), copy.vector, codes
+        )[1]
+        assert isinstance(image, Tensor)
+        copy.vector.copy_(image / image.norm())
+        copy.step.copy_(0.9 / image.norm())
+    return copy
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("implementation", ["fused", "torch"])
+def test_every_layer_follows(implementation: str, iterations: int) -> None:
+    dictionaries = [dictionary_of(name) for name in SHAPES]
+    expected = [wanted(dictionary, iterations) for dictionary in dictionaries]
+    if implementation == "fused":
+        fused.follow(dictionaries, iterations, "ieee")
+    else:
+        for dictionary in dictionaries:
+            upkeep.follow_one(dictionary, iterations)
+    for actual, right in zip(dictionaries, expected, strict=True):
+        assert error(actual.weight, right.weight) <= 2e-6
+        assert error(actual.vector, right.vector) <= 2e-6
+        assert error(actual.step, right.step) <= 2e-6
+
+
+def test_the_door_takes_what_the_device_allows() -> None:
+    dictionaries = [dictionary_of(name) for name in SHAPES]
+    expected = [wanted(dictionary, 1) for dictionary in dictionaries]
+    assert [upkeep.fits(dictionary) for dictionary in dictionaries] == [DEVICE == "cuda"] * len(SHAPES)
+    upkeep.follow(dictionaries)
+    tolerance = 2e-3 if DEVICE == "cuda" else 2e-6
+    assert all(error(a.step, e.step) <= tolerance for a, e in zip(dictionaries, expected, strict=True))
+
+
+def test_nothing_is_hidden_and_nothing_divided_by_zero() -> None:
+    zeros, broken = dictionary_of("square"), dictionary_of("strided")
+    zeros.weight.zero_()
+    broken.weight[0, 0, 0, 0] = torch.nan
+    fused.follow([zeros, broken])
+    assert not zeros.weight.any()
+    assert not zeros.vector.any()
+    assert zeros.step.isfinite()
+    assert broken.step.isnan()
+
+
+def test_a_plan_is_made_once_for_the_same_tensors() -> None:
+    dictionaries = [dictionary_of("one"), dictionary_of("sparse")]
+    fused.plan_of.cache_clear()
+    for _ in range(3):
+        fused.follow(dictionaries)
+    assert fused.plan_of.cache_info().misses == 1
+    moved = dictionaries[0]._replace(vector=dictionaries[0].vector.clone())
+    fused.follow([moved, dictionaries[1]])
+    assert fused.plan_of.cache_info().misses == 2
+
+
+def test_launches_do_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int]) -> "Noted":
+            assert grid[0] > 0
+            return self
+
+        def __call__(self, *_: object, **__: object) -> None:
+            launched.append(self.name)
+
+    for name in ("project", "analysis", "synthesis", "finish"):
+        monkeypatch.setattr(fused, f"{name}_kernel", Noted(name))
+    fused.follow([dictionary_of(name) for name in SHAPES])
+    assert launched == ["project", "analysis", "synthesis", "synthesis", "finish"]
