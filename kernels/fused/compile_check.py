@@ -186,14 +186,14 @@ def alone(job: Job, context: multiprocessing.context.SpawnContext) -> Report:
 
 
 def table(reports: list[Report]) -> str:
-    """The reports in Markdown."""
+    """The reports of one module and architecture in Markdown."""
     lines = [
-        "| module | case | sm | warps | stages | registers | shared KB | programs / SM | instructions | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| case | warps | stages | registers | shared KB | programs / SM | instructions | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in reports:
+        cells = (r.name, r.warps, r.stages, r.registers, f"{r.shared / 1024:.0f}", r.occupancy)
         instructions = ", ".join(r.instructions) or "-"
-        cells = (r.module, r.name, r.arch, r.warps, r.stages, r.registers, f"{r.shared / 1024:.0f}", r.occupancy)
         lines.append(f"| {' | '.join(map(str, cells))} | {instructions} | {'; '.join(r.faults) or 'ok'} |")
     return "\n".join(lines)
 
@@ -201,13 +201,17 @@ def table(reports: list[Report]) -> str:
 def document(reports: list[Report]) -> str:
     """The committed page."""
     failed = sum(bool(r.faults) for r in reports)
-    return (
-        "# What the kernels compile to\n\n"
+    parts = [
+        "# What the kernels compile to",
         "Written by `python -m sdnet.kernels.fused.compile_check --out docs/kernels.md` with Triton "
         f"{triton.__version__}: {len(reports)} compilations, {failed} with faults. No GPU took part: this shows lean "
-        "code, not speed.\n\n"
-        f"{table(reports)}\n"
-    )
+        "code, not speed. A fault is a kernel without tensor-core instructions where it multiplies matrices, a spilled "
+        "register, shared memory that does not fit, or wgmma that ptxas serialises.",
+    ]
+    for module, arch in sorted({(r.module, r.arch) for r in reports}):
+        parts.append(f"## {module}, sm_{arch}")
+        parts.append(table([r for r in reports if (r.module, r.arch) == (module, arch)]))
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:

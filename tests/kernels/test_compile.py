@@ -106,5 +106,6 @@ def test_page_shows_each_report() -> None:
     report = Report("module", "a case", 90, 4, 3, 128, 0, 96 * 1024, 2, ["wgmma.mma_async"])
     page = compile_check.document([report, replace(report, faults=["spills 8 bytes"])])
     assert "2 compilations, 1 with faults" in page
-    assert "| module | a case | 90 | 4 | 3 | 128 | 96 | 2 | wgmma.mma_async | ok |" in page
+    assert "## module, sm_90" in page
+    assert "| a case | 4 | 3 | 128 | 96 | 2 | wgmma.mma_async | ok |" in page
     assert "| spills 8 bytes |" in page
