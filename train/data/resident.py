@@ -63,18 +63,24 @@ class ResidentLoader:
         self.batch, self.augment, self.mixing = batch, augment, mixing
         self.shard, self.device = shard or Shard(), torch.device(device)
         self.seed, self.epoch, self.dtype, self._digest = seed, 0, dtype, digest
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.total, world = len(images), self.shard.world
         if self.total < world:
             raise UserError(f"{name} has {self.total} pictures, fewer than the {world} processes.")
         self._margin = padding if augment else 0
-        self.height, self.width = images.shape[2:]
+        # Pictures lie in memory as batches will, CHW or HWC: a crop then moves whole rows and needs no transpose.
+        self._last = channels_last
+        _, _, height, width = images.shape
         padded = F.pad(torch.from_numpy(images), (self._margin,) * 4).to(self.device)
-        # A view of every crop there is: [N, 3, 2 margin + 1, 2 margin + 1, H, W].
-        self._crops = padded.unfold(2, self.height, 1).unfold(3, self.width, 1)
+        if channels_last:
+            padded = padded.contiguous(memory_format=torch.channels_last)
+        # A view of every crop there is: [N, 2 margin + 1, 2 margin + 1, C, H, W], or [..., H, W, C].
+        crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+        self._crops = crops.permute(0, 2, 3, 4, 5, 1) if channels_last else crops.permute(0, 2, 3, 1, 4, 5)
         self._labels = torch.from_numpy(labels).long().to(self.device)
-        self._mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)
-        self._scale = 1 / torch.tensor(STD, device=self.device).view(3, 1, 1)
+        # As large as a picture, which is ten times faster on a CPU than a broadcast along short rows.
+        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))
+        self._mean = self._as_stored(mean.expand(3, height, width))
+        self._scale = self._as_stored((1 / std).expand(3, height, width))
         largest = -(-self.total // world)
         self._steps = self.total // (batch * world) if augment else -(-largest // batch)
         self._step = 0
@@ -86,11 +92,12 @@ class ResidentLoader:
         batches = self._plan()
         for step in range(self._step, len(batches)):
             index, top, left, flip = batches[step]
-            images = self._crops[index, :, top, left]
+            images = self._crops[index, top, left]
             if self.augment:
-                images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
-            images = images.to(torch.float32, memory_format=self.format).sub_(self._mean).mul_(self._scale)
-            images, labels = images.to(self.dtype), self._labels[index]
+                images = torch.where(flip.bool()[:, None, None, None], images.flip(2 if self._last else 3), images)
+            images = images.to(torch.float32).sub_(self._mean).mul_(self._scale).to(self.dtype)
+            images = images.permute(0, 3, 1, 2) if self._last else images
+            labels = self._labels[index]
             if self.mixing:
                 generator = np.random.default_rng((self.seed, self.epoch, self.shard.rank, step))
                 images, labels = self.mixing(images, labels, generator)
@@ -128,6 +135,10 @@ class ResidentLoader:
             "epoch": self.epoch,
             "pictures": self._digest,
         }
+
+    def _as_stored(self, values: Tensor) -> Tensor:
+        """[3, H, W] in the order of the pictures in memory."""
+        return values.permute(1, 2, 0).contiguous() if self._last else values.contiguous()
 
     def _plan(self) -> list[Tensor]:
         """For each step of this rank [4, B] int64 on the device: picture, top, left, and whether it is flipped."""

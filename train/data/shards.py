@@ -1,9 +1,12 @@
 """Tar shards in the WebDataset layout: `train-*.tar` and `val-*.tar`, each with an index `.idx` beside it.
 
 A sample is a picture and its label, `<key>.jpg` and `<key>.cls` (an integer in ASCII). The index says where they lie
-(DALI's wds2idx format, v1.2), so pictures are read in any order, as from a folder. `sdnet.train.prepare` writes such
-shards, with a manifest; there a key is `<class>/<number>` and labels need no reading. Shards of other origin need no
-manifest, and an index that is missing is made by walking through the tar.
+(DALI's wds2idx format, v1.2), so pictures are read in any order, as from a folder.
+
+`sdnet.train.prepare` writes such shards, with a manifest. There a key is `<class>/<number>`, so that labels need no
+reading, and pictures are taken in the order of their numbers, that of their source: a folder and the shards made from it
+give the same batches. Shards of other origin need no manifest, and an index that is missing is made by walking through
+the tar.
 """
 
 import json
@@ -140,7 +143,7 @@ def _read_split(root: Path, names: Sequence[str], classes: tuple[str, ...] | Non
             places.append((tar, offset, size))
     if not files:
         raise UserError(f"The shards {names[0]} ... in {root} hold no pictures.")
-    return TarSet(
+    split = TarSet(
         root,
         classes or (),
         files,
@@ -148,6 +151,9 @@ def _read_split(root: Path, names: Sequence[str], classes: tuple[str, ...] | Non
         tars=tuple(root / name for name in names),
         places=np.array(places, dtype=np.int64),
     )
+    if classes is None:
+        return split
+    return split.select(sorted(range(len(files)), key=lambda place: files[place].rsplit("/", 1)[-1]))
 
 
 def _samples(path: Path) -> Iterator[tuple[tuple[str, int, int], tuple[str, int, int]]]:
