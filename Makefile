@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test demo
+.PHONY: help setup lint types test demo bench gpu-check
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -11,7 +11,7 @@ PYTHON :=
 PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## make .venv and install SDNet with everything the other verbs need
 	@echo "Ready: $$($(BIN)/python -c 'import platform, torch; \
@@ -52,3 +52,15 @@ demo: $(READY) ## train SDNet-18 on photographs that the installation brings (mi
 	rm -rf runs/demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	  train/imagenet.py --recipe demo --data demo/data --out runs/demo
+
+bench gpu-check: OUT ?= runs/$@
+bench: $(READY) ## what this machine can do, in five minutes: operators, training, loaders; into OUT=runs/bench
+	$(BIN)/python -m sdnet.train.demo_data $(OUT)/data
+	$(BIN)/python -m sdnet.bench kernels --operator csc --limit 3 --budget 90 --out $(OUT)
+	$(BIN)/python -m sdnet.bench train --seconds 45 --budget 30 --out $(OUT)
+	$(BIN)/python -m sdnet.bench load --data $(OUT)/data --image-size 64 --out $(OUT)
+	$(BIN)/python -m sdnet.bench profile --image-size 64 --batch 32 --traces $(OUT) --out $(OUT)
+	$(BIN)/python -m sdnet.bench report --results $(OUT) --whole $(OUT)/report.md
+
+gpu-check: $(READY) ## on a GPU, within ten minutes: its tests, operators and training; into OUT=runs/gpu-check
+	$(BIN)/python -m sdnet.bench gpu-check --out $(OUT)

@@ -7,15 +7,15 @@ in turns. A wrong answer is not timed: its row says refused, and the exit status
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._functorch import config as compiled_backward
 
-from sdnet.bench import accuracy, environment, step_operators, timing
+from sdnet.bench import accuracy, step_operators, timing
 from sdnet.bench.ceilings import Ceilings, measure_ceilings
-from sdnet.bench.ledger import RESULTS, Ledger, refused
+from sdnet.bench.common_options import add_common_options, open_ledger
+from sdnet.bench.ledger import Ledger, refused
 from sdnet.bench.operators import (
     CSC,
     DTYPES,
@@ -54,18 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", nargs="+", choices=("forward", "backward", "both"), help="default all")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default bf16, on a CPU fp32")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both, on a CPU contiguous")
-    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument("--seconds", type=float, help="of timing per shape and mode, all providers together")
     parser.add_argument(
         "--budget", type=float, help="seconds after which the remaining shapes are skipped, and said so"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"the ledger's folder; default {RESULTS}")
+    add_common_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure what the options ask for; 1 if an answer was wrong, else 0."""
-    device = environment.choose_device(options.device)
-    ledger = Ledger(options.out, "kernels", environment.describe(device))
+    device, ledger = open_ledger(options, "kernels")
     if device.type == "cpu":
         print("No GPU: torch's providers on the CPU. These times say nothing about a GPU.")
     deadline = time.perf_counter() + (float("inf") if options.budget is None else options.budget)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from sdnet.bench import environment
-from sdnet.bench.ledger import RESULTS, Ledger, read
+from sdnet.bench.common_options import add_common_options, open_ledger
+from sdnet.bench.ledger import read
 from sdnet.bench.tables import feeding_lines, loading_table
 from sdnet.bench.timing import percentiles
 from sdnet.train.data.folder import ImageSet, read_image_folder
@@ -84,14 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=int, default=1024, help="least size of an epoch: a folder repeats; default 1024"
     )
     parser.add_argument("--rounds", type=int, default=3, help="epochs of each loader; default 3")
-    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"the ledger's folder; default {RESULTS}")
+    add_common_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure every loader with every number of threads."""
-    device = environment.choose_device(options.device)
-    ledger = Ledger(options.out, "load", environment.describe(device))
+    device, ledger = open_ledger(options, "load")
     images = repeated(read_image_folder(options.data)[0], max(options.images, 2 * options.batch))
     print(f"Epochs of {len(images)} pictures.")
     loads = [

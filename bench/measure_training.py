@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from sdnet.bench import environment
-from sdnet.bench.ledger import RESULTS, Ledger, refused
+from sdnet.bench.common_options import add_common_options, open_ledger
+from sdnet.bench.ledger import Ledger, refused
 from sdnet.bench.operators import DTYPES, LAYOUTS
 from sdnet.bench.participants import OFFICIAL, Batches, Participant, Setting, noise, pictures, stem_for
 from sdnet.bench.tables import training_table
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, nargs="+", help="pixels; default 224 and 32, on a CPU 32")
     parser.add_argument("--batch", type=int, nargs="+", help="default 256, on a CPU 32; several show how speed scales")
     parser.add_argument("--n-steps", type=int, nargs="+", default=[2], help="default 2; several show what a step costs")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="autocast's; default fp32 and bf16, on a CPU fp32")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="autocast's; default tf32 and bf16, on a CPU fp32")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both, on a CPU contiguous")
     parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off"], help="default off")
     parser.add_argument(
@@ -48,14 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=int, default=3, help="the least number of turns; default 3")
     parser.add_argument("--budget", type=float, help="seconds after which no further batch or image size is begun")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before timing; default 2")
-    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"the ledger's folder; default {RESULTS}")
+    add_common_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure what the options ask for; 1 if a model did not learn but blew up, else 0."""
-    device = environment.choose_device(options.device)
-    ledger = Ledger(options.out, "train", environment.describe(device))
+    device, ledger = open_ledger(options, "train")
     if device.type == "cpu":
         print("No GPU: training on the CPU. Ratios here say nothing about a GPU.")
     deadline = time.perf_counter() + (float("inf") if options.budget is None else options.budget)
@@ -79,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 def chosen(options: argparse.Namespace, device: torch.device, batch: int, image_size: int) -> Iterator[Setting]:
     """The settings of one batch and image size: plain networks have no steps; official ones run NCHW and eager."""
     on_gpu = device.type == "cuda"
-    dtypes = options.dtype or (["fp32", "bf16"] if on_gpu else ["fp32"])
+    dtypes = options.dtype or (["tf32", "bf16"] if on_gpu else ["fp32"])
     layouts = options.layout or (["channels_last", "contiguous"] if on_gpu else ["contiguous"])
     for model in options.model:
         official, plain = model in OFFICIAL, model.startswith("resnet")

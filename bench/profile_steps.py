@@ -13,8 +13,8 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sdnet.bench import environment, plots
-from sdnet.bench.ledger import RESULTS, Ledger
+from sdnet.bench import plots
+from sdnet.bench.common_options import add_common_options, open_ledger
 from sdnet.bench.participants import Participant, Setting, noise, pictures
 from sdnet.bench.tables import profile_table
 from sdnet.bench.timing import percentiles, wall_time
@@ -36,17 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="recorded steps; default 3")
     parser.add_argument("--data", type=Path, help="an ImageFolder tree; without it, noise on the device")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads for --data; default 2")
-    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument("--traces", type=Path, default=Path("runs/profile"), help="default runs/profile")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"the ledger's folder; default {RESULTS}")
+    add_common_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Profile the recipe."""
     if options.steps < 1:
         raise UserError(f"--steps is {options.steps}; it must be at least 1.")
-    device = environment.choose_device(options.device)
-    ledger = Ledger(options.out, "profile", environment.describe(device))
+    device, ledger = open_ledger(options, "profile")
     recipe = RECIPES[options.recipe]()
     setting = setting_of(recipe, options, device)
     participant = Participant(setting, device, make_model(recipe, 1000))

@@ -142,6 +142,17 @@ def training_table(rows: Iterable[Row]) -> str:
     return markdown(header, lines)
 
 
+def ratios_table(rows: Iterable[Row]) -> str:
+    """`training_table` in short: images per second, and the ratio to ResNet-18 in the same run."""
+    rows = [row for row in rows if row.time_ms is not None]
+    lines = []
+    for row in rows:
+        yardstick = yardstick_of(row, rows)
+        ratio = "–" if yardstick is None else f"{p50(yardstick) / p50(row):.2f}×"
+        lines.append([", ".join([row.provider, *setting_words(row)]), number(rate(row)), ratio])
+    return markdown(["training", "images/s", f"× {YARDSTICK}"], lines)
+
+
 def setting_words(row: Row) -> list[str]:
     """What tells a training row from its neighbours, in words."""
     words = [f"{row.shape['image_size']} px", f"batch {row.shape['batch']}", row.dtype, row.layout]

@@ -130,7 +130,11 @@ def make_sampler(calls: Sequence[Call], device: torch.device, capturable: bool) 
         return wall_sampler(calls), "wall"
     if not capturable:
         return event_sampler(calls), "events"
-    return graph_sampler(calls), "graph"
+    try:
+        return graph_sampler(calls), "graph"
+    except RuntimeError as error:
+        print(f"A call could not be captured and is timed with its launches: {str(error).splitlines()[0]}")
+        return event_sampler(calls), "events"
 
 
 def copies_past_cache(bytes_of_one: int, device: torch.device, most: int = 16) -> int:

@@ -75,6 +75,11 @@ def test_table_of_the_newest_run(results: Path, tmp_path: Path) -> None:
     assert "(../results/train_gpu-b_2026-01-01.jsonl)" in text
 
 
+def test_short_table_has_the_same_ratios(results: Path, tmp_path: Path) -> None:
+    text = report.filled(TEXT.format("ratios"), list(read(results)), tmp_path / "page.md", tmp_path)
+    assert "| sdnet18_all, 32 px, batch 64, bf16, channels_last | 2560 | 0.40× |" in text
+
+
 def test_kernels_against_the_faster_rival(results: Path, tmp_path: Path) -> None:
     text = report.filled(TEXT.format("kernels"), list(read(results)), tmp_path / "page.md", tmp_path)
     assert "| 2 [1.8–2.2] | 5 [4.5–5.5] | 3 [2.7–3.3] | refused | 1.50× | 50% | 33% | 20 | 30 |" in text
