@@ -49,12 +49,15 @@ def fits(dictionary: Dictionary) -> bool:
 @torch.no_grad()
 def follow(dictionaries: Sequence[Dictionary], iterations: int = 1) -> None:
     """Projects the atoms of all dictionaries and runs `iterations` power iterations; changes them in place."""
-    fused = [dictionary for dictionary in dictionaries if fits(dictionary)]
-    if fused:
-        import_module("sdnet.kernels.fused.spectral").follow(fused, iterations)
+    fused: dict[torch.device, list[Dictionary]] = {}
     for dictionary in dictionaries:
-        if not fits(dictionary):
+        if fits(dictionary):
+            fused.setdefault(dictionary.weight.device, []).append(dictionary)
+        else:
             follow_one(dictionary, iterations)
+    for device, together in fused.items():
+        with torch.cuda.device(device):
+            import_module("sdnet.kernels.fused.spectral").follow(together, iterations)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The gradient of the dictionary as Triton computes it, against PyTorch's in fp64."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
@@ -135,6 +135,11 @@ CASES = [
     + [pytest.param(case, torch.float16, id=f"{case}-fp16") for case in CASES[1::2]],
 )
 def test_equals_pytorch_in_fp64(case: Case, dtype: torch.dtype) -> None:
+    if DEVICE == "cuda" and case.tile is not None and case.tile.descriptors:
+        if dtype == torch.float32:
+            pytest.skip("descriptors are for 16-bit types; fp32 takes them under the interpreter alone")
+        if torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("descriptors are for sm_90 on")
     pairs, weight = case.tensors(dtype)
     actual = weight_correlation(pairs, weight, case.stride, case.padding, "ieee", case.tile, case.splits)
     assert actual.dtype == dtype
@@ -237,3 +242,28 @@ def test_descriptors_are_for_what_they_can_read() -> None:
     assert not tile_of(shape._replace(aligned=False), 90).descriptors
     assert not tile_of(shape._replace(batch=8), 90).descriptors
     assert not tile_of(shape._replace(channels=3), 90).descriptors
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=70, channels=64, atoms=64, size=(14, 13)),
+        Case(batch=64, channels=128, atoms=256, size=(15, 14), stride=(2, 2)),
+        Case(batch=9, channels=64, atoms=128, size=(14, 14), pairs=5),
+        Case(batch=32, channels=3, atoms=64, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), size=(31, 32)),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_no_worse_than_pytorch(case: Case, layout: Any, dtype: torch.dtype) -> None:
+    pairs, weight = replace(case, layout=layout).tensors(dtype)
+    right = expected(pairs, weight, case.stride, case.padding)
+    actual = weight_correlation(pairs, weight, case.stride, case.padding)
+    options: Any = {"stride": case.stride, "padding": case.padding}
+    theirs = torch.stack(
+        [scale * conv2d_weight(r, list(weight.shape), m, **options).float() for r, m, scale in pairs]
+    ).sum(dim=0)
+    assert error(actual, right) <= 2 * error(theirs.to(dtype), right)
