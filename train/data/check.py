@@ -25,7 +25,7 @@ from sdnet.train.errors import DataError, UserError
 from sdnet.train.files import write_atomically
 
 # What Pillow may take a picture for: formats that DALI decodes too.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 CHUNK = 1000  # pictures that a thread takes at a time
 
 
@@ -83,7 +83,7 @@ def why_broken(data: bytes) -> str | None:
     except Image.DecompressionBombError:
         return "has too many pixels"
     except Exception as error:  # Pillow raises of every kind on broken files
-        return "is truncated" if "truncated" in str(error) else f"cannot be decoded: {error}"
+        return "is truncated" if "truncated" in str(error).lower() else f"cannot be decoded: {error}"
     return None
 
 

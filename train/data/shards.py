@@ -4,9 +4,9 @@ A sample is a picture and its label, `<key>.jpg` and `<key>.cls` (an integer in 
 (DALI's wds2idx format, v1.2), so pictures are read in any order, as from a folder.
 
 `sdnet.train.prepare` writes such shards, with a manifest. There a key is `<class>/<number>`, so that labels need no
-reading, and pictures are taken in the order of their numbers, that of their source: a folder and the shards made from it
-give the same batches. Shards of other origin need no manifest, and an index that is missing is made by walking through
-the tar.
+reading, and pictures are taken in the order of their numbers, that of their source: a folder and the shards made from
+it give the same batches. Shards of other origin need no manifest, and an index that is missing is made by walking
+through the tar.
 """
 
 import json

@@ -1,0 +1,166 @@
+"""Broken pictures are found before a run, listed, and left out only when asked; one may also break during a run."""
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdnet.train.cli import Job
+from sdnet.train.data.check import check_pictures
+from sdnet.train.data.dali import DaliLoader, open_pictures
+from sdnet.train.data.folder import read_image_folder
+from sdnet.train.data.loader import Shard
+from sdnet.train.data.sources import read_checked
+from sdnet.train.errors import DataError, UserError
+from sdnet.train.recipes import demo
+from sdnet.train.run_folder import RunFolder
+from sdnet.train.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Verdicts are remembered in the test's own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sdnet"
+
+
+BROKEN = {
+    "empty.jpg": "is empty",
+    "truncated.jpg": "is truncated",
+    "header.jpg": "is truncated",
+    "text.jpg": "is not a picture",
+    "gif.jpg": "is not a picture",
+    "header.png": "is not a picture",
+    "half.png": "is truncated",
+}
+
+
+@pytest.fixture
+def tree(make_tree) -> Path:
+    """Two classes of six good pictures and one of each bad file in the first."""
+    root = make_tree([6, 6], [2, 2])
+    folder = root / "train/class 00"
+    good = (folder / "000.jpg").read_bytes()
+    with Image.open(folder / "000.jpg") as picture:
+        picture.save(folder / "good.png")
+        picture.save(folder / "gif.gif")
+    (folder / "gif.gif").rename(folder / "gif.jpg")
+    png = (folder / "good.png").read_bytes()
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "truncated.jpg").write_bytes(good[: len(good) // 2])
+    (folder / "header.jpg").write_bytes(good[:100])
+    (folder / "text.jpg").write_text("not a picture\n" * 50)
+    (folder / "header.png").write_bytes(png[:30])
+    (folder / "half.png").write_bytes(png[: len(png) // 2])
+    return root
+
+
+@pytest.mark.parametrize("verify", ["header", "full"])
+def test_one_of_each_bad_file_is_named_with_its_reason(tree, verify):
+    found = {Path(bad.name).name: bad.reason for bad in check_pictures(read_image_folder(tree)[0], verify, 2)}
+    assert found == BROKEN
+
+
+def test_scrambled_pixels_are_found_by_a_full_check_alone(tree):
+    file = tree / "train/class 01/003.jpg"
+    data = file.read_bytes()
+    file.write_bytes(data[:20] + bytes(len(data) - 40) + data[-20:])
+    names = {
+        verify: [bad.name for bad in check_pictures(read_image_folder(tree)[0], verify, 1)]
+        for verify in ("header", "full")
+    }
+    assert str(file) not in names["header"]
+    assert str(file) in names["full"]
+
+
+def test_by_default_a_run_does_not_start(tree):
+    with pytest.raises(UserError, match=f"{len(BROKEN)} of the pictures .*--bad-files skip") as caught:
+        read_checked(tree)
+    assert all(name in str(caught.value) for name in BROKEN)
+
+
+def test_skipping_lists_what_is_left_out_in_the_run_folder(tree, tmp_path, fresh_accelerate):
+    (tree / "train/class 01/.hidden.jpg").write_bytes(b"")
+    (tree / "train/class 01/nested").mkdir()
+    (tree / "train/loose.jpg").write_bytes(b"")
+    run = RunFolder(tmp_path / "run")
+    recipe = demo()
+    small = recipe.__class__(model="resnet18", image_size=32, eval_resize=32, epochs=1, batch=4, lr=0.01)
+    job = Job(small, tree, run, False, 1, 1, bad_files="skip")
+    Trainer(job, open_pictures).train()
+    left_out = [line.split("\t") for line in (run.path / "left_out.tsv").read_text().splitlines()]
+    assert {Path(file).name for file, _ in left_out} == {*BROKEN, ".hidden.jpg", "nested", "loose.jpg"}
+    assert all(reason for _, reason in left_out)
+
+
+def test_a_class_of_bad_pictures_alone(tree):
+    for file in (tree / "train/class 01").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="None of the pictures of class class 01"):
+        read_checked(tree, bad_files="skip")
+
+
+def test_verdicts_are_remembered_until_a_file_changes(tree, cache, monkeypatch):
+    images = read_image_folder(tree)[0]
+    found = check_pictures(images, "full", 1)
+    monkeypatch.setattr("sdnet.train.data.check.inspect", lambda *_: pytest.fail("looked again"))
+    assert check_pictures(images, "full", 1) == check_pictures(images, "header", 1) == found
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    (tree / "train/class 01/000.jpg").write_bytes(b"")
+    assert len(check_pictures(images, "header", 1)) == len(found) + 1
+    for file in cache.iterdir():
+        file.write_text("{broken")
+    assert len(check_pictures(images, "header", 1)) == len(found) + 1
+
+
+def test_a_fifo_does_not_stop_the_check(make_tree):
+    root = make_tree([2], [1])
+    images = read_image_folder(root)[0]
+    (root / "train/class 00/001.jpg").unlink()
+    os.mkfifo(root / "train/class 00/001.jpg")
+    (bad,) = check_pictures(images, "full", 1)
+    assert bad.reason == "is not a regular file"
+
+
+@pytest.mark.parametrize("breaks", ["deleted", "text", "empty", "header"])
+def test_a_file_that_breaks_during_an_epoch_is_named(make_tree, breaks):
+    train, _ = read_image_folder(make_tree([60], [1]))
+    loader = DaliLoader(train, batch=2, size=32, augment=True, threads=1)
+    iterator = iter(loader)
+    next(iterator)
+    victim = train.where(int(loader._batches()[25][1])).path
+    if breaks == "deleted":
+        victim.unlink()
+    else:
+        victim.write_bytes({"text": b"no picture" * 20, "empty": b"", "header": victim.read_bytes()[:100]}[breaks])
+    with pytest.raises(DataError, match=str(victim)):
+        list(iterator)
+    loader.close()
+
+
+def test_a_run_that_meets_a_broken_file_keeps_its_checkpoint(make_tree, tmp_path, fresh_accelerate, monkeypatch):
+    root = make_tree([40], [2])
+    small = demo().__class__(model="resnet18", image_size=32, eval_resize=32, epochs=3, batch=2, lr=0.01)
+    trainer = Trainer(Job(small, root, RunFolder(tmp_path / "run"), False, 1, 1), open_pictures)
+    finish = trainer._finish_epoch
+
+    def finish_and_break() -> None:
+        finish()
+        (root / "train/class 00/017.jpg").unlink()
+
+    monkeypatch.setattr(trainer, "_finish_epoch", finish_and_break)
+    with pytest.raises(DataError, match=r"017\.jpg cannot be read: No such file"):
+        trainer.train()
+    assert trainer.run.checkpoint_file.is_file()
+    assert len(trainer.run.metrics()) == 1
+
+
+def test_more_ranks_than_pictures_and_a_single_picture(make_tree):
+    train, val = read_image_folder(make_tree([1], [1]))
+    with pytest.raises(UserError, match="1 pictures, fewer than the 2 processes"):
+        DaliLoader(train, batch=1, size=32, augment=True, shard=Shard(0, 2))
+    for images, augment in ((train, True), (val, False)):
+        loader = DaliLoader(images, batch=1, size=32, resize=32, augment=augment, threads=1)
+        assert [len(labels) for _, labels in loader] == [1]
