@@ -206,7 +206,7 @@ class Layer:
         atoms, channels, *kernel_size = self.weight.shape
         return tiles.Shape(
             self.batch, channels, atoms, self.size, self.grid, (kernel_size[0], kernel_size[1]), self.stride,
-            self.weight.element_size(), self.precision,
+            self.weight.element_size(), self.precision, self.layout == torch.channels_last,
         )  # fmt: skip
 
 

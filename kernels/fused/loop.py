@@ -31,7 +31,7 @@ def layer_of(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, layout: tor
 def path_of(layer: Layer) -> tiles.Path:
     """How the four steps run, and why."""
     gpu = torch.cuda.get_device_name(layer.weight.device) if layer.weight.is_cuda else None
-    return tiles.path_of(layer.shape(), layer.layout == torch.channels_last, gpu)
+    return tiles.path_of(layer.shape(), gpu)
 
 
 def steps_for(layer: Layer) -> ModuleType:

@@ -28,6 +28,7 @@ class Shape(NamedTuple):
     stride: Pair
     itemsize: int
     precision: str
+    channels_last: bool
 
     @property
     def phases(self) -> int:
@@ -85,15 +86,18 @@ def box_of(pixels: int, batch: int, grid: Pair, most_images: int) -> tuple[int, 
     return min((box for box in boxes if 0 < box[0] <= most_images), key=waste)
 
 
-def _tile(shape: Shape, grid: Pair, columns: int, reduction: int, special: bool) -> Tile:
+def _tile(shape: Shape, grid: Pair, columns: int, reduction: int, flat: bool = False, merged: bool = False) -> Tile:
     half = shape.itemsize == 2
     channels = power_of_two(columns, 16, 128 if half else 64)
     if not half and shape.precision == "ieee":
         # Products on the ordinary cores keep all operands in registers.
         box = box_of(64, shape.batch, grid, shape.most_images)
-        return Tile(*box, min(channels, 32), 16, 4, 2, special)
+        return Tile(*box, min(channels, 32), 16, 4, 2, flat or merged)
     box = box_of(128, shape.batch, grid, shape.most_images)
-    return Tile(*box, channels, power_of_two(reduction, 16, 64 if half else 32), 8 if channels > 64 else 4, 3, special)
+    reduction = power_of_two(reduction, 16, 64 if half and not flat else 32)
+    # Gathered elements, one by one, take a register each: more warps hold fewer of them.
+    warps = 8 if channels > 64 or flat or not shape.channels_last else 4
+    return Tile(*box, channels, reduction, warps, 3, flat or merged)
 
 
 @cache
@@ -101,7 +105,7 @@ def analysis_tile(shape: Shape) -> Tile:
     """For A': codes' grid, K columns, C channels to reduce over at each tap."""
     flat = shape.channels <= FEW
     reduction = shape.channels * shape.kernel_size[0] * shape.kernel_size[1] if flat else shape.channels
-    return _tile(shape, shape.grid, shape.atoms, reduction, flat)
+    return _tile(shape, shape.grid, shape.atoms, reduction, flat=flat)
 
 
 @cache
@@ -109,7 +113,7 @@ def synthesis_tile(shape: Shape) -> Tile:
     """For A: one phase of the image's grid, C columns (of all phases if few), K channels to reduce over at each tap."""
     merged = shape.channels <= FEW
     columns = shape.channels * shape.phases if merged else shape.channels
-    return _tile(shape, _phase_grid(shape), columns, shape.atoms, merged)
+    return _tile(shape, _phase_grid(shape), columns, shape.atoms, merged=merged)
 
 
 def _phase_grid(shape: Shape) -> Pair:
@@ -138,7 +142,7 @@ class Path(NamedTuple):
     reason: str
 
 
-def path_of(shape: Shape, channels_last: bool, gpu: str | None) -> Path:
+def path_of(shape: Shape, gpu: str | None) -> Path:
     """SDNET_STEPS, else the table measured on this GPU, else a rule that no GPU has confirmed.
 
     The rule: at up to 128 channels a fused step saves more passes over memory than cuDNN's better products gain, and
@@ -150,25 +154,25 @@ def path_of(shape: Shape, channels_last: bool, gpu: str | None) -> Path:
         if forced not in ("fused", "pointwise"):
             raise ValueError(f"{ENVIRONMENT_VARIABLE} is {forced!r}; it must be fused or pointwise.")
         return Path(forced == "fused", f"{ENVIRONMENT_VARIABLE} asks for {forced} steps")
-    measured = table(gpu).get(key_of(shape, channels_last)) if gpu else None
+    measured = table(gpu).get(key_of(shape)) if gpu else None
     if measured is not None:
         return Path(measured == "fused", f"{measured} steps were the quicker ones when measured on {gpu}")
     if shape.itemsize == 4 and shape.precision == "ieee":
         return Path(False, "pointwise steps around cuDNN, by rule, for fp32 without tf32")
     if shape.channels <= FEW:
         return Path(True, f"fused steps, by rule, for up to {FEW} image channels")
-    if not channels_last:
+    if not shape.channels_last:
         return Path(False, "pointwise steps around cuDNN, by rule, for tensors that are not channels_last")
     if max(shape.channels, shape.atoms) > FUSED_CHANNELS:
         return Path(False, f"pointwise steps around cuDNN, by rule, for more than {FUSED_CHANNELS} channels")
     return Path(True, f"fused steps, by rule, for up to {FUSED_CHANNELS} channels")
 
 
-def key_of(shape: Shape, channels_last: bool) -> str:
+def key_of(shape: Shape) -> str:
     """The layer's entry in a table."""
     (height, width), (kernel_h, kernel_w) = shape.size, shape.kernel_size
     layer = f"{shape.channels}->{shape.atoms} {kernel_h}x{kernel_w}/{shape.stride[0]}x{shape.stride[1]}"
-    memory = "channels_last" if channels_last else "contiguous"
+    memory = "channels_last" if shape.channels_last else "contiguous"
     return f"{layer} @ {height}x{width} {8 * shape.itemsize}-bit {memory}"
 
 

@@ -1,0 +1,233 @@
+"""The four fused steps one by one against their formulas in fp64, and the tiles that they run with."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdnet.kernels import reference
+from sdnet.kernels.fused import convolution, tiles
+from sdnet.kernels.fused.convolution import Layer
+from sdnet.kernels.reference import Pair
+from sdnet.kernels.shapes import distinct_layers
+from sdnet.kernels.unrolled import Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEP, MU, BETA, NEXT_BETA = 0.3, 0.5, 0.28, 0.43
+DAMPING = 1 / (1 + STEP * MU)
+GAMMA = STEP * DAMPING
+
+
+@pytest.fixture(autouse=True)
+def _exact_and_poisoned() -> Iterator[None]:
+    """Products of fp32 in fp32, and NaNs in memory that nobody has written yet."""
+    cudnn: Any = torch.backends.cudnn
+    precision = cudnn.conv.fp32_precision
+    torch.use_deterministic_algorithms(True)
+    if DEVICE == "cuda":  # the interpreter's products are exact in any case
+        cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.use_deterministic_algorithms(False)
+    cudnn.conv.fp32_precision = precision
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer; its str is the test's id."""
+
+    channels: int = 9
+    atoms: int = 20
+    kernel_size: Pair = (3, 3)
+    stride: Pair = (1, 1)
+    padding: Pair = (1, 1)
+    size: Pair = (7, 6)
+    channels_last: bool = True
+
+    def __str__(self) -> str:
+        (kh, kw), (sh, sw) = self.kernel_size, self.stride
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{self.channels}to{self.atoms}-{kh}x{kw}-s{sh}x{sw}-{layout}"
+
+    @property
+    def layer(self) -> Layer:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return Layer(
+            self.random(self.atoms, self.channels, *self.kernel_size), 2, self.size, self.stride, self.padding, layout
+        )
+
+    def random(self, *shape: int, seed: int = 0) -> Tensor:
+        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        return tensor.contiguous(memory_format=torch.channels_last) if self.channels_last else tensor
+
+    def codes(self, seed: int) -> Tensor:
+        """Random codes, half of them zero."""
+        return self.random(2, self.atoms, *self.layer.grid, seed=seed).relu()
+
+    def image(self, seed: int, channels: int | None = None) -> Tensor:
+        return self.random(2, channels or self.channels, *self.size, seed=seed)
+
+    def analysis(self, r: Tensor) -> Tensor:
+        return reference.analysis(r.double(), self.layer.weight.double(), self.stride, self.padding)
+
+    def synthesis(self, z: Tensor) -> Tensor:
+        return reference.synthesis(z.double(), self.layer.weight.double(), self.size, self.stride, self.padding)
+
+
+CASES = [
+    Case(),
+    Case(channels_last=False),
+    Case(channels=3),
+    Case(channels=3, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), size=(13, 12)),
+    Case(channels=4, kernel_size=(5, 4), stride=(3, 2), padding=(2, 1), size=(11, 9), channels_last=False),
+    Case(channels=16, atoms=16, stride=(2, 2), size=(8, 9)),
+    Case(channels=33, atoms=70, kernel_size=(1, 2), padding=(0, 0), size=(5, 4)),
+    Case(kernel_size=(2, 2), stride=(3, 3), padding=(1, 0), size=(9, 8), channels_last=False),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def problem(nonnegative: bool = True, per_sample: bool = False) -> Problem:
+    lam = torch.tensor([1.5, 4.0]).view(2, 1, 1, 1) if per_sample else torch.tensor(0.8)
+    return Problem(
+        torch.tensor(STEP, device=DEVICE), lam.to(DEVICE), MU, 3, (1, 1), (0, 0), nonnegative, "fista", "squared", 1
+    )
+
+
+def assert_near(actual: Tensor | None, expected: Tensor) -> None:
+    assert actual is not None
+    error = (actual.double() - expected).norm() / expected.norm()
+    assert error <= 2e-6, f"{error:.1e}"
+
+
+@every_case
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_encode(case: Case, nonnegative: bool) -> None:
+    p = problem(nonnegative, per_sample=True)
+    r, z, previous, scale = case.image(1), case.codes(2), case.codes(3), torch.tensor([0.7, 1.9]).view(2, 1, 1, 1)
+    scale = scale.to(DEVICE)
+    codes, after = convolution.encode(case.layer, r, p, z, previous, BETA, scale, NEXT_BETA, keep_next=True)
+    y = z.double() + BETA * (z.double() - previous.double())
+    v = DAMPING * y + GAMMA * scale * case.analysis(r)
+    expected = reference.shrink(v, GAMMA * p.lam.double(), nonnegative)
+    assert 0.1 < (codes != 0).double().mean() < 0.9
+    assert_near(codes, expected)
+    assert_near(after, expected + NEXT_BETA * (expected - z.double()))
+
+
+@every_case
+def test_the_first_step_encodes_from_zero(case: Case) -> None:
+    codes, after = convolution.encode(case.layer, case.image(1), problem())
+    assert after is None
+    assert_near(codes, reference.shrink(GAMMA * case.analysis(case.image(1)), torch.tensor(GAMMA * 0.8), True))
+
+
+@every_case
+@pytest.mark.parametrize("several", [False, True], ids=["one dictionary", "several"])
+def test_residual(case: Case, several: bool) -> None:
+    n_dict = next(n for n in (3, 2) if case.channels % n == 0) if several else 1
+    x, z = case.image(1, case.channels // n_dict), case.codes(2)
+    assert_near(
+        convolution.residual(case.layer, x, z, problem()), x.double().repeat(1, n_dict, 1, 1) - case.synthesis(z)
+    )
+
+
+@every_case
+def test_spread(case: Case) -> None:
+    m, add, scale = case.codes(1), case.image(2), torch.tensor([0.7, 1.9], device=DEVICE).view(2, 1, 1, 1)
+    expected = GAMMA * case.synthesis(m)
+    assert_near(convolution.spread(case.layer, m, problem()), expected)
+    assert_near(convolution.spread(case.layer, m, problem(), scale, add), scale * expected + add.double())
+
+
+@every_case
+@pytest.mark.parametrize("at_y", [True, False])
+def test_backstep(case: Case, at_y: bool) -> None:
+    dr, m, z, later = case.image(1), case.codes(2), case.codes(3), case.codes(4)
+    masked, d_y = convolution.backstep(case.layer, dr, m, z, problem(), BETA, later, NEXT_BETA, at_y=at_y, keep_dy=at_y)
+    direct, through = DAMPING * m.double(), case.analysis(dr)
+    if at_y:
+        assert_near(d_y, direct - through)
+        g = (1 + BETA) * (direct - through) - NEXT_BETA * later.double()
+    else:
+        assert d_y is None
+        g = (1 + BETA) * direct - through - NEXT_BETA * DAMPING * later.double()
+    assert_near(masked, (z != 0) * g)
+
+
+@every_case
+def test_the_forms_for_few_channels_and_for_many_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for few in (0, 100):
+        monkeypatch.setattr(tiles, "FEW", few)
+        tiles.analysis_tile.cache_clear()
+        tiles.synthesis_tile.cache_clear()
+        codes, _ = convolution.encode(case.layer, case.image(1), problem())
+        results.append((codes, convolution.residual(case.layer, case.image(1), case.codes(2), problem())))
+    tiles.analysis_tile.cache_clear()
+    tiles.synthesis_tile.cache_clear()
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_step_is_read_on_the_device() -> None:
+    case, p = Case(), problem()
+    first, _ = convolution.encode(case.layer, case.image(1), p)
+    p.step.mul_(0.5)
+    second, _ = convolution.encode(case.layer, case.image(1), p)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("grid", "box"),
+    [
+        ((56, 56), (2, 8, 8)),
+        ((28, 28), (8, 4, 4)),
+        ((14, 14), (32, 2, 2)),
+        ((7, 7), (128, 1, 1)),
+        ((32, 32), (1, 8, 16)),
+    ],
+    ids=str,
+)
+def test_boxes_waste_nothing_where_they_need_not(grid: Pair, box: tuple[int, int, int]) -> None:
+    assert tiles.box_of(128, 256, grid, 2**20) == box
+    assert all(n % side == 0 for n, side in zip((256, *grid), box, strict=True))
+
+
+def test_a_box_stays_within_32_bits() -> None:
+    assert tiles.box_of(128, 256, (7, 7), most_images=4)[0] <= 4
+    shape = tiles.Shape(2, 64, 64, (4096, 4096), (4096, 4096), (3, 3), (1, 1), 2, "ieee", True)
+    assert shape.most_images == 1
+
+
+@pytest.mark.parametrize("layer", distinct_layers(), ids=str)
+def test_tiles_cover_every_layer(layer: Any) -> None:
+    kernel_size, stride = ((n, n) for n in (layer.kernel_size, layer.stride))
+    shape = tiles.Shape(
+        256, layer.channels, layer.atoms, layer.size, layer.codes_size, kernel_size, stride, 2, "ieee", True
+    )  # fmt: skip
+    tile, (programs,) = tiles.analysis_tile(shape), tiles.analysis_grid(shape, tiles.analysis_tile(shape))
+    assert programs * tile.pixels * tile.channels >= 256 * prod(layer.codes_size) * layer.atoms
+    tile, (programs, phases) = tiles.synthesis_tile(shape), tiles.synthesis_grid(shape, tiles.synthesis_tile(shape))
+    assert programs * phases * tile.pixels * tile.channels >= 256 * prod(layer.size) * layer.channels
+
+
+def test_the_rule_and_what_overrides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = tiles.Shape(256, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True)
+    assert tiles.path_of(shape, None).fused
+    assert not tiles.path_of(shape._replace(atoms=256), None).fused
+    assert not tiles.path_of(shape._replace(itemsize=4), None).fused
+    assert not tiles.path_of(shape._replace(channels_last=False), None).fused
+    assert tiles.path_of(shape._replace(channels=3, channels_last=False), None).fused
+    monkeypatch.setattr(tiles, "table", lambda gpu: {tiles.key_of(shape): "pointwise"})
+    assert (
+        tiles.path_of(shape, "NVIDIA H100").reason
+        == "pointwise steps were the quicker ones when measured on NVIDIA H100"
+    )
+    monkeypatch.setenv("SDNET_STEPS", "fused")
+    assert tiles.path_of(shape, "NVIDIA H100").fused
+    monkeypatch.setenv("SDNET_STEPS", "quick")
+    with pytest.raises(ValueError, match="SDNET_STEPS is 'quick'; it must be fused or pointwise"):
+        tiles.path_of(shape, None)

@@ -1,0 +1,380 @@
+"""`csc_encode` with impl="triton": codes and every gradient against the fp64 reference, over a pairwise cover.
+
+The gradients of half precision are compared with those of fp64 at the same codes: a code near the threshold may come
+out on its other side, which hardly changes the codes and takes a whole element out of a gradient.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sdnet
+from sdnet.kernels import csc_encode, unrolled
+from sdnet.kernels.reference import Pair
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+"""Relative RMS error."""
+
+STEP = 0.15
+
+
+@pytest.fixture(autouse=True)
+def _exact_and_poisoned() -> Iterator[None]:
+    """Products of fp32 in fp32, and NaNs in memory that nobody has written yet."""
+    cudnn: Any = torch.backends.cudnn
+    precision = cudnn.conv.fp32_precision
+    torch.use_deterministic_algorithms(True)
+    if DEVICE == "cuda":  # the interpreter's products are exact in any case
+        cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.use_deterministic_algorithms(False)
+    cudnn.conv.fp32_precision = precision
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small problem; its str is the test's id, naming what departs from the default."""
+
+    kernel_size: Pair = (3, 3)
+    stride: Pair = (1, 1)
+    size: Pair = (7, 6)
+    channels: int = 5
+    atoms: int = 12
+    n_steps: int = 2
+    mu: float = 0.0
+    nonnegative: bool = True
+    solver: str = "fista"
+    data_term: str = "squared"
+    n_dict: int = 1
+    per_sample: bool = False
+    channels_last: bool = True
+    keep_residuals: bool = False
+    half: bool = False
+    steps: str = "fused"
+    batch: int = 2
+
+    def __str__(self) -> str:
+        default = Case()
+        named = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)]
+        return "-".join(named).replace(" ", "") or "default"
+
+    @property
+    def padding(self) -> Pair:
+        height, width = self.kernel_size
+        return height // 2, width // 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        names = ("mu", "n_steps", "stride", "padding", "nonnegative", "solver", "data_term", "n_dict")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.half else torch.float32
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, weight with atoms of unit norm, lam: leaves."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.batch, self.channels, *self.size, generator=generator)
+        weight = torch.randn(self.atoms, self.n_dict * self.channels, *self.kernel_size, generator=generator)
+        weight /= weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        lam = torch.linspace(0.1, 0.2, self.batch).view(-1, 1, 1, 1) if self.per_sample else torch.tensor(0.15)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        x, weight = (tensor.to(DEVICE, self.dtype).contiguous(memory_format=layout) for tensor in (x, weight))
+        return x.requires_grad_(), weight.requires_grad_(), lam.to(DEVICE).requires_grad_()
+
+    def encode(self, x: Tensor, weight: Tensor, lam: Tensor, impl: str = "triton") -> Tensor:
+        return csc_encode(x, weight, STEP, lam, impl=impl, keep_residuals=self.keep_residuals, **self.options)
+
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "kernel_size": ((1, 1), (3, 3), (5, 5), (7, 7), (2, 4)),
+    "stride": ((1, 1), (2, 2), (3, 3), (2, 1)),
+    "size": ((9, 7), (8, 10)),
+    "channels": (3, 9, 16),
+    "atoms": (16, 21),
+    "n_steps": (1, 2, 3, 4),
+    "mu": (0.0, 0.5),
+    "nonnegative": (True, False),
+    "solver": ("ista", "fista", "sdnet"),
+    "data_term": ("squared", "norm"),
+    "n_dict": (1, 2),
+    "per_sample": (False, True),
+    "channels_last": (True, False),
+    "keep_residuals": (False, True),
+    "half": (False, True),
+    "steps": ("fused", "pointwise"),
+}
+
+
+def pairwise_cover() -> Iterator[Case]:
+    """Cases in which every two values of different factors meet."""
+    choose = random.Random(0)
+    names = list(FACTORS)
+
+    def pairs(values: dict[str, Any]) -> set[Any]:
+        return set(combinations(values.items(), 2))
+
+    missing = {
+        pair for a, b in combinations(names, 2) for pair in product(product([a], FACTORS[a]), product([b], FACTORS[b]))
+    }
+    while missing:
+        seed = dict(choose.choice(sorted(missing, key=str)))
+        candidates = [{n: seed.get(n, choose.choice(FACTORS[n])) for n in names} for _ in range(60)]
+        best = max(candidates, key=lambda values: len(pairs(values) & missing))
+        missing -= pairs(best)
+        yield Case(**best)
+
+
+RISKS = {
+    "several blocks of atoms and of channels": Case(channels=18, atoms=70, size=(4, 5)),
+    "several boxes": Case(size=(12, 11), channels=9, batch=3),
+    "several boxes, strided": Case(size=(17, 15), stride=(2, 2), batch=3, channels=9),
+    "a stem": Case(kernel_size=(7, 7), stride=(2, 2), channels=3, atoms=20, size=(18, 15)),
+    "a stem of one channel": Case(channels=1, atoms=3, channels_last=False),
+    "one pixel": Case(kernel_size=(1, 1), size=(1, 1), channels=9, atoms=9),
+    "phases without taps": Case(kernel_size=(1, 1), stride=(3, 3), size=(8, 7), channels=9, n_steps=3),
+    "phases without taps, few channels": Case(kernel_size=(1, 1), stride=(3, 3), size=(8, 7)),
+    "input that no code reaches": Case(kernel_size=(2, 2), stride=(4, 3), size=(9, 11), channels=9),
+    "long thin atoms": Case(kernel_size=(16, 1), size=(17, 3), channels=9),
+    "a batch of one": Case(batch=1, per_sample=True, n_steps=3),
+    "many pairs of the weight correlation": Case(kernel_size=(1, 3), n_steps=8, channels=9, size=(5, 4)),
+}
+COVER = list(pairwise_cover())
+
+
+def rms(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    """The error against the expected values, or against a scale of their own."""
+    assert actual.shape == expected.shape
+    assert not actual.isnan().any()
+    return ((actual.double() - expected).norm() / (expected if scale is None else scale).norm().clamp_min(1e-9)).item()
+
+
+def assert_near_reference(case: Case) -> None:
+    x, weight, lam = case.tensors()
+    leaves = (x, weight, lam)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = case.encode(*exact, impl="reference")
+    codes = case.encode(x, weight, lam)
+    assert codes.dtype == case.dtype
+    assert codes.is_contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
+    share = (codes != 0).double().mean().item()
+    assert share > 0.05, "all codes are zero"
+    grad = torch.randn(codes.shape, generator=torch.Generator().manual_seed(1)).to(codes)
+    codes.backward(grad)
+    if case.half:
+        gradients = at_the_same_codes(case, x, weight, lam, grad)
+    else:
+        gradients = torch.autograd.grad(expected, exact, grad.double())
+    tolerance = TOLERANCE[case.dtype]
+    assert rms(codes.detach(), expected.detach()) <= tolerance
+    for leaf, gradient in zip((x, weight), gradients[:2], strict=True):
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == leaf.dtype
+        assert rms(leaf.grad, gradient) <= tolerance
+    # dL/dlam is a sum of both signs: its error is measured against the sum of their sizes.
+    sizes = STEP * grad.double().abs().sum(dim=(1, 2, 3), keepdim=True)
+    assert lam.grad is not None
+    assert rms(lam.grad, gradients[2], sizes if case.per_sample else sizes.sum()) <= tolerance
+
+
+def at_the_same_codes(case: Case, x: Tensor, weight: Tensor, lam: Tensor, grad: Tensor) -> list[Tensor]:
+    """The gradients of fp64 at the codes that Triton found."""
+    with torch.no_grad():
+        exact = [tensor.detach().double() for tensor in (x, weight, lam)]
+        step = torch.tensor(STEP, device=DEVICE)
+        options = (*case.options.values(), "triton", False, True)
+        codes = [z.double() for z in torch.ops.sdnet.csc_forward(x, weight, step, lam, *options)]
+        problem = unrolled.Problem(step.double(), exact[2], **case.options)
+        needs = unrolled.Needs(True, True, True)
+        gradients = unrolled.backward(grad.double(), exact[0], exact[1], codes, [], problem, needs)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def test_the_cover_is_pairwise() -> None:
+    assert {field.name for field in fields(Case)} - set(FACTORS) == {"batch"}
+    met = {pair for case in COVER for pair in combinations(((name, getattr(case, name)) for name in FACTORS), 2)}
+    wanted = (product(product([a], FACTORS[a]), product([b], FACTORS[b])) for a, b in combinations(FACTORS, 2))
+    assert all(pair in met for pairs in wanted for pair in pairs)
+
+
+@pytest.mark.parametrize("case", COVER, ids=str)
+def test_codes_and_gradients_over_a_pairwise_cover(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNET_STEPS", case.steps)
+    assert_near_reference(case)
+
+
+@pytest.mark.parametrize("risk", RISKS)
+def test_named_risks(risk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNET_STEPS", "fused")
+    assert_near_reference(RISKS[risk])
+
+
+@pytest.mark.parametrize("risk", ["several blocks of atoms and of channels", "a stem", "one pixel"])
+def test_named_risks_in_half_precision(risk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNET_STEPS", "fused")
+    assert_near_reference(replace(RISKS[risk], half=True))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_an_empty_batch(channels_last: bool) -> None:
+    case = Case(batch=0, channels_last=channels_last)
+    x, weight, lam = case.tensors()
+    codes = case.encode(x, weight, lam)
+    assert codes.shape == (0, 12, 7, 6)
+    codes.sum().backward()
+    assert weight.grad is not None
+    assert lam.grad is not None
+    assert not weight.grad.any()
+    assert lam.grad == 0
+
+
+def test_other_strides_through_a_copy() -> None:
+    case = Case(channels=9)
+    x, weight, lam = (tensor.detach() for tensor in case.tensors())
+    expected = case.encode(x, weight, lam)
+    wide = torch.zeros(2, 18, 7, 12, device=DEVICE)
+    wide[:, ::2, :, 1::2] = x
+    sliced = wide[:, ::2, :, 1::2]
+    turned = weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    torch.testing.assert_close(case.encode(sliced, turned, lam), expected)  # in another layout, another order
+
+
+def test_a_nan_stays_a_nan() -> None:
+    x, weight, lam = Case(channels=9).tensors()
+    spoiled = x.detach().clone()
+    spoiled[0, 0, 3, 3] = torch.nan
+    codes = Case(channels=9).encode(spoiled, weight.detach(), lam.detach())
+    assert codes[0].isnan().any()
+    assert not codes[1].isnan().any()
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    case = Case(n_steps=3, channels=9)
+    results = []
+    for _ in range(2):
+        leaves = case.tensors()
+        case.encode(*leaves).square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("lam",), ("x", "lam")], ids="-".join)
+@pytest.mark.parametrize("steps", ["fused", "pointwise"])
+def test_only_the_gradients_asked_for(wanted: tuple[str, ...], steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNET_STEPS", steps)
+    case = Case(n_steps=3, data_term="norm")
+    full, some = (dict(zip(("x", "weight", "lam"), case.tensors(), strict=True)) for _ in range(2))
+    for name, leaf in some.items():
+        leaf.requires_grad_(name in wanted)
+    for leaves in (full, some):
+        case.encode(leaves["x"], leaves["weight"], leaves["lam"]).square().sum().backward()
+    for name, leaf in some.items():
+        if name in wanted:
+            torch.testing.assert_close(leaf.grad, full[name].grad)
+        else:
+            assert leaf.grad is None
+
+
+def test_both_operators_pass_opcheck() -> None:
+    case = Case(kernel_size=(1, 1), size=(4, 3))
+    x, weight, lam = case.tensors()
+    step = torch.tensor(STEP, device=DEVICE)
+    options = (0.5, 2, (1, 1), (0, 0), True, "fista", "squared", 1, "triton")
+    torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step, lam, *options, True, True))
+    leaves = [tensor.detach() for tensor in (x, weight, step, lam)]
+    kept = torch.ops.sdnet.csc_forward(*leaves, *options, True, True)
+    assert [tuple(tensor.shape) for tensor in kept] == [(2, 5, 4, 3), (2, 12, 4, 3), (2, 12, 4, 3)]
+    needs = [True, False, True]
+    torch.library.opcheck(torch.ops.sdnet.csc_backward, (torch.ones_like(kept[-1]), *leaves, kept, *options, needs))
+
+
+def test_compiles_to_one_graph_with_gradients() -> None:
+    case = Case(channels=9)
+
+    def loss(x: Tensor, weight: Tensor, lam: Tensor) -> Tensor:
+        return case.encode(2 * x, weight, lam).square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = case.tensors()
+        function(*leaves).backward()
+        results.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_autocast_computes_in_half_precision() -> None:
+    case = Case(channels=9)
+    x, weight, lam = case.tensors()
+    with torch.autocast(DEVICE, torch.float16):
+        codes = case.encode(x, weight, lam)
+    assert codes.dtype == torch.float16
+    codes.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert rms(codes.detach(), case.encode(x, weight, lam).detach().double()) < 2e-3
+
+
+def test_without_gradients_and_under_checkpointing() -> None:
+    case = Case(channels=9)
+    x, weight, lam = case.tensors()
+    expected = case.encode(x, weight, lam)
+    with torch.no_grad():
+        assert torch.equal(case.encode(x, weight, lam), expected)
+    expected.square().sum().backward()
+    again = case.tensors()
+    codes: Any = checkpoint(lambda *leaves: case.encode(*leaves), *again, use_reentrant=False)
+    codes.square().sum().backward()
+    for leaf, other in zip((x, weight, lam), again, strict=True):
+        assert leaf.grad is not None
+        assert other.grad is not None
+        assert torch.equal(leaf.grad, other.grad)
+
+
+class SmallNet(nn.Module):
+    """Two CSC layers and a classifier."""
+
+    def __init__(self, impl: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = sdnet.CSCConv2d(3, 8, 3, lam=0.02, input_size=(6, 6), impl=impl)
+        self.layer = sdnet.CSCConv2d(8, 12, 3, stride=2, lam=0.02, input_size=(6, 6), impl=impl)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(12)])
+        self.classifier = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, norm in zip((self.stem, self.layer), self.norms, strict=True):
+            x = norm(layer(x))
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
+def loss_curve(impl: str) -> list[float]:
+    model = SmallNet(impl).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sdnet.attach(model, optimizer)
+    sdnet.refresh_step_size(model)
+    generator = torch.Generator().manual_seed(3)
+    images, labels = torch.randn(6, 3, 6, 6, generator=generator), torch.arange(6) % 4
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_training_give_the_torch_path_s_losses() -> None:
+    triton, torch_path = loss_curve("triton"), loss_curve("torch")
+    assert torch_path[-1] < 0.5 * torch_path[0]
+    assert triton == pytest.approx(torch_path, rel=1e-3)
