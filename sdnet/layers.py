@@ -6,9 +6,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from sdnet.kernels import csc_encode, reference, spectral
+from sdnet.kernels import csc_encode, reference, spectral, upkeep
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import DataTerm, Pair, Solver, codes_size
+from sdnet.kernels.upkeep import Dictionary
 
 DEFAULT_INPUT_SIZE = 32
 FIRST_ITERATIONS = 10
@@ -97,9 +98,8 @@ class CSCConv2d(nn.Module):
     def reset_parameters(self) -> None:
         """Kaiming-uniform atoms of unit norm, a seeded vector and a first step size."""
         nn.init.kaiming_uniform_(self.weight)
-        self.project()
         self.seed_vector()
-        self.update_step_size(FIRST_ITERATIONS)
+        self.follow(FIRST_ITERATIONS)
 
     def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
         """Codes [N, K, h, w] of x [N, C, H, W]; `lam` (float, 0-d, [N] or [N, 1, 1, 1]) takes the place of self.lam."""
@@ -159,23 +159,19 @@ class CSCConv2d(nn.Module):
         self._lam = lam.reshape(-1, 1, 1, 1) if lam.ndim else lam
 
     @torch.no_grad()
-    def project(self) -> None:
-        """Scales every atom to unit norm, in place."""
-        norms = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
-        self.weight.div_(norms.clamp_min(1e-12))
-
-    @torch.no_grad()
     def seed_vector(self, size: Pair | None = None) -> None:
         """A random unit vector that is the same in every process; `size` changes its grid."""
         grid = tuple(self.vector.shape[2:]) if size is None else size
         self.vector = spectral.seeded_vector((1, self.vector.shape[1], *grid)).to(self.vector.device)
 
-    @torch.no_grad()
-    def update_step_size(self, iterations: int = 1) -> None:
-        """`iterations` warm power iterations and the step that follows from them, without a host sync."""
-        vector, eigenvalue = spectral.power_iteration(self.weight, self.vector, self.stride, self.padding, iterations)
-        self.vector.copy_(vector)
-        self.step.copy_(spectral.step_size(eigenvalue))
+    @property
+    def dictionary(self) -> Dictionary:
+        """What `sdnet.kernels.upkeep` keeps true: the atoms, the vector and the step."""
+        return Dictionary(self.weight, self.vector, self.step, self.stride, self.padding)
+
+    def follow(self, iterations: int = 1) -> None:
+        """Projects the atoms, runs `iterations` warm power iterations and sets the step, without a host sync."""
+        upkeep.follow([self.dictionary], iterations)
 
     @torch.no_grad()
     def converge_vector(self, tolerance: float = 1e-5) -> Tensor:

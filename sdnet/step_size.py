@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sdnet.kernels import spectral
+from sdnet.kernels import spectral, upkeep
 from sdnet.kernels.reference import Pair
 from sdnet.layers import CSCConv2d
 
@@ -35,9 +35,7 @@ def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> Remov
             torch.distributed.broadcast(layer.vector, src=0)
 
     def follow(*_: Any) -> None:
-        for layer in layers:
-            layer.project()
-            layer.update_step_size(iterations)
+        upkeep.follow([layer.dictionary for layer in layers], iterations)
 
     return optimizer.register_step_post_hook(follow)
 

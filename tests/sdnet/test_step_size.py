@@ -129,7 +129,7 @@ def test_converging_the_vectors_leaves_the_steps() -> None:
     sdnet.converge_vectors(model)
     for layer, step in zip(csc_layers(model), steps, strict=True):
         assert torch.equal(layer.step, step)
-        layer.update_step_size()
+        layer.follow()
     assert margins(model) == pytest.approx([0.9, 0.9], rel=1e-3)
 
 
@@ -219,8 +219,7 @@ def test_attach_refuses_less_than_one_iteration() -> None:
 def test_following_the_weights_asks_the_device_for_nothing() -> None:
     """On the meta device there are no values: whatever waits for one raises."""
     layer = CSCConv2d(3, 8, 3, input_size=SIZE).to("meta")
-    layer.project()
-    layer.update_step_size()
+    layer.follow()
     assert layer.step.is_meta
     with pytest.raises(RuntimeError, match="meta"):
         layer.step.item()
