@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,13 +79,12 @@ def test_dalis_own_reader_takes_the_shards_and_their_indices(tree, tmp_path):
     quiet(tree, tmp_path / "out", shards=2)
     tars = sorted(map(str, (tmp_path / "out").glob("train-*.tar")))
 
-    @pipeline_def(batch_size=23, num_threads=1, device_id=None)
-    def read():
-        return tuple(
-            fn.readers.webdataset(paths=tars, index_paths=[tar[:-3] + "idx" for tar in tars], ext=["jpg", "cls"])
-        )
+    @pipeline_def(batch_size=23, num_threads=1)
+    def read() -> Any:
+        reader: Any = fn.readers.webdataset
+        return tuple(reader(paths=tars, index_paths=[tar[:-3] + "idx" for tar in tars], ext=["jpg", "cls"]))
 
-    pipeline = read()
+    pipeline: Any = read()
     pictures, labels = pipeline.run()
     stored = {bytes(np.array(pictures.at(at))): int(bytes(np.array(labels.at(at)))) for at in range(23)}
     train, _ = read_image_folder(tree)

@@ -226,4 +226,12 @@ class _Unpickler(pickle.Unpickler):
                 return np.dtype
             case (("numpy.core.multiarray" | "numpy._core.multiarray"), "_reconstruct"):
                 return np.empty(0).__reduce__()[0]
+            case "_codecs", "encode":  # Python 3 writes bytes for Python 2 as a call of it
+                return _latin1
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for text in {encoding}")
+    return text.encode("latin1")

@@ -1,0 +1,188 @@
+"""ImageNet as it is downloaded: a tar of tars, flat validation pictures, ground truth in several forms."""
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from sdnet.train.data.devkit import read_mat
+from sdnet.train.data.folder import read_image_folder
+from sdnet.train.data.sources import read_pictures
+from sdnet.train.errors import UserError
+from sdnet.train.prepare import prepare
+
+WNIDS = ["n01440764", "n01443537", "n02119789"]
+IDS = {"n01440764": 3, "n01443537": 1, "n02119789": 2}  # the devkit's own numbers, not in the order of the wnids
+VAL = [1, 0, 2, 2, 0, 1]  # labels of the validation pictures
+
+
+def pack(path: Path, files: dict[str, bytes]) -> bytes:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path.read_bytes()
+
+
+def synsets(compress: bool = True) -> bytes:
+    """meta.mat as MATLAB writes it: leaves by number, then an inner node."""
+    kinds = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "num_children", "children")]
+    rows = sorted((number, wnid, f"words of {wnid}", 0, []) for wnid, number in IDS.items())
+    rows.append((4, "n00001740", "entity", 3, [1, 2, 3]))
+    table = np.empty((len(rows), 1), dtype=kinds)
+    for at, (number, wnid, words, count, children) in enumerate(rows):
+        values = np.float64(number), wnid, words, np.float64(count), np.array(children, np.float64)
+        for (name, _), value in zip(kinds, values, strict=True):
+            table[name][at, 0] = value
+    out = io.BytesIO()
+    savemat(out, {"synsets": table}, do_compression=compress)
+    return out.getvalue()
+
+
+@pytest.fixture
+def download(make_tree, tmp_path) -> tuple[Path, Path]:
+    """The download without ground truth, and an image folder of the same pictures."""
+    tree = make_tree([3, 2, 4], [2, 2, 2])
+    for split in ("train", "val"):
+        for label, wnid in enumerate(WNIDS):
+            (tree / split / f"class {label:02}").rename(tree / split / wnid)
+    root = tmp_path / "download"
+    root.mkdir()
+    inner = {}
+    for wnid in reversed(WNIDS):
+        files = {f"{wnid}_{file.name}": file.read_bytes() for file in (tree / "train" / wnid).iterdir()}
+        inner[f"{wnid}.tar"] = pack(tmp_path / "inner.tar", files)
+    pack(root / "ILSVRC2012_img_train.tar", inner)
+    left = {label: sorted((tree / "val" / wnid).iterdir()) for label, wnid in enumerate(WNIDS)}
+    val = {f"ILSVRC2012_val_{at:08}.JPEG": left[label].pop().read_bytes() for at, label in enumerate(VAL, 1)}
+    pack(root / "ILSVRC2012_img_val.tar", val)
+    return root, tree
+
+
+def unpack_val(root: Path) -> None:
+    with tarfile.open(root / "ILSVRC2012_img_val.tar") as tar:
+        tar.extractall(root / "val", filter="data")
+    (root / "ILSVRC2012_img_val.tar").unlink()
+
+
+def kit_folder(root: Path) -> None:
+    data = root / "ILSVRC2012_devkit_t12/data"
+    data.mkdir(parents=True)
+    (data / "meta.mat").write_bytes(synsets())
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{IDS[WNIDS[label]]}\n" for label in VAL))
+
+
+def kit_archive(root: Path) -> None:
+    kit_folder(root)
+    folder = root / "ILSVRC2012_devkit_t12"
+    files = {str(path.relative_to(root)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    pack(root / "ILSVRC2012_devkit_t12.tar.gz", files)
+    shutil.rmtree(folder)
+
+
+def listed(name: str, line: str):
+    def write(root: Path) -> None:
+        head = "ImageId,PredictionString\n" if name.endswith(".csv") else ""
+        rows = [
+            line.format(stem=f"ILSVRC2012_val_{at:08}", wnid=WNIDS[label], label=label)
+            for at, label in enumerate(VAL, 1)
+        ]
+        (root / name).write_text(head + "".join(rows))
+
+    return write
+
+
+TRUTHS = {
+    "devkit": kit_folder,
+    "devkit archive": kit_archive,
+    "files and wnids": listed("val_labels.txt", "{stem}.JPEG {wnid}\n"),
+    "files and numbers": listed("val.txt", "{stem}.JPEG {label}\n"),
+    "Kaggle": listed("LOC_val_solution.csv", "{stem},{wnid} 1 2 3 4\n"),
+    "wnids in order": listed("imagenet_2012_validation_synset_labels.txt", "{wnid}\n"),
+}
+
+
+def labelled(images) -> list[tuple[bytes, int]]:
+    return sorted((images.where(at).read(), images.labels[at]) for at in range(len(images)))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["val tar", "val folder"])
+@pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS)
+def test_reads_the_pictures_of_the_same_image_folder(download, truth, flat):
+    root, tree = download
+    truth(root)
+    if flat:
+        unpack_val(root)
+    for found, expected in zip(read_pictures(root), read_image_folder(tree), strict=True):
+        assert found.classes == expected.classes
+        assert labelled(found) == labelled(expected)
+
+
+def test_an_unpacked_training_set_beside_a_flat_validation_folder(download):
+    root, tree = download
+    (root / "ILSVRC2012_img_train.tar").unlink()
+    shutil.copytree(tree / "train", root / "train")
+    unpack_val(root)
+    kit_folder(root)
+    train, val = read_pictures(root)
+    assert (len(train), len(val)) == (9, 6)
+
+
+def test_prepares_shards_from_the_archives(download, tmp_path):
+    root, tree = download
+    kit_archive(root)
+    prepare(root, tmp_path / "out", say=lambda _: None)
+    for found, expected in zip(read_pictures(tmp_path / "out"), read_image_folder(tree), strict=True):
+        assert labelled(found) == labelled(expected)
+
+
+def test_ground_truth_may_lie_elsewhere(download, tmp_path):
+    root, tree = download
+    TRUTHS["files and wnids"](tmp_path)
+    _, val = read_pictures(root, tmp_path / "val_labels.txt")
+    assert labelled(val) == labelled(read_image_folder(tree)[1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda root: None, "no ground truth of the validation pictures"),
+        (
+            lambda root: (root / "val.txt").write_text("a.jpg n01440764\n"),
+            r"no label for ILSVRC2012_val_00000001\.JPEG",
+        ),
+        (lambda root: (root / "val.txt").write_text("n01440764\n" * 5), "5 labels for 6 validation pictures"),
+        (lambda root: (root / "val.txt").write_text("n99999999\n" * 6), "class n99999999, which the training set"),
+        (lambda root: (root / "ILSVRC2012_devkit_t12").mkdir(), r"lacks .*truth\.txt and meta\.mat"),
+        (
+            lambda root: (kit_folder(root), (root / "ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"no")),
+            "cannot be understood",
+        ),
+    ],
+)
+def test_ground_truth_that_does_not_fit(download, spoil, sentence):
+    root, _ = download
+    spoil(root)
+    with pytest.raises(UserError, match=sentence):
+        read_pictures(root)
+
+
+def test_an_archive_of_a_class_without_pictures(download, tmp_path):
+    root, _ = download
+    kit_folder(root)
+    pack(root / "ILSVRC2012_img_train.tar", {"n01440764.tar": pack(tmp_path / "empty.tar", {})})
+    with pytest.raises(UserError, match=r"n01440764\.tar in .* has no pictures"):
+        read_pictures(root)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_reads_what_matlab_and_scipy_write(compress):
+    rows = read_mat(synsets(compress))["synsets"]
+    assert [row["WNID"] for row in rows] == ["n01443537", "n02119789", "n01440764", "n00001740"]
+    assert [row["ILSVRC2012_ID"] for row in rows] == [[1.0], [2.0], [3.0], [4.0]]
+    assert rows[3]["children"] == [1.0, 2.0, 3.0]

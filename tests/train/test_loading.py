@@ -1,0 +1,176 @@
+"""The DALI loader beyond plain folders: shards, uneven counts, odd formats, states, types, extra augmentation."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdnet.train.data.dali import DaliLoader
+from sdnet.train.data.folder import ImageSet, read_image_folder
+from sdnet.train.data.loader import Shard
+from sdnet.train.data.mixing import Mixing
+from sdnet.train.data.pipeline import MEAN, STD
+from sdnet.train.data.shards import read_shards
+from sdnet.train.demo_data import photographs_folder
+from sdnet.train.errors import UserError
+from sdnet.train.prepare import prepare
+
+
+def training(images: ImageSet, rank: int = 0, world: int = 1, **options) -> DaliLoader:
+    fixed = {"batch": 4, "size": 32, "augment": True, "threads": 1, "shard": Shard(rank, world)}
+    return DaliLoader(images, **fixed | options)
+
+
+def evaluation(images: ImageSet, rank: int = 0, world: int = 1, **options) -> DaliLoader:
+    return training(images, rank, world, **{"augment": False, "resize": 36} | options)
+
+
+@pytest.fixture(scope="module")
+def shards(write_tree, tmp_path_factory) -> tuple[ImageSet, ImageSet]:
+    """97 pictures in 97 classes, in train and in val, in shards of uneven length."""
+    folder = tmp_path_factory.mktemp("many")
+    write_tree(folder / "in", [1] * 97, [1] * 97)
+    prepare(folder / "in", folder / "out", shards=6, say=lambda _: None)
+    return read_shards(folder / "out")
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 16), (2, 16), (3, 16), (2, 48), (3, 5)])
+def test_each_picture_counts_once_at_every_epoch(shards, world, batch):
+    """97 files, 2 ranks, batches of 16 is where DALI's DROP with padding repeats one picture 16 times in epoch 1."""
+    train, val = shards
+    loaders = [training(train, rank, world, batch=batch, size=8) for rank in range(world)]
+    judges = [evaluation(val, rank, world, batch=batch, size=8, resize=8) for rank in range(world)]
+    for epoch in range(3):
+        for loader in (*loaders, *judges):
+            loader.set_epoch(epoch)
+        taken = [[labels.tolist() for _, labels in loader] for loader in loaders]
+        assert {len(of_rank) for of_rank in taken} == {97 // (batch * world)} == {len(loaders[0])}
+        assert all(len(of_step) == batch for of_rank in taken for of_step in of_rank)
+        seen = [label for of_rank in taken for of_step in of_rank for label in of_step]
+        assert len(seen) == len(set(seen))
+        judged = [[labels.tolist() for _, labels in judge] for judge in judges]
+        assert {len(of_rank) for of_rank in judged} == {len(judges[0])}, "equal steps on all ranks"
+        assert all(of_step for of_rank in judged for of_step in of_rank), "no empty batch"
+        assert sorted(label for of_rank in judged for of_step in of_rank for label in of_step) == list(range(97))
+
+
+def test_goes_on_in_the_midst_of_an_epoch_on_shards(shards):
+    loader, resumed = training(shards[0], 1, 2), training(shards[0], 1, 2)
+    for each in (loader, resumed):
+        each.set_epoch(4)
+    expected = list(loader)
+    loader.set_epoch(4)
+    iterator = iter(loader)
+    for _ in range(5):
+        next(iterator)
+    resumed.load_state(loader.state())
+    for want, got in zip(expected[5:], resumed, strict=True):
+        assert all(map(torch.equal, want, got))
+
+
+def test_a_second_iteration_goes_on_where_the_first_was_left(shards):
+    loader = training(shards[0])
+    expected = [labels.tolist() for _, labels in loader]
+    iterator = iter(loader)
+    got = [next(iterator)[1].tolist() for _ in range(3)]
+    assert got + [labels.tolist() for _, labels in loader] == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        ({"batch": 5}, "batch: 5, not 4"),
+        ({"seed": 1}, "seed: 1, not 0"),
+        ({"rank": 1}, "rank: 1, not 0"),
+        ({"world": 3}, "processes: 3, not 2"),
+        ({"files": 1}, "pictures: "),
+        ({"epoch": 1}, "epoch: 1, not 0"),
+    ],
+)
+def test_a_state_of_another_loader_is_refused_by_field(shards, other, field):
+    loader = training(shards[0], 0, 2)
+    next(iter(loader))
+    options = {"rank": 0, "world": 2} | {key: value for key, value in other.items() if key not in ("files", "epoch")}
+    images = shards[0].select(range(96)) if "files" in other else shards[0]
+    different = training(images, **options)
+    different.set_epoch(other.get("epoch", 0))
+    with pytest.raises(UserError, match=field):
+        different.load_state(loader.state())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_batches_in_half_precision_are_rounded_ones(shards, dtype, channels_last):
+    pairs = zip(training(shards[0], dtype=dtype, channels_last=channels_last), training(shards[0]), strict=True)
+    for (half, _), (full, _) in pairs:
+        assert half.dtype == dtype
+        assert half.is_contiguous(memory_format=torch.channels_last) == channels_last
+        torch.testing.assert_close(half.float(), full, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-3)
+
+
+@pytest.mark.parametrize("extras", ["trivial", "rand"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:nvidia")
+def test_extra_augmentation_repeats_and_resumes(shards, extras):
+    plain, loader = training(shards[0]), training(shards[0], extras=extras)
+    expected = list(loader)
+    assert not torch.equal(expected[0][0], next(iter(plain))[0])
+    iterator = iter(loader)
+    for _ in range(20):
+        next(iterator)
+    resumed = training(shards[0], extras=extras)
+    resumed.load_state(loader.state())
+    for want, got in zip(expected[20:], resumed, strict=True):
+        assert all(map(torch.equal, want, got))
+
+
+def test_mixing_resumes_too(shards):
+    loader, resumed = (training(shards[0], mixing=Mixing(0.2, 1.0, 97)) for _ in range(2))
+    expected = list(loader)
+    iterator = iter(loader)
+    for _ in range(21):
+        next(iterator)
+    resumed.load_state(loader.state())
+    for want, got in zip(expected[21:], resumed, strict=True):
+        assert all(map(torch.equal, want, got))
+        assert got[1].shape == (4, 97)
+
+
+def photograph(mode: str, name: str, **how) -> tuple[str, bytes]:
+    with Image.open(photographs_folder() / "chelsea.png") as picture:
+        out = BytesIO()
+        picture.resize((90, 60)).convert(mode).save(out, **how)
+    return name, out.getvalue()
+
+
+ODD = {
+    "baseline": photograph("RGB", "x.jpg", format="JPEG", quality=95),
+    "not subsampled": photograph("RGB", "x.jpg", format="JPEG", quality=95, subsampling=0),
+    "gray": photograph("L", "x.jpg", format="JPEG", quality=95),
+    "CMYK": photograph("CMYK", "x.jpg", format="JPEG", quality=95),
+    "progressive": photograph("RGB", "x.jpg", format="JPEG", quality=95, progressive=True),
+    "PNG named JPEG": photograph("RGB", "x.JPEG", format="PNG"),
+    "gray PNG": photograph("L", "x.png", format="PNG"),
+    "palette PNG": photograph("P", "x.png", format="PNG"),
+    "BMP": photograph("RGB", "x.bmp", format="BMP"),
+    "WebP": photograph("RGB", "x.webp", format="WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize(("name", "data"), ODD.values(), ids=ODD)
+def test_odd_formats_decode_as_pil_converts_them(tmp_path, name, data):
+    """Within 1 of 255 in the mean and, where chroma is subsampled and interpolated, 20 at worst."""
+    for split in ("train", "val"):
+        folder = tmp_path / split / "one"
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(data)
+    _, val = read_image_folder(Path(tmp_path))
+    images, _ = next(iter(evaluation(val, size=60, resize=60, batch=1)))
+    found = images[0].permute(1, 2, 0).numpy() * STD + MEAN
+    with Image.open(BytesIO(data)) as picture:
+        expected = np.asarray(picture.convert("RGB").crop((15, 0, 75, 60)), np.float64)
+    difference = np.abs(found - expected)
+    assert difference.mean() < 1
+    assert difference.max() < 20
