@@ -60,7 +60,7 @@ def cases(shape: LayerShape, dtype: str, layout: torch.memory_format, calls: Any
     for kind, present, flags in calls:
         known = layer.shape()._replace(precision="tf32" if dtype == "fp32" else "ieee")
         tile = tiles.synthesis_tile(known) if kind == "synthesis" else tiles.analysis_tile(known)
-        constexprs = layer.arguments(tile, **flags) | {"PRECISION": known.precision}
+        constexprs: dict[str, Any] = layer.arguments(tile, **flags) | {"PRECISION": known.precision}
         warps, stages = tile.warps, tile.stages
         del constexprs["num_warps"], constexprs["num_stages"]
         integers = {name: constexprs.pop(name) for name in INTEGERS}
