@@ -57,7 +57,7 @@ bench gpu-check: OUT ?= runs/$@
 bench: $(READY) ## what this machine can do, in five minutes: operators, training, loaders; into OUT=runs/bench
 	$(BIN)/python -m sdnet.train.demo_data $(OUT)/data
 	$(BIN)/python -m sdnet.bench kernels --operator csc --limit 3 --budget 90 --out $(OUT)
-	$(BIN)/python -m sdnet.bench train --seconds 45 --budget 30 --out $(OUT)
+	$(BIN)/python -m sdnet.bench train --batch 8 --seconds 45 --budget 30 --out $(OUT)
 	$(BIN)/python -m sdnet.bench load --data $(OUT)/data --image-size 64 --out $(OUT)
 	$(BIN)/python -m sdnet.bench profile --image-size 64 --batch 32 --traces $(OUT) --out $(OUT)
 	$(BIN)/python -m sdnet.bench report --results $(OUT) --whole $(OUT)/report.md
