@@ -97,7 +97,7 @@ def _parser(recipes: Mapping[str, Callable[[], Recipe]], default: str) -> argpar
     )
 
     groups: dict[str, Any] = {}
-    hints = get_type_hints(Recipe)
+    hints, shown = get_type_hints(Recipe), recipes[default]()
     for item in fields(Recipe):
         title = item.metadata["group"]
         if title not in groups:
@@ -106,7 +106,7 @@ def _parser(recipes: Mapping[str, Callable[[], Recipe]], default: str) -> argpar
             "--" + item.name.replace("_", "-"),
             dest=item.name,
             default=argparse.SUPPRESS,
-            help=f"{item.metadata['help']} [{_show(item.default)}]",
+            help=f"{item.metadata['help']} [{_show(getattr(shown, item.name))}]",
             **_argument(hints[item.name]),
         )
     return parser
