@@ -135,16 +135,20 @@ def found(pattern: str, text: str) -> str:
 
 
 def jobs_of(archs: Iterable[int], only: str = "", quick: bool = False) -> list[Job]:
-    """Every case whose module and name hold `only`; with `quick` one of each kernel, in bf16."""
+    """Every case whose module and name hold `only`; with `quick` one of each kernel, in bf16 if it has it."""
     jobs: dict[object, Job] = {}
     for arch in archs:
         for module in kernel_modules():
-            for name, case in cases_of(module, arch).items():
-                types = set(case.signature.values())
-                if only not in f"{module} {name}" or (quick and not any("bf16" in kind for kind in types)):
-                    continue
-                jobs.setdefault((arch, id(case.kernel)) if quick else (arch, module, name), (module, name, arch))
+            cases = cases_of(module, arch).items()
+            for name, case in sorted(cases, key=lambda item: quick and not in_bf16(item[1])):
+                if only in f"{module} {name}":
+                    jobs.setdefault((arch, id(case.kernel)) if quick else (arch, module, name), (module, name, arch))
     return list(jobs.values())
+
+
+def in_bf16(case: CompileCase) -> bool:
+    """Whether a case has operands in bf16."""
+    return any("bf16" in kind for kind in case.signature.values())
 
 
 def submitted(pool: ProcessPoolExecutor, jobs: list[Job]) -> list[Future[Report]]:
