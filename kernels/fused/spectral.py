@@ -32,9 +32,8 @@ from sdnet.kernels.upkeep import ATOM_FLOOR, Dictionary
 jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
 
 PIXELS, REDUCTION = 64, 32
-WIDE, NARROW = 64, 16
+WIDE, NARROW = 32, 16
 """Output channels of a program, and of one that makes the few channels of pictures."""
-WARPS = {WIDE: 8, NARROW: 4}
 CHUNK = 4096
 """Elements of a program of `finish`."""
 
@@ -256,9 +255,9 @@ def follow(dictionaries: Sequence[Dictionary], iterations: int = 1, precision: s
     project_kernel[(len(plan.project),)](plan.project, plan.table, ATOM_FLOOR, BLOCK=1024)
     blocks = {"BM": PIXELS, "BK": REDUCTION, "PRECISION": precision}
     for _ in range(iterations):
-        analysis_kernel[(len(plan.analysis),)](plan.analysis, plan.table, BN=WIDE, num_warps=WARPS[WIDE], **blocks)
+        analysis_kernel[(len(plan.analysis),)](plan.analysis, plan.table, BN=WIDE, **blocks)
         for block, owner in plan.synthesis.items():
-            synthesis_kernel[(len(owner),)](owner, plan.table, BN=block, num_warps=WARPS[block], **blocks)
+            synthesis_kernel[(len(owner),)](owner, plan.table, BN=block, **blocks)
         finish_kernel[(len(plan.finish),)](plan.finish, plan.table, FLOOR, SAFETY, BLOCK=CHUNK, PARTS=1024)
     for weight, vector, step, *_ in dictionaries:  # autograd must know of what it did not see
         torch.autograd.graph.increment_version([weight, vector, step])
@@ -273,10 +272,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     yield CompileCase.of(
         "project", project_kernel, pointers | {"floor": "fp32"}, {}, {"BLOCK": 1024}, tensor_cores=False
     )
-    yield CompileCase.of("analysis", analysis_kernel, pointers, {}, blocks | {"BN": WIDE}, WARPS[WIDE])
+    yield CompileCase.of("analysis", analysis_kernel, pointers, {}, blocks | {"BN": WIDE})
     for block in (NARROW, WIDE):
-        yield CompileCase.of(
-            f"synthesis {block} channels", synthesis_kernel, pointers, {}, blocks | {"BN": block}, WARPS[block]
-        )
+        yield CompileCase.of(f"synthesis {block} channels", synthesis_kernel, pointers, {}, blocks | {"BN": block})
     constexprs = {"BLOCK": CHUNK, "PARTS": 1024}
     yield CompileCase.of("finish", finish_kernel, pointers | floats, {}, constexprs, tensor_cores=False)
