@@ -1,37 +1,67 @@
-"""`load`: images per second of the loaders on a folder, by threads, and the processor time of an image.
+"""`load`: images per second of the loaders, by source and threads, and the processor time of an image.
 
-A round opens a loader, goes through an epoch, and closes it; loaders take turns by rounds. Images per second are
-counted from the first batch to the last, so that starting up does not count; processor time is that of this process
-and its workers over the whole round, so that nothing hides in another process.
+All loaders are opened, then take turns by epochs; workers last from one epoch to the next. Images per second are
+counted from an epoch's first batch to its last, so that starting up does not count; processor time is that of this
+process and its workers over the whole epoch, so that nothing hides in another process.
 """
 
 import argparse
+import multiprocessing
+import os
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sdnet.bench.common_options import add_common_options, open_ledger
-from sdnet.bench.ledger import read
+from sdnet.bench.ledger import Ledger, read
 from sdnet.bench.tables import feeding_lines, loading_table
 from sdnet.bench.timing import percentiles
-from sdnet.train.data.folder import ImageSet, read_image_folder
+from sdnet.train.data.cifar import Arrays, decode_all, read_small_pictures
+from sdnet.train.data.folder import ImageSet
+from sdnet.train.data.resident import ResidentLoader
+from sdnet.train.data.shards import TarSet
+from sdnet.train.data.sources import read_pictures
 from sdnet.train.errors import UserError
+
+SMALL = 32
+"""Pictures of a folder whose first is not wider than this are decoded once and kept in memory, as CIFAR's are."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A training set to load: files of a folder, members of tar shards, or small pictures in memory."""
+
+    label: str
+    kind: Literal["folder", "shards", "resident"]
+    pictures: ImageSet | Arrays
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a loader is asked for."""
+    """What a loader is asked for; `image_size` is that of the pictures where these stay as they are."""
 
-    images: ImageSet
+    source: Source
     batch: int
     image_size: int
     threads: int
     device: torch.device
+
+    @property
+    def images(self) -> ImageSet:
+        """The pictures of a source that is not in memory."""
+        assert isinstance(self.source.pictures, ImageSet)
+        return self.source.pictures
+
+    @property
+    def arrays(self) -> Arrays:
+        """The pictures of a source in memory."""
+        assert isinstance(self.source.pictures, Arrays)
+        return self.source.pictures
 
 
 Batches = Iterable[Any]
@@ -67,53 +97,71 @@ def pil(load: Load) -> Batches:
     return picture_loader(load.images, load.batch, load.image_size, load.threads)
 
 
+def resident(load: Load) -> Batches:
+    """The training loader of small pictures, on the device; on a CPU, threads are torch's."""
+    images, labels = load.arrays.images, load.arrays.labels
+    return ResidentLoader(
+        images,
+        labels,
+        name=load.source.label,
+        digest="",
+        batch=load.batch,
+        augment=True,
+        device=load.device,
+        channels_last=True,
+    )
+
+
 LOADERS: dict[str, Opener] = {
     "dali_cpu": lambda load: dali(load, torch.device("cpu")),
     "dali_gpu": dali_gpu,
     "pil": pil,
+    "resident": resident,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, help="an ImageFolder tree; its training set is read")
-    parser.add_argument("--loader", nargs="+", choices=LOADERS, default=list(LOADERS), help="default all")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="[LABEL=]DIR",
+        help="whatever train/imagenet.py or train/cifar.py takes; its training set is read. Ratios are to the first "
+        "folder; a label is the folder's name unless given",
+    )
+    parser.add_argument("--loader", nargs="+", choices=LOADERS, default=list(LOADERS), help="default all that fit")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="or workers; default 1 2")
     parser.add_argument("--batch", type=int, default=64, help="default 64")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels; default 224")
     parser.add_argument(
-        "--images", type=int, default=1024, help="least size of an epoch: a folder repeats; default 1024"
+        "--image-size", type=int, default=224, help="pixels; default 224; pictures in memory keep theirs"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="epochs of each loader; default 3")
+    parser.add_argument(
+        "--images", type=int, default=1024, help="least size of an epoch: files and shards repeat; default 1024"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader; default 5")
     add_common_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure every loader with every number of threads."""
+    """Measure every loader on every source that it reads, with every number of threads."""
+    sources = [open_source(text, max(options.images, 2 * options.batch)) for text in options.data]
+    labels = [source.label for source in sources]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"Sources need different labels, LABEL=DIR; these are {', '.join(labels)}.")
     device, ledger = open_ledger(options, "load")
-    images = repeated(read_image_folder(options.data)[0], max(options.images, 2 * options.batch))
-    print(f"Epochs of {len(images)} pictures.")
     loads = [
-        (name, Load(images, options.batch, options.image_size, threads, device))
+        (name, Load(source, options.batch, size_of(source, options.image_size), threads, device))
         for threads in options.threads
+        for source in sources
         for name in options.loader
+        if (name == "resident") == (source.kind == "resident")
     ]
-    samples: dict[int, list[Round]] = {}
-    reasons: dict[int, str] = {}
-    for _ in range(options.rounds):
-        for place, (name, load) in enumerate(loads):
-            try:
-                samples.setdefault(place, []).append(measure_round(LOADERS[name], load))
-            except (NotImplementedError, ModuleNotFoundError) as error:
-                reasons[place] = str(error)
-    for place, (name, load) in enumerate(loads):
-        shape = {"batch": load.batch, "image_size": load.image_size, "threads": load.threads, "images": len(images)}
-        if place in reasons:
-            ledger.add(name, "load", shape, status="unsupported", reason=reasons[place])
-            continue
-        measured = percentiles([sample.ms_per_batch for sample in samples[place]])
-        cpu = percentiles([sample.cpu_ms_per_image for sample in samples[place]]).p50
-        metrics = {"images_per_second": 1e3 * load.batch / measured.p50, "cpu_ms_per_image": cpu}
-        ledger.add(name, "load", shape, time_ms=measured._asdict(), metrics=metrics)
+    if not loads:
+        raise UserError(f"None of the loaders {', '.join(options.loader)} reads {', '.join(labels)}.")
+    for source in sources:
+        count = len(source.pictures.labels)
+        print(f"{source.label}: epochs of {count} pictures, {source.kind}.")
+    measure(loads, options.rounds, ledger)
     print("\n" + loading_table(ledger.rows))
     trained = [row for _, row in read(options.out) if row.theme == "train"]
     print("\n" + "\n".join(feeding_lines(ledger.rows, trained)))
@@ -121,19 +169,83 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def open_source(text: str, least: int) -> Source:
+    """The training set of [LABEL=]DIR, repeated to `least` pictures unless it is kept in memory.
+
+    Raises:
+        UserError: there is none.
+    """
+    label, sign, place = text.partition("=")
+    root = Path(place if sign else text)
+    label = label if sign else root.resolve().name
+    try:
+        images = read_pictures(root)[0]
+    except UserError:  # official CIFAR data, or the same sentence again
+        return Source(label, "resident", read_small_pictures(root).train)
+    if first_width(images) <= SMALL:
+        return Source(label, "resident", decode_all(images))
+    return Source(label, "shards" if isinstance(images, TarSet) else "folder", repeated(images, least))
+
+
+def first_width(images: ImageSet) -> int:
+    """Pixels of the first picture from left to right."""
+    return decode_all(images.select([0])).images.shape[3]
+
+
+def size_of(source: Source, wanted: int) -> int:
+    """The height of the batches that a source gives."""
+    return source.pictures.images.shape[2] if isinstance(source.pictures, Arrays) else wanted
+
+
+def repeated(images: ImageSet, least: int) -> ImageSet:
+    """The set, as often as it takes to have `least` pictures."""
+    return images.select(list(range(len(images))) * -(-least // len(images)))
+
+
 @dataclass(frozen=True)
-class Round:
-    """One epoch: wall milliseconds of a batch, processor milliseconds of an image."""
+class Epoch:
+    """Wall milliseconds of a batch, processor milliseconds of an image."""
 
     ms_per_batch: float
     cpu_ms_per_image: float
 
 
-def measure_round(opener: Opener, load: Load) -> Round:
-    """Open, read an epoch, close."""
+def measure(loads: list[tuple[str, Load]], rounds: int, ledger: Ledger) -> None:
+    """Let the loaders take turns by epochs, and write a row for each."""
+    opened: dict[int, Batches] = {}
+    reasons: dict[int, str] = {}
+    for place, (name, load) in enumerate(loads):
+        try:
+            opened[place] = LOADERS[name](load)
+        except (NotImplementedError, ModuleNotFoundError) as error:
+            reasons[place] = str(error)
+    epochs: dict[int, list[Epoch]] = {place: [] for place in opened}
+    threads = torch.get_num_threads()
+    try:
+        for _ in range(rounds):
+            for place, batches in opened.items():
+                torch.set_num_threads(loads[place][1].threads)
+                epochs[place].append(measure_epoch(batches, loads[place][1]))
+    finally:
+        torch.set_num_threads(threads)
+    for place, (name, load) in enumerate(loads):
+        count = len(load.source.pictures.labels)
+        shape = {"batch": load.batch, "image_size": load.image_size, "threads": load.threads, "images": count}
+        settings = {"source": load.source.kind, "data": load.source.label}
+        if place in reasons:
+            ledger.add(name, "load", shape, settings=settings, status="unsupported", reason=reasons[place])
+            continue
+        measured = percentiles([epoch.ms_per_batch for epoch in epochs[place]])
+        cpu = percentiles([epoch.cpu_ms_per_image for epoch in epochs[place]]).p50
+        metrics = {"images_per_second": 1e3 * load.batch / measured.p50, "cpu_ms_per_image": cpu}
+        ledger.add(name, "load", shape, time_ms=measured._asdict(), metrics=metrics, settings=settings)
+
+
+def measure_epoch(batches: Batches, load: Load) -> Epoch:
+    """Read an epoch."""
     cpu = processor_seconds()
     count, begin, first = 0, 0.0, 0
-    for images, _ in full_batches(opener(load)):
+    for images, _ in batches:
         count += len(images)
         if not begin:
             begin, first = time.perf_counter(), count
@@ -142,24 +254,17 @@ def measure_round(opener: Opener, load: Load) -> Round:
     spent = time.perf_counter() - begin
     if count == first:
         raise UserError(f"The epoch has {count} pictures, a single batch: too few to time.")
-    return Round(1e3 * spent * load.batch / (count - first), 1e3 * (processor_seconds() - cpu) / count)
-
-
-def full_batches(batches: Batches) -> Iterator[Any]:
-    """The batches; the loader's threads and workers are gone when they end."""
-    yield from batches
-    close = getattr(batches, "close", None)
-    if close is not None:
-        close()
+    return Epoch(1e3 * spent * load.batch / (count - first), 1e3 * (processor_seconds() - cpu) / count)
 
 
 def processor_seconds() -> float:
-    """User and system time of this process and of its children that have ended."""
+    """User and system time of this process, of its workers, and of those that have ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    workers = sum(worker_seconds(worker.pid) for worker in multiprocessing.active_children())
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages) + workers
 
 
-def repeated(images: ImageSet, least: int) -> ImageSet:
-    """The set, as often as it takes to have `least` pictures."""
-    times = -(-least // len(images))
-    return replace(images, files=list(images.files) * times, labels=list(images.labels) * times)
+def worker_seconds(pid: int | None) -> float:
+    """User and system time of a running process, as Linux counts it."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

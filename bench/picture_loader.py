@@ -5,6 +5,7 @@ Random resized crop (area 0.08 to 1, aspect 3/4 to 4/3), flip, normalisation: wh
 
 import math
 import random
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with Image.open(self.images.root / self.images.files[index]) as file:
+        with Image.open(BytesIO(self.images.where(index).read())) as file:
             picture = file.convert("RGB")
         picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, crop_box(*picture.size))
         if random.random() < 0.5:
@@ -51,5 +52,5 @@ def crop_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def picture_loader(images: ImageSet, batch: int, size: int, workers: int) -> DataLoader[Any]:
-    """Shuffled batches from `workers` processes with one thread each; the last one may be short."""
-    return DataLoader(Pictures(images, size), batch, shuffle=True, num_workers=workers)
+    """Shuffled batches from `workers` lasting processes with one thread each; the last batch may be short."""
+    return DataLoader(Pictures(images, size), batch, shuffle=True, num_workers=workers, persistent_workers=True)

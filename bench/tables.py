@@ -166,18 +166,55 @@ def setting_words(row: Row) -> list[str]:
 
 
 def loading_table(rows: Iterable[Row]) -> str:
-    """Images per second and processor time of each loader, by threads, and what one core would feed."""
+    """Images per second and processor time of each loader, by threads, and what one core would feed.
+
+    Two pairs of ratios, in images per second and in images per CPU-second: to PIL on the same source, and to the same
+    loader on the first folder of the run, from which the others' shards may come.
+    """
+    rows = list(rows)
     header = ["loader, threads", "images/s [p20–p80]", "CPU-ms per image", "images/s per busy core"]
+    header += [f"× {other}{per}" for other in ("PIL", "folder") for per in ("", " per CPU-s")]
     lines = []
     for row in rows:
-        name = f"{row.provider}, {row.shape['threads']} threads, {row.shape['image_size']} px"
+        name = f"{loader_words(row)}, {row.shape['threads']} threads, {row.shape['image_size']} px"
         if row.time_ms is None:
-            lines.append([name, f"{row.status}: {row.reason}", "–", "–"])
+            lines.append([name, f"{row.status}: {row.reason}", *["–"] * (len(header) - 2)])
             continue
         batch, cpu = row.shape["batch"], row.metrics["cpu_ms_per_image"]
         low, middle, high = (number(1e3 * batch / row.time_ms[at]) for at in ("p80", "p50", "p20"))
-        lines.append([name, f"{middle} [{low}–{high}]", number(cpu), number(1e3 / cpu)])
+        ratios = [*load_ratios(row, rival_of(row, rows)), *load_ratios(row, original_of(row, rows))]
+        cells = ["–" if ratio is None else f"{ratio:.2f}×" for ratio in ratios]
+        lines.append([name, f"{middle} [{low}–{high}]", number(cpu), number(1e3 / cpu), *cells])
     return markdown(header, lines)
+
+
+def loader_words(row: Row) -> str:
+    """A loader, and what it read."""
+    return f"{row.provider} on {row.settings['data']}" if "data" in row.settings else row.provider
+
+
+def load_ratios(row: Row, other: Row | None) -> tuple[float | None, float | None]:
+    """How many times the other's images per second, and per CPU-second."""
+    if other is None:
+        return None, None
+    return rate(row) / rate(other), other.metrics["cpu_ms_per_image"] / row.metrics["cpu_ms_per_image"]
+
+
+def rival_of(row: Row, rows: Iterable[Row]) -> Row | None:
+    """PIL on the same source, asked for the same in the same run."""
+    loads = (other for other in rows if other.provider == "pil" and asked_for(other) == asked_for(row))
+    return next((other for other in loads if other.settings.get("data") == row.settings.get("data")), None)
+
+
+def original_of(row: Row, rows: Iterable[Row]) -> Row | None:
+    """The same loader on the run's first folder."""
+    loads = (other for other in rows if other.provider == row.provider and asked_for(other) == asked_for(row))
+    return next((other for other in loads if other.settings.get("source") == "folder"), None)
+
+
+def asked_for(row: Row) -> tuple[Any, ...]:
+    """What two rows of loaders must share for a ratio; one without a time shares it with none that has one."""
+    return (row.run, row.status, *(row.shape[name] for name in ("batch", "image_size", "threads")))
 
 
 def feeding_lines(loads: Iterable[Row], trained: Iterable[Row]) -> list[str]:
@@ -194,7 +231,7 @@ def feeding_lines(loads: Iterable[Row], trained: Iterable[Row]) -> list[str]:
         if load is not None and row.status == "ok":
             eats, feeds = rate(row), rate(load)
             name = ", ".join([row.provider, *setting_words(row)])
-            lines.append(f"- {name} eats {number(eats)} images/s; {load.provider} feeds {feeds / eats:.2f}× that.")
+            lines.append(f"- {name} eats {number(eats)} images/s; {loader_words(load)} feeds {feeds / eats:.2f}× that.")
     return lines or ["No training speed of this machine at this size stands in the ledger to compare with."]
 
 

@@ -3,7 +3,6 @@
 import io
 import pickle
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,12 @@ import torch
 from PIL import Image
 
 from sdnet.train.cifar import main
-from sdnet.train.cli import Job
 from sdnet.train.data.cifar import load_restricted, read_small_pictures
 from sdnet.train.data.loader import Shard
 from sdnet.train.data.mixing import Mixing
 from sdnet.train.data.resident import MEAN, STD, ResidentLoader
 from sdnet.train.errors import UserError
-from sdnet.train.recipes import cifar_resnet18, cifar_sdnet18
+from sdnet.train.recipes import cifar_sdnet18
 from sdnet.train.run_folder import RunFolder
 
 NAMES = {10: "cifar-10-batches-py", 100: "cifar-100-python"}
@@ -61,10 +59,6 @@ def write_official(root: Path, classes: int, per_batch: int = 6) -> dict[str, by
     return files
 
 
-def job(data: Path, run: Path = Path("run"), **changes) -> Job:
-    return Job(replace(cifar_resnet18(), **changes), data, RunFolder(run), False, 1, 1)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("classes", [10, 100])
 def test_reads_the_official_archive_packed_or_unpacked(tmp_path, classes, packed):
@@ -78,7 +72,7 @@ def test_reads_the_official_archive_packed_or_unpacked(tmp_path, classes, packed
                 info = tarfile.TarInfo(f"{NAMES[classes]}/{name}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    found = read_small_pictures(job(root))
+    found = read_small_pictures(root)
     assert found.classes == tuple(f"class {label}" for label in range(classes))
     seeds = range(1, 6) if classes == 10 else [0]
     assert np.array_equal(found.train.images, np.concatenate([pixels(6, seed=seed) for seed in seeds]))
@@ -100,7 +94,7 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, whe
     stored = {b"data": pixels(6).reshape(6, -1), b"labels": [0] * 6} | {where.encode(): Hostile()}
     (tmp_path / NAMES[10] / "data_batch_3").write_bytes(pickle.dumps(stored, 2))
     with pytest.raises(UserError, match=r"not the official CIFAR data: UnpicklingError it asks for .*eval"):
-        read_small_pictures(job(tmp_path))
+        read_small_pictures(tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -128,7 +122,7 @@ def test_broken_official_files(tmp_path):
     ):
         (tmp_path / NAMES[10] / "test_batch").write_bytes(data)
         with pytest.raises(UserError, match=sentence):
-            read_small_pictures(job(tmp_path))
+            read_small_pictures(tmp_path)
 
 
 def test_reads_an_image_folder_with_test_for_val(tmp_path):
@@ -138,13 +132,13 @@ def test_reads_an_image_folder_with_test_for_val(tmp_path):
             folder.mkdir(parents=True)
             Image.fromarray(pixels(1, seed=label)[0].transpose(1, 2, 0)).save(folder / "one.png")
             Image.fromarray(pixels(1, seed=label)[0, 0]).save(folder / "gray.png")
-    found = read_small_pictures(job(tmp_path))
+    found = read_small_pictures(tmp_path)
     assert found.train.labels.tolist() == [0, 0, 1, 1]
     assert np.array_equal(found.train.images[3], pixels(1, seed=1)[0])
     assert np.array_equal(found.train.images[0], np.repeat(pixels(1)[:, 0], 3, axis=0))
     Image.fromarray(pixels(1, 40)[0].transpose(1, 2, 0)).save(tmp_path / "test/class 1/one.png")
     with pytest.raises(UserError, match=r"one\.png is 40 x 40, the first 32 x 32"):
-        read_small_pictures(job(tmp_path))
+        read_small_pictures(tmp_path)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdnet.train.cli import Job
+from sdnet.train.cli import BadFiles, Job, Verify
 from sdnet.train.data.archives import read_members
 from sdnet.train.data.check import FORMATS
 from sdnet.train.data.folder import ImageSet
@@ -89,7 +89,7 @@ def open_small_pictures(job: Job, shard: Shard, device: torch.device) -> Data:
         UserError: the data are missing or not what they should be, or the batch does not divide.
     """
     recipe = job.recipe
-    found = read_small_pictures(job)
+    found = read_small_pictures(job.data, job.verify, job.bad_files)
     train, val = found.train, found.val
     height, width = train.images.shape[2:]
     if (height, width) != (recipe.image_size, recipe.image_size):
@@ -119,13 +119,12 @@ def open_small_pictures(job: Job, shard: Shard, device: torch.device) -> Data:
     )
 
 
-def read_small_pictures(job: Job) -> SmallPictures:
-    """What lies under `job.data`.
+def read_small_pictures(root: Path, verify: Verify = "header", bad_files: BadFiles = "fail") -> SmallPictures:
+    """What lies under `root`; for `verify` and `bad_files` see `sdnet.train.data.sources`.
 
     Raises:
         UserError: there are no such data, or they are broken.
     """
-    root = job.data
     for layout in LAYOUTS:
         for folder in (root / layout.folder, root):
             if (folder / layout.meta).is_file() and (folder / layout.test).is_file():
@@ -133,7 +132,7 @@ def read_small_pictures(job: Job) -> SmallPictures:
         for archive in (root / layout.archive, root):
             if archive.is_file() and archive.name == layout.archive:
                 return _read_archive(layout, archive)
-    checked = read_checked(root, None, job.verify, job.bad_files)
+    checked = read_checked(root, None, verify, bad_files)
     train, val = decode_all(checked.train), decode_all(checked.val)
     if train.images.shape[2:] != val.images.shape[2:]:
         raise UserError(f"The pictures of both splits in {root} are not of the same size.")
