@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SHARED_FOLDERS = ("bench", "kernels", "train")
+MEASURED = "Some_GPU.json"
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
@@ -110,12 +111,15 @@ def test_links_in_the_docs_lead_somewhere() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel built from the sdist of a copy of the checkout, without network."""
+    """The wheel built from the sdist of a copy of the checkout and a table of measured paths, without network."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for path in tracked():
         copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
+    measured = source / "kernels" / "fused" / "measured" / MEASURED
+    measured.parent.mkdir(exist_ok=True)
+    measured.write_text("{}")
     for name in SHARED_FOLDERS:
         (source / "sdnet" / name).symlink_to(Path("..") / name)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
@@ -127,6 +131,8 @@ def test_wheel_ships_every_module(wheel: Path) -> None:
     modules = {path.relative_to(ROOT) for path in tracked() if path.suffix == ".py"}
     expected = {str(path) for path in modules if path.parts[0] == "sdnet"}
     expected |= {str("sdnet" / path) for path in modules if path.parts[0] in SHARED_FOLDERS}
+    tables = {path.name for path in tracked() if path.parent.name == "measured"} | {MEASURED}
+    expected |= {f"sdnet/kernels/fused/measured/{name}" for name in tables}
     assert shipped == expected | {"sdnet/py.typed"}
 
 

@@ -60,6 +60,9 @@ class Tile(NamedTuple):
 
 ENVIRONMENT_VARIABLE = "SDNET_STEPS"
 
+MEASURED = File(__file__).with_name("measured")
+"""Where `python -m sdnet.bench paths` leaves the tables, one a GPU."""
+
 FUSED_CHANNELS = 128
 
 FEW = 8
@@ -154,7 +157,7 @@ def path_of(shape: Shape, gpu: str | None) -> Path:
         if forced not in ("fused", "pointwise"):
             raise ValueError(f"{ENVIRONMENT_VARIABLE} is {forced!r}; it must be fused or pointwise.")
         return Path(forced == "fused", f"{ENVIRONMENT_VARIABLE} asks for {forced} steps")
-    measured = table(gpu).get(key_of(shape)) if gpu else None
+    measured = table(gpu, MEASURED).get(key_of(shape)) if gpu else None
     if measured is not None:
         return Path(measured == "fused", f"{measured} steps were the quicker ones when measured on {gpu}")
     if shape.itemsize == 4 and shape.precision == "ieee":
@@ -169,15 +172,21 @@ def path_of(shape: Shape, gpu: str | None) -> Path:
 
 
 def key_of(shape: Shape) -> str:
-    """The layer's entry in a table."""
+    """The layer's entry in a table, of any batch; fp32 by what it is multiplied in."""
     (height, width), (kernel_h, kernel_w) = shape.size, shape.kernel_size
     layer = f"{shape.channels}->{shape.atoms} {kernel_h}x{kernel_w}/{shape.stride[0]}x{shape.stride[1]}"
+    kind = "16-bit" if shape.itemsize == 2 else shape.precision
     memory = "channels_last" if shape.channels_last else "contiguous"
-    return f"{layer} @ {height}x{width} {8 * shape.itemsize}-bit {memory}"
+    return f"{layer} @ {height}x{width} {kind} {memory}"
+
+
+def file_of(gpu: str, folder: File) -> File:
+    """The table of a GPU of this name."""
+    return folder / f"{gpu.replace(' ', '_')}.json"
 
 
 @cache
-def table(gpu: str) -> dict[str, str]:
+def table(gpu: str, folder: File) -> dict[str, str]:
     """What was measured on a GPU of this name: "fused" or "pointwise" for each layer; empty without a measurement."""
-    file = File(__file__).with_name("measured") / f"{gpu.replace(' ', '_')}.json"
+    file = file_of(gpu, folder)
     return json.loads(file.read_text()) if file.is_file() else {}

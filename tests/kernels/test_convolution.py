@@ -1,8 +1,10 @@
 """The four fused steps one by one against their formulas in fp64, and the tiles that they run with."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,18 +216,22 @@ def test_tiles_cover_every_layer(layer: Any) -> None:
     assert programs * phases * tile.pixels * tile.channels >= 256 * prod(layer.size) * layer.channels
 
 
-def test_the_rule_and_what_overrides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rule_and_what_overrides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = tiles.Shape(256, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True)
     assert tiles.path_of(shape, None).fused
     assert not tiles.path_of(shape._replace(atoms=256), None).fused
     assert not tiles.path_of(shape._replace(itemsize=4), None).fused
     assert not tiles.path_of(shape._replace(channels_last=False), None).fused
     assert tiles.path_of(shape._replace(channels=3, channels_last=False), None).fused
-    monkeypatch.setattr(tiles, "table", lambda gpu: {tiles.key_of(shape): "pointwise"})
+    monkeypatch.setattr(tiles, "MEASURED", tmp_path)
+    tiles.file_of("NVIDIA H100", tmp_path).write_text(json.dumps({tiles.key_of(shape): "pointwise"}))
     assert (
         tiles.path_of(shape, "NVIDIA H100").reason
         == "pointwise steps were the quicker ones when measured on NVIDIA H100"
     )
+    assert tiles.path_of(shape, "NVIDIA A100").fused
+    exact, tf32 = (shape._replace(itemsize=4, precision=precision) for precision in ("ieee", "tf32"))
+    assert len({tiles.key_of(each) for each in (shape, exact, tf32)}) == 3
     monkeypatch.setenv("SDNET_STEPS", "fused")
     assert tiles.path_of(shape, "NVIDIA H100").fused
     monkeypatch.setenv("SDNET_STEPS", "quick")
