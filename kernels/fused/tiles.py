@@ -97,8 +97,11 @@ def _tile(shape: Shape, grid: Pair, columns: int, reduction: int, flat: bool = F
         box = box_of(64, shape.batch, grid, shape.most_images)
         return Tile(*box, min(channels, 32), 16, 4, 2, flat or merged)
     box = box_of(128, shape.batch, grid, shape.most_images)
-    reduction = power_of_two(reduction, 16, 64 if half and not flat else 32)
-    # Gathered elements, one by one, take a register each: more warps hold fewer of them.
+    # Gathered elements, one by one, take a register each: more warps and smaller blocks hold fewer of them.
+    most = 64 if half and not flat else 32
+    if half and flat and not shape.channels_last and reduction > most:
+        most = 16
+    reduction = power_of_two(reduction, 16, most)
     warps = 8 if channels > 64 or flat or not shape.channels_last else 4
     return Tile(*box, channels, reduction, warps, 3, flat or merged)
 
@@ -108,7 +111,12 @@ def analysis_tile(shape: Shape) -> Tile:
     """For A': codes' grid, K columns, C channels to reduce over at each tap."""
     flat = shape.channels <= FEW
     reduction = shape.channels * shape.kernel_size[0] * shape.kernel_size[1] if flat else shape.channels
-    return _tile(shape, shape.grid, shape.atoms, reduction, flat=flat)
+    tile = _tile(shape, shape.grid, shape.atoms, reduction, flat=flat)
+    narrow = tile.columns < 4 and tile.images < tile.pixels
+    if narrow and shape.itemsize == 2 and shape.channels_last:
+        # With 128 channels of such a box in 8 warps, Triton 3.6 makes a loop whose wgmma ptxas serialises.
+        tile = _tile(shape, shape.grid, min(shape.atoms, 64), reduction, flat=flat)
+    return tile
 
 
 @cache

@@ -139,6 +139,7 @@ RISKS = {
     "several boxes": Case(size=(12, 11), channels=9, batch=3),
     "several boxes, strided": Case(size=(17, 15), stride=(2, 2), batch=3, channels=9),
     "a stem": Case(kernel_size=(7, 7), stride=(2, 2), channels=3, atoms=20, size=(18, 15)),
+    "a contiguous stem": Case((7, 7), (2, 2), (18, 15), 3, 20, channels_last=False),
     "a stem of one channel": Case(channels=1, atoms=3, channels_last=False),
     "one pixel": Case(kernel_size=(1, 1), size=(1, 1), channels=9, atoms=9),
     "phases without taps": Case(kernel_size=(1, 1), stride=(3, 3), size=(8, 7), channels=9, n_steps=3),
@@ -218,7 +219,9 @@ def test_named_risks(risk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_near_reference(RISKS[risk])
 
 
-@pytest.mark.parametrize("risk", ["several blocks of atoms and of channels", "a stem", "one pixel"])
+@pytest.mark.parametrize(
+    "risk", ["several blocks of atoms and of channels", "a stem", "a contiguous stem", "one pixel"]
+)
 def test_named_risks_in_half_precision(risk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDNET_STEPS", "fused")
     assert_near_reference(replace(RISKS[risk], half=True))
