@@ -1,8 +1,8 @@
 """`load`: images per second of the loaders, by source and threads, and the processor time of an image.
 
-All loaders are opened, then take turns by epochs; workers last from one epoch to the next. Images per second are
-counted from an epoch's first batch to its last, so that starting up does not count; processor time is that of this
-process and its workers over the whole epoch, so that nothing hides in another process.
+All loaders are opened, then take turns by epochs; workers last from one epoch to the next, and the first epoch, which
+starts them, is not counted. What every epoch costs, such as DALI's new pipeline, is. Processor time is that of this
+process and its workers, so that nothing hides in another process.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=int, default=1024, help="least size of an epoch: files and shards repeat; default 1024"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader; default 5")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader, after one to warm up; default 5")
     add_common_options(parser)
 
 
@@ -222,10 +222,12 @@ def measure(loads: list[tuple[str, Load]], rounds: int, ledger: Ledger) -> None:
     epochs: dict[int, list[Epoch]] = {place: [] for place in opened}
     threads = torch.get_num_threads()
     try:
-        for _ in range(rounds):
+        for turn in range(rounds + 1):
             for place, batches in opened.items():
                 torch.set_num_threads(loads[place][1].threads)
-                epochs[place].append(measure_epoch(batches, loads[place][1]))
+                epoch = measure_epoch(batches, loads[place][1])
+                if turn:
+                    epochs[place].append(epoch)
     finally:
         torch.set_num_threads(threads)
     for place, (name, load) in enumerate(loads):
@@ -243,18 +245,14 @@ def measure(loads: list[tuple[str, Load]], rounds: int, ledger: Ledger) -> None:
 
 def measure_epoch(batches: Batches, load: Load) -> Epoch:
     """Read an epoch."""
-    cpu = processor_seconds()
-    count, begin, first = 0, 0.0, 0
-    for images, _ in batches:
-        count += len(images)
-        if not begin:
-            begin, first = time.perf_counter(), count
+    cpu, begin = processor_seconds(), time.perf_counter()
+    count = sum(len(images) for images, _ in batches)
     if load.device.type == "cuda":
         torch.cuda.synchronize(load.device)
     spent = time.perf_counter() - begin
-    if count == first:
-        raise UserError(f"The epoch has {count} pictures, a single batch: too few to time.")
-    return Epoch(1e3 * spent * load.batch / (count - first), 1e3 * (processor_seconds() - cpu) / count)
+    if not count:
+        raise UserError(f"{load.source.label} has fewer pictures than the batch of {load.batch}.")
+    return Epoch(1e3 * spent * load.batch / count, 1e3 * (processor_seconds() - cpu) / count)
 
 
 def processor_seconds() -> float:

@@ -123,8 +123,8 @@ def test_refusals(tmp_path: Path, monkeypatch, capsys, arguments: list[str], sen
     assert not (tmp_path / "out").exists()
 
 
-def test_an_epoch_of_one_batch_is_refused(tmp_path: Path) -> None:
-    source = measure_loading.open_source(str(write_tree(tmp_path, 40, 40, 2)), 4)
-    load = measure_loading.Load(source, 4, 32, 1, torch.device("cpu"))
-    with pytest.raises(UserError, match="single batch"):
-        measure_loading.measure_epoch(measure_loading.pil(load), load)
+def test_fewer_pictures_than_a_batch_are_refused(tmp_path: Path) -> None:
+    source = measure_loading.open_source(str(write_tree(tmp_path, 32, 32, 2)), 4)
+    load = measure_loading.Load(source, 8, 32, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match="fewer pictures than the batch of 8"):
+        measure_loading.measure_epoch(measure_loading.resident(load), load)
