@@ -5,14 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 PROGRAM = Path(__file__).with_name("fused_ranks.py")
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "SDNET_STEPS": "fused", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.mark.slow
 def test_two_ranks_with_half_the_batch_have_the_gradients_of_one_with_the_whole(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
