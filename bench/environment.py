@@ -37,7 +37,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES},
         "commit": commit,
         "dirty": None if changes is None else bool(changes),
-        "command": shlex.join(["python", "-m", "sdnet.bench", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "sdnet.bench", *map(portable, sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -88,6 +88,12 @@ def git(*arguments: str) -> str | None:
         return subprocess.run([*root, *arguments], check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def portable(argument: str) -> str:
+    """An argument without the folders of this machine: of an absolute path the last part, as in `cifar=/.../cifar10`."""
+    label, equals, value = argument.rpartition("=")
+    return f"{label}{equals}/.../{Path(value).name}" if value.startswith("/") else argument
 
 
 def first_line(*command: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdnet.bench import environment
+from sdnet.bench.environment import describe, portable
 from sdnet.bench.ledger import Ledger, Row, append, read
 from sdnet.train.errors import UserError
 
@@ -17,7 +17,7 @@ TIMES = {"p20": 1.0, "p50": 2.0, "p80": 3.0, "samples": 5}
 
 
 def make_ledger(folder: Path) -> Ledger:
-    return Ledger(folder, "kernels", environment.describe(torch.device("cpu")))
+    return Ledger(folder, "kernels", describe(torch.device("cpu")))
 
 
 def test_a_row_survives_the_file(tmp_path: Path) -> None:
@@ -81,3 +81,9 @@ def test_writers_at_the_same_time_leave_whole_lines(tmp_path: Path) -> None:
 def test_rows_without_time_say_why(tmp_path: Path) -> None:
     row = make_ledger(tmp_path).add("triton", "forward", {}, status="unsupported", reason="no GPU")
     assert Row.from_line(row.to_line()) == row
+
+
+def test_commands_are_noted_without_the_folders_of_this_machine() -> None:
+    assert portable("/data/imagenet") == "/.../imagenet"
+    assert portable("cifar=/data/cifar10") == "cifar=/.../cifar10"
+    assert [portable(argument) for argument in ("--out", "runs/bench", "a=b")] == ["--out", "runs/bench", "a=b"]
