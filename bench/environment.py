@@ -91,7 +91,7 @@ def git(*arguments: str) -> str | None:
 
 
 def portable(argument: str) -> str:
-    """An argument without the folders of this machine: of an absolute path the last part, as in `cifar=/.../cifar10`."""
+    """An argument without the folders of this machine: `cifar=/.../cifar10` for an absolute path to cifar10."""
     label, equals, value = argument.rpartition("=")
     return f"{label}{equals}/.../{Path(value).name}" if value.startswith("/") else argument
 
