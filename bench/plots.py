@@ -124,6 +124,6 @@ def step_bars(rows: Rows, path: Path) -> bool:
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds of a training step")
-        axes.legend(fontsize="small", ncols=len(PHASES), loc="upper center", bbox_to_anchor=(0.5, -0.25 / len(bars)))
+        axes.legend(fontsize="small", ncols=len(PHASES), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
     return bool(bars) and drawn(path, draw, height=1.6 + 0.45 * len(bars))
