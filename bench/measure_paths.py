@@ -134,6 +134,7 @@ def shape_of(case: Case) -> tiles.Shape:
         itemsize=DTYPES[case.dtype].itemsize,
         precision="tf32" if case.dtype == "tf32" else "ieee",
         channels_last=case.layout == "channels_last",
+        arch=0,  # a table is one GPU's, so its keys do not tell
     )
 
 

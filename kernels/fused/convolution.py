@@ -22,115 +22,132 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sdnet.kernels.fused import tiles
-from sdnet.kernels.fused.implicit_gemm import analysis_sum, box, pixel, synthesis_sum
+from sdnet.kernels.fused.hardware import arch_of
+from sdnet.kernels.fused.implicit_gemm import (
+    analysis,
+    corner,
+    load_box,
+    pixel,
+    pixels,
+    place,
+    store_box,
+    synthesis_by_descriptors,
+    synthesis_by_pointers,
+)
 from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.unrolled import Problem
 
+jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
 
-@triton.jit
+
+@jit
 def encode_kernel(
-    r_ptr, w_ptr, z_ptr, previous_ptr, out_ptr, next_ptr, step_ptr, lam_ptr, scale_ptr, mu, beta, next_beta,
+    r, dictionary, z, previous, out, after, step_ptr, lam_ptr, scale_ptr, mu, beta, next_beta,
     N, taps, H, W, h, w, ONE_SIDED: tl.constexpr, PER_SAMPLE: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, SPECIAL: tl.constexpr, PRECISION: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
     TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    first, b, i, j, inside, n = box(N, h, w, K, TB, TH, TW, BN)  # pyright: ignore[reportGeneralTypeIssues]
-    sum = analysis_sum(
-        r_ptr, w_ptr, first, b, i, j, inside, n, taps, H, W,
-        C, K, KH, KW, SH, SW, PH, PW, LAST, SPECIAL, BN, BK, PRECISION,
+    image, row, column, channel = corner(h, w, K, TB, TH, TW, BN)
+    v = analysis(
+        r, dictionary, image, row, column, channel, N, taps, H, W, h, w,
+        C, K, KH, KW, SH, SW, PH, PW, LAST, FORM, PRECISION, TB, TH, TW, BN, BK,
     )  # fmt: skip  # [BM, BN]
     step = tl.load(step_ptr).to(tl.float32)
     damping = 1 / (1 + step * mu)
-    v = step * damping * sum
+    v = step * damping * v
+    sample = image.to(tl.int64) + tl.arange(0, TB * TH * TW) // (TH * TW)  # [BM]
     if scale_ptr is not None:
-        v *= tl.load(scale_ptr + first + b, mask=inside, other=0.0)[:, None]
+        v *= tl.load(scale_ptr + sample, mask=sample < N, other=0.0)[:, None]
     if PER_SAMPLE:
-        lam = tl.load(lam_ptr + first + b, mask=inside, other=0.0).to(tl.float32)[:, None]  # [BM, 1]
+        lam = tl.load(lam_ptr + sample, mask=sample < N, other=0.0).to(tl.float32)[:, None]  # [BM, 1]
     else:
         lam = tl.load(lam_ptr).to(tl.float32)
     threshold = step * damping * lam
 
-    start = first * K * h * w
-    offset = pixel(b, i, j, h, w, K, LAST)[:, None] + (n * (1 if LAST else h * w))[None, :]
-    kept = inside[:, None] & (n < K)[None, :]
-    z = v
-    if z_ptr is not None:
-        z = tl.load(z_ptr + start + offset, mask=kept, other=0.0).to(tl.float32)
-        y = z
-        if previous_ptr is not None:
-            y += beta * (z - tl.load(previous_ptr + start + offset, mask=kept, other=0.0).to(tl.float32))
+    start, offset, kept = place(image, row, column, channel, N, h, w, K, LAST, TB, TH, TW, BN)
+    codes = v
+    if z is not None:
+        codes = load_box(z, image, row, column, channel, start, offset, kept, FORM)
+        y = codes
+        if previous is not None:
+            y += beta * (codes - load_box(previous, image, row, column, channel, start, offset, kept, FORM))
         v += damping * y
     # A NaN compares as false and so stays a NaN.
     if ONE_SIDED:
         v = tl.where(v < threshold, 0.0, v - threshold)
     else:
         v = tl.where(tl.abs(v) < threshold, 0.0, tl.where(v < 0, v + threshold, v - threshold))
-    codes = v.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + start + offset, codes, mask=kept)
-    if next_ptr is not None:
-        # From the rounded codes, as the backward pass will have it.
-        rounded = codes.to(tl.float32)
-        y = rounded + next_beta * (rounded - z)
-        tl.store(next_ptr + start + offset, y.to(next_ptr.dtype.element_ty), mask=kept)
+    v = store_box(out, v, image, row, column, channel, start, offset, kept, FORM)
+    if after is not None:  # from the rounded codes, as the backward pass will have it
+        y = v + next_beta * (v - codes)
+        store_box(after, y, image, row, column, channel, start, offset, kept, FORM)
 
 
-@triton.jit
+@jit
 def backstep_kernel(
-    dr_ptr, w_ptr, m_ptr, z_ptr, later_ptr, out_ptr, dy_ptr, step_ptr, mu, beta, next_beta,
+    dr, dictionary, m, z, later, out, dy, step_ptr, mu, beta, next_beta,
     N, taps, H, W, h, w, AT_Y: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, SPECIAL: tl.constexpr, PRECISION: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
     TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    first, b, i, j, inside, n = box(N, h, w, K, TB, TH, TW, BN)  # pyright: ignore[reportGeneralTypeIssues]
-    sum = analysis_sum(
-        dr_ptr, w_ptr, first, b, i, j, inside, n, taps, H, W,
-        C, K, KH, KW, SH, SW, PH, PW, LAST, SPECIAL, BN, BK, PRECISION,
+    image, row, column, channel = corner(h, w, K, TB, TH, TW, BN)
+    through = analysis(
+        dr, dictionary, image, row, column, channel, N, taps, H, W, h, w,
+        C, K, KH, KW, SH, SW, PH, PW, LAST, FORM, PRECISION, TB, TH, TW, BN, BK,
     )  # fmt: skip  # [BM, BN]
     damping = 1 / (1 + tl.load(step_ptr).to(tl.float32) * mu)
 
-    start = first * K * h * w
-    offset = pixel(b, i, j, h, w, K, LAST)[:, None] + (n * (1 if LAST else h * w))[None, :]
-    kept = inside[:, None] & (n < K)[None, :]
-    direct = damping * tl.load(m_ptr + start + offset, mask=kept, other=0.0).to(tl.float32)
+    start, offset, kept = place(image, row, column, channel, N, h, w, K, LAST, TB, TH, TW, BN)
+    direct = damping * load_box(m, image, row, column, channel, start, offset, kept, FORM)
     if AT_Y:
-        direct -= sum
-        if dy_ptr is not None:
-            tl.store(dy_ptr + start + offset, direct.to(dy_ptr.dtype.element_ty), mask=kept)
+        direct -= through
+        if dy is not None:
+            store_box(dy, direct, image, row, column, channel, start, offset, kept, FORM)
         g = (1 + beta) * direct
     else:
-        g = (1 + beta) * direct - sum
-    if later_ptr is not None:  # d_y' where the gradient was taken at y, else m' with d_y' = damping m'
-        later = tl.load(later_ptr + start + offset, mask=kept, other=0.0).to(tl.float32)
-        g -= next_beta * later if AT_Y else next_beta * damping * later
-    z = tl.load(z_ptr + start + offset, mask=kept, other=0.0)
-    tl.store(out_ptr + start + offset, tl.where(z != 0, g, 0.0).to(out_ptr.dtype.element_ty), mask=kept)
+        g = (1 + beta) * direct - through
+    if later is not None:  # d_y' where the gradient was taken at y, else m' with d_y' = damping m'
+        d_y = load_box(later, image, row, column, channel, start, offset, kept, FORM)
+        g -= next_beta * d_y if AT_Y else next_beta * damping * d_y
+    codes = load_box(z, image, row, column, channel, start, offset, kept, FORM)
+    store_box(out, tl.where(codes != 0, g, 0.0), image, row, column, channel, start, offset, kept, FORM)
 
 
-@triton.jit
+@jit
 def synthesis_kernel(
-    p_ptr, w_ptr, x_ptr, add_ptr, out_ptr, step_ptr, scale_ptr, mu,
+    p, dictionary, x_ptr, add_ptr, out_ptr, step_ptr, scale_ptr, mu,
     N, taps, H, W, h, w, X: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, SPECIAL: tl.constexpr, PRECISION: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
     TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """residual if x [N, X, H, W] is given, else spread."""
-    columns: tl.constexpr = C * SH * SW if SPECIAL else C
-    first, b, i, j, inside, n = box(N, (H + SH - 1) // SH, (W + SW - 1) // SW, columns, TB, TH, TW, BN)  # pyright: ignore[reportGeneralTypeIssues]
-    if SPECIAL:  # [1, BN]
+    columns: tl.constexpr = C * SH * SW if FORM == "few" else C
+    down, across = (H + SH - 1) // SH, (W + SW - 1) // SW
+    image, top, left, n0 = corner(down, across, columns, TB, TH, TW, BN)
+    b, i, j, inside = pixels(image, top, left, N, down, across, TB, TH, TW)
+    first, n = image.to(tl.int64), n0 + tl.arange(0, BN)
+    if FORM == "few":  # [1, BN]
         phase_h, phase_w, channel = (n // C // SW)[None, :], (n // C % SW)[None, :], (n % C)[None, :]
     else:
         phase_h, phase_w, channel = tl.program_id(1) // SW, tl.program_id(1) % SW, n[None, :]
-    sum = synthesis_sum(
-        p_ptr, w_ptr, first, b, i, j, inside, n, phase_h, phase_w, taps, h, w,
-        C, K, KH, KW, SH, SW, PH, PW, LAST, SPECIAL, BN, BK, PRECISION,
-    )  # fmt: skip  # [BM, BN]
+    if FORM == "descriptors":
+        sum = synthesis_by_descriptors(
+            p, dictionary, image, top, left, n0, phase_h, phase_w, h, w,
+            C, K, KH, KW, SH, SW, PH, PW, TB, BN, BK,
+        )  # fmt: skip  # [BM, BN]
+    else:
+        sum = synthesis_by_pointers(
+            p, dictionary, image, b, i, j, inside, n, phase_h, phase_w, taps, h, w,
+            C, K, KH, KW, SH, SW, PH, PW, LAST, FORM == "few", BN, BK, PRECISION,
+        )  # fmt: skip
 
-    row, column = i[:, None] * SH + phase_h, j[:, None] * SW + phase_w  # [BM, 1], or [BM, BN] if SPECIAL
+    row, column = i[:, None] * SH + phase_h, j[:, None] * SW + phase_w  # [BM, 1], or [BM, BN] with few channels
     kept = inside[:, None] & (n < columns)[None, :] & (row < H) & (column < W)
     channel_step = 1 if LAST else H * W
     offset = pixel(b[:, None], row, column, H, W, C, LAST) + channel * channel_step
@@ -196,18 +213,39 @@ class Layer:
             "H": self.size[0], "W": self.size[1], "h": self.grid[0], "w": self.grid[1],
             "C": channels, "K": atoms, "KH": kernel_h, "KW": kernel_w,
             "SH": self.stride[0], "SW": self.stride[1], "PH": self.padding[0], "PW": self.padding[1],
-            "LAST": self.layout == torch.channels_last, "SPECIAL": tile.special, "PRECISION": self.precision,
+            "LAST": self.layout == torch.channels_last, "FORM": tile.form, "PRECISION": self.precision,
             "TB": tile.images, "TH": tile.rows, "TW": tile.columns, "BN": tile.channels, "BK": tile.reduction,
             "num_warps": tile.warps, "num_stages": tile.stages, **flags,
         }  # fmt: skip
+
+    def boxes(self, tensor: Tensor | None, tile: tiles.Tile, channels: int) -> Any:
+        """A tensor [N, ., ., .] as the tile's form reads it: one pixel and so many channels at a time, or anywhere."""
+        if tensor is None or tile.form != "descriptors":
+            return tensor
+        batch, depth, height, width = tensor.shape
+        # Not the tensor's own strides: an axis of length one may have any.
+        strides = [width * depth, depth, height * width * depth, 1]
+        return TensorDescriptor(aligned(tensor), [height, width, batch, depth], strides, [1, 1, tile.images, channels])
+
+    def dictionary(self, tile: tiles.Tile, atoms: int, channels: int) -> Any:
+        """The packed dictionary as the tile's form reads it: so many atoms and channels of a tap at a time."""
+        if tile.form != "descriptors":
+            return self.packed
+        count, length = self.weight.shape[0], self.weight[0].numel()
+        return TensorDescriptor(aligned(self.packed), [count, length], [length, 1], [atoms, channels])
 
     def shape(self) -> tiles.Shape:
         """The layer as the rules for tiles see it."""
         atoms, channels, *kernel_size = self.weight.shape
         return tiles.Shape(
             self.batch, channels, atoms, self.size, self.grid, (kernel_size[0], kernel_size[1]), self.stride,
-            self.weight.element_size(), self.precision, self.layout == torch.channels_last,
+            self.weight.element_size(), self.precision, self.layout == torch.channels_last, arch_of(self.weight.device),
         )  # fmt: skip
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address that a descriptor can take, a multiple of 16; copied if it lies elsewhere."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def encode(
@@ -227,8 +265,9 @@ def encode(
     if codes.numel():
         tile = tiles.analysis_tile(layer.shape())
         encode_kernel[tiles.analysis_grid(layer.shape(), tile)](
-            r, layer.packed, z, previous if beta else None, codes, extrapolated, problem.step, problem.lam, scale,
-            problem.mu, beta, next_beta,
+            layer.boxes(r, tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
+            *(layer.boxes(t, tile, tile.channels) for t in (z, previous if beta else None, codes, extrapolated)),
+            problem.step, problem.lam, scale, problem.mu, beta, next_beta,
             **layer.arguments(tile, ONE_SIDED=problem.nonnegative, PER_SAMPLE=problem.lam.ndim > 0),
         )  # fmt: skip
     return codes, extrapolated
@@ -252,7 +291,9 @@ def backstep(
     if masked.numel():
         tile = tiles.analysis_tile(layer.shape())
         backstep_kernel[tiles.analysis_grid(layer.shape(), tile)](
-            dr, layer.packed, m, z, later, masked, d_y, problem.step, problem.mu, beta, next_beta,
+            layer.boxes(dr, tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
+            *(layer.boxes(t, tile, tile.channels) for t in (m, z, later, masked, d_y)),
+            problem.step, problem.mu, beta, next_beta,
             **layer.arguments(tile, AT_Y=at_y),
         )  # fmt: skip
     return masked, d_y
@@ -280,7 +321,8 @@ def _synthesis(
     if image.numel():
         tile = tiles.synthesis_tile(layer.shape())
         synthesis_kernel[tiles.synthesis_grid(layer.shape(), tile)](
-            codes, layer.packed, x, add, image, problem.step, scale, problem.mu,
+            layer.boxes(codes, tile, tile.reduction), layer.dictionary(tile, tile.reduction, tile.channels),
+            x, add, image, problem.step, scale, problem.mu,
             **layer.arguments(tile, X=layer.weight.shape[1] if x is None else x.shape[1]),
         )  # fmt: skip
     return image

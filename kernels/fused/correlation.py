@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sdnet.kernels.fused.correlation_tiles import Shape, Tile, arch_of, ceil_div, processors_of, splits_of, tile_of
+from sdnet.kernels.fused.correlation_tiles import Shape, Tile, ceil_div, splits_of, tile_of
+from sdnet.kernels.fused.hardware import arch_of, processors_of
 from sdnet.kernels.reference import Pair
 
 jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
@@ -311,12 +312,12 @@ def weight_correlation(
     r, m = residuals[0], codes[0]
     shape = shape_of(residuals, codes, weight)
     if tile is None:
-        tile = tile_of(shape, arch_of(weight))
+        tile = tile_of(shape, arch_of(weight.device))
     constants = constants_of(shape, stride, padding) | blocking_of(tile)
     taps = weight.shape[2] * weight.shape[3]
     blocks, boxes = tile.blocks(shape.atoms, shape.channels, taps), tile.boxes(shape.batch, shape.grid)
     if splits is None:
-        splits = splits_of(blocks, boxes, processors_of(weight))
+        splits = splits_of(blocks, boxes, processors_of(weight.device))
 
     partial = weight.new_empty((len(runs) * splits, weight.numel()), dtype=torch.float32)
     operands = zip(residuals, codes, strict=True)

@@ -2,9 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from sdnet.kernels.reference import Pair
 
 
@@ -103,16 +100,3 @@ def splits_of(blocks: int, boxes: int, processors: int) -> int:
 
     candidates = range(1, max(1, min(boxes, 8 * processors // blocks)) + 1)
     return next((splits for splits in candidates if use(splits) >= 0.9), max(candidates, key=use))
-
-
-def arch_of(tensor: Tensor) -> int:
-    """Compute capability of the tensor's device, 90 for Hopper; 0 for the interpreter."""
-    if not tensor.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
-
-
-def processors_of(tensor: Tensor) -> int:
-    """Streaming multiprocessors of the tensor's device; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1

@@ -9,8 +9,12 @@ is a bit of a row's mask, found once before the loop.
 Analysis (A') reads row i S - P + t of the image at tap t. Synthesis (A) of stride S is S^2 phases, program_id(1):
 output row i S + a takes the taps r = (a + P) mod S + S t and reads row i + (a + P) // S - t of the codes.
 
-For few image channels (stems) both directions have another form: FLAT analysis reduces over (tap, channel) as one axis,
-MERGED synthesis makes all phases of a pixel at once, as columns of one product, and reads the codes S^2 times less.
+This is the form "pointers". There are two others:
+  * "few", for few image channels (stems): analysis reduces over (tap, channel) as one axis, synthesis makes all phases
+    of a pixel at once, as columns of one product, and reads the codes S^2 times less.
+  * "descriptors" (sm_90 on, 16-bit channels_last): a box is one pixel of many images. Whether a tap falls inside the
+    image is then one answer for the whole program, which leaves out the taps that do not: nobody multiplies by padding,
+    31 % of the products at 4 x 4 pixels, 18 % at 7 x 7. Tiles go by TMA from memory to shared memory to wgmma.
 
 Offsets within a box are of 32 bits; the first image of the box is addressed with 64. `taps`, the number of taps, comes
 as an argument although it is known: the compiler unrolls a loop of known length, at half as many registers again.
@@ -21,33 +25,74 @@ from typing import Any
 import triton
 import triton.language as tl
 
+jit: Any = triton.jit  # calls between kernels are beyond a type checker
 
-@triton.jit
+
+@jit
 def pixel(b, i, j, H, W, C: tl.constexpr, LAST: tl.constexpr):
     """The offset of channel 0 of a pixel of [., C, H, W], in the memory format that LAST says."""
     return ((b * H + i) * W + j) * C if LAST else (b * C * H + i) * W + j
 
 
-@triton.jit
-def box(
-    N, GH, GW, columns: tl.constexpr, TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr
-) -> Any:  # fmt: skip
-    """This program's pixels on [N, GH, GW]: first image (64-bit), image, row, column, inside or not; its channels."""
+@jit
+def corner(
+    GH, GW, columns: tl.constexpr, TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Where this program's box begins on [N, GH, GW] x channels: image, row, column, channel."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = (columns + BN - 1) // BN
     tile = pid // blocks  # the blocks of one box are neighbours: they share its pixels in the L2 cache
     across, down = (GW + TW - 1) // TW, (GH + TH - 1) // TH
-    first = tile // (across * down) * TB
+    return tile // (across * down) * TB, tile // across % down * TH, tile % across * TW, pid % blocks * BN
+
+
+@jit
+def pixels(
+    image, row, column, N, GH, GW, TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr
+):  # fmt: skip
+    """The box's pixels on [N, GH, GW]: image within the box, row, column, and whether the grid has such a pixel."""
     m = tl.arange(0, TB * TH * TW)
     b = m // (TH * TW)  # [BM], as all that follow
-    i = tile // across % down * TH + m // TW % TH
-    j = tile % across * TW + m % TW
-    inside = (first + b < N) & (i < GH) & (j < GW)
-    n = pid % blocks * BN + tl.arange(0, BN)  # [BN]
-    return first.to(tl.int64), b, i, j, inside, n
+    i = row + m // TW % TH
+    j = column + m % TW
+    return b, i, j, (image + b < N) & (i < GH) & (j < GW)
 
 
-@triton.jit
+@jit
+def place(
+    image, row, column, channel, N, GH, GW, channels: tl.constexpr, LAST: tl.constexpr,
+    TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Where the box lies in a tensor [N, channels, GH, GW]: a 64-bit offset, those of its elements, which there are."""
+    b, i, j, inside = pixels(image, row, column, N, GH, GW, TB, TH, TW)
+    n = channel + tl.arange(0, BN)
+    offset = pixel(b, i, j, GH, GW, channels, LAST)[:, None] + (n * (1 if LAST else GH * GW))[None, :]  # [BM, BN]
+    return image.to(tl.int64) * channels * GH * GW, offset, inside[:, None] & (n < channels)[None, :]
+
+
+@jit
+def load_box(t, image, row, column, channel, start, offset, kept, FORM: tl.constexpr):
+    """A box of a tensor, [BM, BN] in fp32, zeros where there are no elements."""
+    if FORM == "descriptors":
+        value = t.load([row, column, image, channel]).reshape(offset.shape)
+    else:
+        value = tl.load(t + start + offset, mask=kept, other=0.0)
+    return value.to(tl.float32)
+
+
+@jit
+def store_box(t, value, image, row, column, channel, start, offset, kept, FORM: tl.constexpr):
+    """Writes [BM, BN] into a box of a tensor; returns what it was rounded to, in fp32."""
+    if FORM == "descriptors":
+        rounded = value.to(t.dtype)
+        t.store([row, column, image, channel], rounded.reshape(1, 1, offset.shape[0], offset.shape[1]))
+    else:
+        rounded = value.to(t.dtype.element_ty)
+        tl.store(t + start + offset, rounded, mask=kept)
+    return rounded.to(tl.float32)
+
+
+@jit
 def tap_bits(i, j, inside, H, W, SIGN: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr):
     """Bit t: row i + SIGN t of the image is inside [0, H); bit 16 + t: column j + SIGN t is inside [0, W)."""
     bits = tl.zeros(i.shape, tl.int32)
@@ -60,24 +105,98 @@ def tap_bits(i, j, inside, H, W, SIGN: tl.constexpr, TAPS_H: tl.constexpr, TAPS_
     return bits
 
 
-@triton.jit
+@jit
 def multiply(a, b, sum, PRECISION: tl.constexpr):
     return tl.dot(a, b, sum, input_precision=PRECISION)
 
 
-@triton.jit
-def analysis_sum(
-    a_ptr, w_ptr, first, b, i, j, inside, n, taps, H, W,
+@jit
+def span(first, count, size):
+    """Which of `count` places from `first` on are inside [0, size): the first and the number of them."""
+    before = tl.maximum(-first, 0)
+    return before, tl.maximum(tl.minimum(count, size - first) - before, 0)
+
+
+@jit
+def analysis(
+    r, dictionary, image, row, column, channel, N, taps, H, W, h, w,
     C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A' of an image [N, C, H, W] at a box of the codes' grid: [BM, BN] in fp32."""
+    """A' of images r [N, C, H, W] at a box of the codes' grid: [BM, BN] in fp32."""
+    if FORM == "descriptors":
+        sum = analysis_by_descriptors(
+            r, dictionary, image, row, column, channel, H, W, C, KH, KW, SH, SW, PH, PW, TB, BN, BK
+        )
+    else:
+        sum = analysis_by_pointers(
+            r, dictionary, image, row, column, channel, N, taps, H, W, h, w,
+            C, K, KH, KW, SH, SW, PH, PW, LAST, FORM == "few", PRECISION, TB, TH, TW, BN, BK,
+        )  # fmt: skip
+    return sum
+
+
+@jit
+def analysis_by_descriptors(
+    r, dictionary, image, row, column, channel, H, W,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """From descriptors of images as [H, W, N, C] and of the dictionary as [K, taps C]: one pixel of BM images."""
+    blocks: tl.constexpr = (C + BK - 1) // BK
+    top, left = row * SH - PH, column * SW - PW
+    first_h, count_h = span(top, KH, H)
+    first_w, count_w = span(left, KW, W)
+    sum = tl.zeros((BM, BN), tl.float32)
+    for step in tl.range(0, count_h * count_w * blocks):
+        tap, c = step // blocks, step % blocks * BK
+        th, tw = first_h + tap // count_w, first_w + tap % count_w
+        a = r.load([top + th, left + tw, image, c]).reshape(BM, BK)  # channels past C are zeros
+        d = dictionary.load([channel, (th * KW + tw) * C + c])  # [BN, BK]
+        sum = tl.dot(a, d.T, sum)
+    return sum
+
+
+@jit
+def synthesis_by_descriptors(
+    p, dictionary, image, row, column, channel, phase_h, phase_w, h, w,
+    C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """From descriptors of codes as [h, w, N, K] and of the dictionary as [K, taps C]: one pixel of BM images."""
+    blocks: tl.constexpr = (K + BK - 1) // BK
+    tap_h, tap_w = (phase_h + PH) % SH, (phase_w + PW) % SW  # the phase's first; the others follow in strides
+    taps_h, taps_w = (KH - tap_h + SH - 1) // SH, (KW - tap_w + SW - 1) // SW
+    top, left = row + (phase_h + PH) // SH - taps_h + 1, column + (phase_w + PW) // SW - taps_w + 1  # of the last tap
+    first_h, count_h = span(top, taps_h, h)
+    first_w, count_w = span(left, taps_w, w)
+    sum = tl.zeros((BM, BN), tl.float32)
+    for step in tl.range(0, count_h * count_w * blocks):
+        tap, k = step // blocks, step % blocks * BK
+        y, x = first_h + tap // count_w, first_w + tap % count_w
+        a = p.load([top + y, left + x, image, k]).reshape(BM, BK)  # channels past K are zeros
+        rh, rw = tap_h + SH * (taps_h - 1 - y), tap_w + SW * (taps_w - 1 - x)
+        d = dictionary.load([k, (rh * KW + rw) * C + channel])  # [BK, BN]
+        sum = tl.dot(a, d, sum)
+    return sum
+
+
+@jit
+def analysis_by_pointers(
+    a_ptr, w_ptr, image, row, column, channel, N, taps, H, W, h, w,
+    C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """`analysis`, tap by tap, or FLAT over (tap, channel)."""
+    b, i, j, inside = pixels(image, row, column, N, h, w, TB, TH, TW)
+    n = channel + tl.arange(0, BN)
     T: tl.constexpr = KH * KW
-    a_ptr += first * C * H * W
+    a_ptr += image.to(tl.int64) * C * H * W
     top, left = i * SH - PH, j * SW - PW
     bits = tap_bits(top, left, inside, H, W, 1, KH, KW)
-    row = pixel(b, top, left, H, W, C, LAST)  # [BM]; of tap 0, perhaps outside the image
+    corner_offset = pixel(b, top, left, H, W, C, LAST)  # [BM]; of tap 0, perhaps outside the image
     row_step = W * C if LAST else W
     column_step = C if LAST else 1
     channel_step = 1 if LAST else H * W
@@ -90,13 +209,13 @@ def analysis_sum(
             kept = ((bits[:, None] >> th[None, :]) & (bits[:, None] >> (16 + tw)[None, :]) & 1) != 0
             kept = kept & (start + k < T * C)[None, :]
             shift = th * row_step + tw * column_step + c * channel_step
-            a = tl.load(a_ptr + row[:, None] + shift[None, :], mask=kept, other=0.0)  # [BM, BK]
+            a = tl.load(a_ptr + corner_offset[:, None] + shift[None, :], mask=kept, other=0.0)  # [BM, BK]
             known = (start + k < T * C)[:, None] & (n < K)[None, :]
-            w = tl.load(w_ptr + (start + k)[:, None] + (n * (T * C))[None, :], mask=known, other=0.0)  # [BK, BN]
-            sum = multiply(a, w, sum, PRECISION)
+            d = tl.load(w_ptr + (start + k)[:, None] + (n * (T * C))[None, :], mask=known, other=0.0)  # [BK, BN]
+            sum = multiply(a, d, sum, PRECISION)
     else:
         blocks: tl.constexpr = (C + BK - 1) // BK
-        a_offset = row[:, None] + (k * channel_step)[None, :]
+        a_offset = corner_offset[:, None] + (k * channel_step)[None, :]
         w_offset = k[:, None] + (n * (T * C))[None, :]
         for step in tl.range(0, taps * blocks):
             tap, c = step // blocks, step % blocks * BK
@@ -108,16 +227,16 @@ def analysis_sum(
             else:
                 a = tl.load(a_ptr + shift + a_offset, mask=kept[:, None] & (k < C - c)[None, :], other=0.0)
             if C % BK == 0 and K % BN == 0:
-                w = tl.load(w_ptr + (tap * C + c) + w_offset)  # [BK, BN]
+                d = tl.load(w_ptr + (tap * C + c) + w_offset)  # [BK, BN]
             else:
-                w = tl.load(w_ptr + (tap * C + c) + w_offset, mask=(k < C - c)[:, None] & (n < K)[None, :], other=0.0)
-            sum = multiply(a, w, sum, PRECISION)
+                d = tl.load(w_ptr + (tap * C + c) + w_offset, mask=(k < C - c)[:, None] & (n < K)[None, :], other=0.0)
+            sum = multiply(a, d, sum, PRECISION)
     return sum
 
 
-@triton.jit
-def synthesis_sum(
-    a_ptr, w_ptr, first, b, i, j, inside, n, phase_h, phase_w, taps, h, w,
+@jit
+def synthesis_by_pointers(
+    a_ptr, w_ptr, image, b, i, j, inside, n, phase_h, phase_w, taps, h, w,
     C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, LAST: tl.constexpr, MERGED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -125,7 +244,7 @@ def synthesis_sum(
     """A of codes [N, K, h, w] at a box of one phase of the image's grid, or of all if MERGED: [BM, BN] in fp32."""
     T: tl.constexpr = KH * KW
     blocks: tl.constexpr = (K + BK - 1) // BK
-    a_ptr += first * K * h * w
+    a_ptr += image.to(tl.int64) * K * h * w
     row_step = w * K if LAST else w
     column_step = K if LAST else 1
     channel_step = 1 if LAST else h * w

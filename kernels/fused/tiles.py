@@ -1,8 +1,9 @@
 """Which tile a convolution runs with: rules by shape, type and memory, without a search.
 
 A program makes `channels` output channels of a box of images x rows x columns pixels, `reduction` input channels at a
-time. Every side is a power of two. The box is the one that wastes the fewest pixels on the grid at hand, and among
-those the most compact: 8 x 8 for 56 x 56 pixels, 2 x 2 of 32 images for 14 x 14, one pixel of 128 images for 7 x 7.
+time. Every side is a power of two. With descriptors a box is one pixel of 128 or 64 images. With pointers it is the one
+that wastes the fewest pixels on the grid at hand, and among those the most compact: 8 x 8 for 56 x 56 pixels, 2 x 2 of
+32 images for 14 x 14, one pixel of 128 images for 7 x 7.
 """
 
 import json
@@ -11,13 +12,16 @@ from functools import cache
 from itertools import product
 from math import ceil, prod
 from pathlib import Path as File
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from sdnet.kernels.reference import Pair
 
+Form = Literal["pointers", "few", "descriptors"]
+"""How a program reads its operands, and for which layers: see `implicit_gemm`."""
+
 
 class Shape(NamedTuple):
-    """A layer as the rules see it."""
+    """A layer as the rules see it, on sm_`arch`; arch 0 is the interpreter."""
 
     batch: int
     channels: int
@@ -29,6 +33,7 @@ class Shape(NamedTuple):
     itemsize: int
     precision: str
     channels_last: bool
+    arch: int
 
     @property
     def phases(self) -> int:
@@ -40,9 +45,19 @@ class Shape(NamedTuple):
         image, codes = self.channels * prod(self.size), self.atoms * prod(self.grid)
         return max(1, 2**30 // max(image, codes))
 
+    @property
+    def described_images(self) -> int:
+        """Images of a box in the form "descriptors"; 0 where that form cannot or should not be."""
+        able = self.arch >= 90 and self.itemsize == 2 and self.channels_last
+        rows_aligned = self.channels % 8 == 0 and self.atoms % 8 == 0  # 16 bytes
+        if not able or not rows_aligned or self.channels <= FEW:
+            return 0
+        full = [images for images in (128, 64) if images <= min(self.batch, self.most_images)]
+        return min(full, key=lambda images: ceil(self.batch / images) * images, default=0)
+
 
 class Tile(NamedTuple):
-    """`special` is the form for few image channels: FLAT analysis, MERGED synthesis (`implicit_gemm`)."""
+    """The sides of a program's work, the options of its launch, and its form."""
 
     images: int
     rows: int
@@ -51,7 +66,7 @@ class Tile(NamedTuple):
     reduction: int
     warps: int
     stages: int
-    special: bool
+    form: Form
 
     @property
     def pixels(self) -> int:
@@ -89,42 +104,54 @@ def box_of(pixels: int, batch: int, grid: Pair, most_images: int) -> tuple[int, 
     return min((box for box in boxes if 0 < box[0] <= most_images), key=waste)
 
 
-def _tile(shape: Shape, grid: Pair, columns: int, reduction: int, flat: bool = False, merged: bool = False) -> Tile:
+def _by_descriptors(images: int, columns: int, reduction: int) -> Tile:
+    channels = power_of_two(columns, 16, 128)
+    warps = 8 if images * channels > 128 * 64 else 4
+    return Tile(images, 1, 1, channels, power_of_two(reduction, 16, 64), warps, 3, "descriptors")
+
+
+def _by_pointers(shape: Shape, grid: Pair, columns: int, reduction: int, form: Form, flat: bool = False) -> Tile:
+    """`flat` tells that taps and channels are reduced over as one axis, whose elements are gathered one by one."""
     half = shape.itemsize == 2
     channels = power_of_two(columns, 16, 128 if half else 64)
     if not half and shape.precision == "ieee":
         # Products on the ordinary cores keep all operands in registers.
         box = box_of(64, shape.batch, grid, shape.most_images)
-        return Tile(*box, min(channels, 32), 16, 4, 2, flat or merged)
+        return Tile(*box, min(channels, 32), 16, 4, 2, form)
     box = box_of(128, shape.batch, grid, shape.most_images)
-    # Gathered elements, one by one, take a register each: more warps and smaller blocks hold fewer of them.
+    # A gathered element takes a register: more warps and smaller blocks hold fewer of them.
     most = 64 if half and not flat else 32
     if half and flat and not shape.channels_last and reduction > most:
         most = 16
     reduction = power_of_two(reduction, 16, most)
     warps = 8 if channels > 64 or flat or not shape.channels_last else 4
-    return Tile(*box, channels, reduction, warps, 3, flat or merged)
+    return Tile(*box, channels, reduction, warps, 3, form)
 
 
 @cache
 def analysis_tile(shape: Shape) -> Tile:
     """For A': codes' grid, K columns, C channels to reduce over at each tap."""
-    flat = shape.channels <= FEW
-    reduction = shape.channels * shape.kernel_size[0] * shape.kernel_size[1] if flat else shape.channels
-    tile = _tile(shape, shape.grid, shape.atoms, reduction, flat=flat)
+    if images := shape.described_images:
+        return _by_descriptors(images, shape.atoms, shape.channels)
+    if shape.channels <= FEW:
+        reduction = shape.channels * shape.kernel_size[0] * shape.kernel_size[1]
+        return _by_pointers(shape, shape.grid, shape.atoms, reduction, "few", flat=True)
+    tile = _by_pointers(shape, shape.grid, shape.atoms, shape.channels, "pointers")
     narrow = tile.columns < 4 and tile.images < tile.pixels
     if narrow and shape.itemsize == 2 and shape.channels_last:
         # With 128 channels of such a box in 8 warps, Triton 3.6 makes a loop whose wgmma ptxas serialises.
-        tile = _tile(shape, shape.grid, min(shape.atoms, 64), reduction, flat=flat)
+        tile = _by_pointers(shape, shape.grid, min(shape.atoms, 64), shape.channels, "pointers")
     return tile
 
 
 @cache
 def synthesis_tile(shape: Shape) -> Tile:
     """For A: one phase of the image's grid, C columns (of all phases if few), K channels to reduce over at each tap."""
-    merged = shape.channels <= FEW
-    columns = shape.channels * shape.phases if merged else shape.channels
-    return _tile(shape, _phase_grid(shape), columns, shape.atoms, merged=merged)
+    if images := shape.described_images:
+        return _by_descriptors(images, shape.channels, shape.atoms)
+    if shape.channels <= FEW:
+        return _by_pointers(shape, _phase_grid(shape), shape.channels * shape.phases, shape.atoms, "few")
+    return _by_pointers(shape, _phase_grid(shape), shape.channels, shape.atoms, "pointers")
 
 
 def _phase_grid(shape: Shape) -> Pair:
@@ -141,7 +168,7 @@ def analysis_grid(shape: Shape, tile: Tile) -> tuple[int]:
 
 def synthesis_grid(shape: Shape, tile: Tile) -> tuple[int, int]:
     boxes = _boxes(shape, _phase_grid(shape), tile)
-    if tile.special:
+    if tile.form == "few":
         return boxes * ceil(shape.channels * shape.phases / tile.channels), 1
     return boxes * ceil(shape.channels / tile.channels), shape.phases
 
@@ -156,9 +183,11 @@ class Path(NamedTuple):
 def path_of(shape: Shape, gpu: str | None) -> Path:
     """SDNET_STEPS, else the table measured on this GPU, else a rule that no GPU has confirmed.
 
-    The rule: at up to 128 channels a fused step saves more passes over memory than cuDNN's better products gain, and
-    with a few image channels cuDNN is weak; beyond, and for fp32 without tf32, cuDNN's products win. In 16 bits the
-    taps of contiguous NCHW images start at odd addresses, which neither wide nor asynchronous loads can take.
+    The rule: descriptors leave the products with padding out, which makes up for cuDNN's better products where there
+    are few pixels, as the saved passes over memory do where there are many. Without them a fused step saves more than
+    it loses up to 128 channels, and with a few image channels, where cuDNN is weak; beyond, and for fp32 without tf32,
+    cuDNN's products win. In 16 bits the taps of contiguous NCHW images start at odd addresses, which neither wide nor
+    asynchronous loads can take.
     """
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced is not None:
@@ -172,6 +201,8 @@ def path_of(shape: Shape, gpu: str | None) -> Path:
         return Path(False, "pointwise steps around cuDNN, by rule, for fp32 without tf32")
     if shape.channels <= FEW:
         return Path(True, f"fused steps, by rule, for up to {FEW} image channels")
+    if shape.described_images:
+        return Path(True, "fused steps, by rule, for 16-bit channels_last tensors in large batches")
     if not shape.channels_last:
         return Path(False, "pointwise steps around cuDNN, by rule, for tensors that are not channels_last")
     if max(shape.channels, shape.atoms) > FUSED_CHANNELS:

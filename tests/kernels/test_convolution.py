@@ -1,4 +1,4 @@
-"""The four fused steps one by one against their formulas in fp64, and the tiles that they run with."""
+"""The four fused steps one by one against their formulas in fp64, in every form, and the tiles that they run with."""
 
 import json
 from collections.abc import Iterator
@@ -47,30 +47,42 @@ class Case:
     stride: Pair = (1, 1)
     padding: Pair = (1, 1)
     size: Pair = (7, 6)
+    batch: int = 2
     channels_last: bool = True
+    described: bool = False
 
     def __str__(self) -> str:
         (kh, kw), (sh, sw) = self.kernel_size, self.stride
-        layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.channels}to{self.atoms}-{kh}x{kw}-s{sh}x{sw}-{layout}"
+        form = "descriptors" if self.described else "channels_last" if self.channels_last else "contiguous"
+        return f"{self.channels}to{self.atoms}-{kh}x{kw}-s{sh}x{sw}-{form}"
 
     @property
     def layer(self) -> Layer:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return Layer(
-            self.random(self.atoms, self.channels, *self.kernel_size), 2, self.size, self.stride, self.padding, layout
+            self.random(self.atoms, self.channels, *self.kernel_size),
+            self.batch,
+            self.size,
+            self.stride,
+            self.padding,
+            layout,
         )
 
     def random(self, *shape: int, seed: int = 0) -> Tensor:
         tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         return tensor.contiguous(memory_format=torch.channels_last) if self.channels_last else tensor
 
+    @property
+    def scale(self) -> Tensor:
+        """A number for each sample."""
+        return torch.linspace(0.7, 1.9, self.batch, device=DEVICE).view(-1, 1, 1, 1)
+
     def codes(self, seed: int) -> Tensor:
         """Random codes, half of them zero."""
-        return self.random(2, self.atoms, *self.layer.grid, seed=seed).relu()
+        return self.random(self.batch, self.atoms, *self.layer.grid, seed=seed).relu()
 
     def image(self, seed: int, channels: int | None = None) -> Tensor:
-        return self.random(2, channels or self.channels, *self.size, seed=seed)
+        return self.random(self.batch, channels or self.channels, *self.size, seed=seed)
 
     def analysis(self, r: Tensor) -> Tensor:
         return reference.analysis(r.double(), self.layer.weight.double(), self.stride, self.padding)
@@ -89,11 +101,42 @@ CASES = [
     Case(channels=33, atoms=70, kernel_size=(1, 2), padding=(0, 0), size=(5, 4)),
     Case(kernel_size=(2, 2), stride=(3, 3), padding=(1, 0), size=(9, 8), channels_last=False),
 ]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+DESCRIBED = [
+    Case(channels=16, atoms=20, described=True),
+    Case(channels=12, atoms=24, batch=18, size=(4, 5), described=True),
+    Case(channels=68, atoms=132, size=(3, 2), kernel_size=(1, 3), padding=(0, 1), described=True),
+    Case(channels=8, atoms=16, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), size=(6, 7), described=True),
+    Case(channels=8, atoms=8, kernel_size=(5, 4), stride=(3, 2), padding=(2, 1), size=(11, 9), described=True),
+    Case(channels=8, atoms=8, kernel_size=(2, 2), stride=(3, 3), padding=(1, 0), size=(9, 8), described=True),
+    Case(channels=8, atoms=8, kernel_size=(1, 1), padding=(2, 1), size=(1, 1), described=True),
+]
+"""Channels in multiples of 16 bytes; boxes of 16 images, not always full; taps and whole atoms outside the image."""
+
+FORMS = CASES + [
+    # On a GPU descriptors are for 16-bit types, and test_gpu.py has them.
+    pytest.param(case, marks=pytest.mark.skipif(DEVICE == "cuda", reason="fp32 takes descriptors when interpreted"))
+    for case in DESCRIBED
+]
 
 
-def problem(nonnegative: bool = True, per_sample: bool = False) -> Problem:
-    lam = torch.tensor([1.5, 4.0]).view(2, 1, 1, 1) if per_sample else torch.tensor(0.8)
+@pytest.fixture
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    """A case; one for descriptors with the rule that they are only for a GPU and large batches lifted."""
+    if request.param.described:
+        monkeypatch.setattr(tiles.Shape, "described_images", 16)
+    tiles.analysis_tile.cache_clear()
+    tiles.synthesis_tile.cache_clear()
+    yield request.param
+    tiles.analysis_tile.cache_clear()
+    tiles.synthesis_tile.cache_clear()
+
+
+every_case = pytest.mark.parametrize("case", FORMS, ids=str, indirect=True)
+
+
+def problem(nonnegative: bool = True, samples: int = 0) -> Problem:
+    """mu > 0; one lambda for all, or one for each of so many samples."""
+    lam = torch.linspace(1.5, 4.0, samples).view(-1, 1, 1, 1) if samples else torch.tensor(0.8)
     return Problem(
         torch.tensor(STEP, device=DEVICE), lam.to(DEVICE), MU, 3, (1, 1), (0, 0), nonnegative, "fista", "squared", 1
     )
@@ -108,9 +151,8 @@ def assert_near(actual: Tensor | None, expected: Tensor) -> None:
 @every_case
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_encode(case: Case, nonnegative: bool) -> None:
-    p = problem(nonnegative, per_sample=True)
-    r, z, previous, scale = case.image(1), case.codes(2), case.codes(3), torch.tensor([0.7, 1.9]).view(2, 1, 1, 1)
-    scale = scale.to(DEVICE)
+    p = problem(nonnegative, samples=case.batch)
+    r, z, previous, scale = case.image(1), case.codes(2), case.codes(3), case.scale
     codes, after = convolution.encode(case.layer, r, p, z, previous, BETA, scale, NEXT_BETA, keep_next=True)
     y = z.double() + BETA * (z.double() - previous.double())
     v = DAMPING * y + GAMMA * scale * case.analysis(r)
@@ -139,7 +181,7 @@ def test_residual(case: Case, several: bool) -> None:
 
 @every_case
 def test_spread(case: Case) -> None:
-    m, add, scale = case.codes(1), case.image(2), torch.tensor([0.7, 1.9], device=DEVICE).view(2, 1, 1, 1)
+    m, add, scale = case.codes(1), case.image(2), case.scale
     expected = GAMMA * case.synthesis(m)
     assert_near(convolution.spread(case.layer, m, problem()), expected)
     assert_near(convolution.spread(case.layer, m, problem(), scale, add), scale * expected + add.double())
@@ -160,7 +202,7 @@ def test_backstep(case: Case, at_y: bool) -> None:
     assert_near(masked, (z != 0) * g)
 
 
-@every_case
+@pytest.mark.parametrize("case", CASES, ids=str, indirect=True)
 def test_the_forms_for_few_channels_and_for_many_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for few in (0, 100):
@@ -169,8 +211,6 @@ def test_the_forms_for_few_channels_and_for_many_agree(case: Case, monkeypatch: 
         tiles.synthesis_tile.cache_clear()
         codes, _ = convolution.encode(case.layer, case.image(1), problem())
         results.append((codes, convolution.residual(case.layer, case.image(1), case.codes(2), problem())))
-    tiles.analysis_tile.cache_clear()
-    tiles.synthesis_tile.cache_clear()
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -200,15 +240,16 @@ def test_boxes_waste_nothing_where_they_need_not(grid: Pair, box: tuple[int, int
 
 def test_a_box_stays_within_32_bits() -> None:
     assert tiles.box_of(128, 256, (7, 7), most_images=4)[0] <= 4
-    shape = tiles.Shape(2, 64, 64, (4096, 4096), (4096, 4096), (3, 3), (1, 1), 2, "ieee", True)
+    shape = tiles.Shape(2, 64, 64, (4096, 4096), (4096, 4096), (3, 3), (1, 1), 2, "ieee", True, 80)
     assert shape.most_images == 1
 
 
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("layer", distinct_layers(), ids=str)
-def test_tiles_cover_every_layer(layer: Any) -> None:
+def test_tiles_cover_every_layer(layer: Any, arch: int) -> None:
     kernel_size, stride = ((n, n) for n in (layer.kernel_size, layer.stride))
     shape = tiles.Shape(
-        256, layer.channels, layer.atoms, layer.size, layer.codes_size, kernel_size, stride, 2, "ieee", True
+        256, layer.channels, layer.atoms, layer.size, layer.codes_size, kernel_size, stride, 2, "ieee", True, arch
     )  # fmt: skip
     tile, (programs,) = tiles.analysis_tile(shape), tiles.analysis_grid(shape, tiles.analysis_tile(shape))
     assert programs * tile.pixels * tile.channels >= 256 * prod(layer.codes_size) * layer.atoms
@@ -216,8 +257,23 @@ def test_tiles_cover_every_layer(layer: Any) -> None:
     assert programs * phases * tile.pixels * tile.channels >= 256 * prod(layer.size) * layer.channels
 
 
+def test_descriptors_are_for_what_they_can_read() -> None:
+    shape = tiles.Shape(256, 64, 256, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True, 90)
+    assert shape.described_images == 128
+    assert tiles.analysis_tile(shape).form == tiles.synthesis_tile(shape).form == "descriptors"
+    assert tiles.path_of(shape, None).fused
+    assert [shape._replace(batch=batch).described_images for batch in (64, 127, 128, 192)] == [64, 64, 128, 64]
+    others = {"arch": 80, "batch": 63, "channels": 12, "atoms": 20, "itemsize": 4, "channels_last": False}
+    for name, value in others.items():
+        other = shape._replace(**{name: value})
+        assert other.described_images == 0
+        assert tiles.analysis_tile(other).form == tiles.synthesis_tile(other).form == "pointers"
+    assert tiles.synthesis_tile(shape._replace(channels=8)).form == "few"
+    assert shape._replace(size=(2048, 2048), grid=(2048, 2048)).described_images == 0  # 2^31 elements in 64 images
+
+
 def test_the_rule_and_what_overrides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = tiles.Shape(256, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True)
+    shape = tiles.Shape(256, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True, 80)
     assert tiles.path_of(shape, None).fused
     assert not tiles.path_of(shape._replace(atoms=256), None).fused
     assert not tiles.path_of(shape._replace(itemsize=4), None).fused
