@@ -12,8 +12,9 @@ bits.
 A loop walks over boxes of pixels, TB images x TH rows x TW columns. A box moves by scalars, so that offsets within it
 are constants of the program. Two forms of pass 1:
   * pointers: any strides, sizes and types. FLAT takes (tap, channel) as one axis, for images of few channels (stems).
-  * descriptors (sm_90 on): boxes of one pixel of TB images, whatever the stride; out-of-bounds reads are the padding.
-    Both operands go from shared memory straight into wgmma. For 16-bit channels_last tensors, batches of 32 and more.
+  * descriptors (sm_90 on): boxes of one pixel of TB images, whatever the stride. Pixels at which the tap reads padding
+    alone are left out. Both operands go from shared memory straight into wgmma. For 16-bit channels_last tensors,
+    batches of 32 and more.
 
 Offsets are 64-bit where a tensor passes 2^31 elements.
 """
@@ -139,14 +140,25 @@ def correlate_kernel(
 
 
 @jit
+def reaching(tap, size, grid: tl.constexpr, stride: tl.constexpr, padding: tl.constexpr):
+    """The pixels of an axis of the codes' grid at which a tap is inside the image: the first and their number."""
+    first = (tl.maximum(padding - tap, 0) + stride - 1) // stride
+    last = tl.minimum((tl.maximum(size + padding - tap, 0) + stride - 1) // stride, grid)
+    return first, tl.maximum(last - first, 0)
+
+
+@jit
 def add_pair_by_descriptors(
-    total0, total1, total2, r, m, first, last, k0, c0, u, v,
-    GH: tl.constexpr, GW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    total0, total1, total2, r, m, first, last, i0, rows, j0, columns, k0, c0, u, v,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     TAPS: tl.constexpr, TB: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """totals [BA, BC] of TAPS neighbouring taps plus the correlation of one pair over boxes first .. last - 1."""
+    """totals [BA, BC] of TAPS neighbouring taps plus the correlation of one pair over boxes first .. last - 1.
+
+    Boxes are counted over rows i0 .. i0 + rows - 1 and columns j0 .. j0 + columns - 1 of the codes' grid.
+    """
     for box in tl.range(first, last):  # pyright: ignore[reportGeneralTypeIssues]
-        b, i, j = box // (GH * GW) * TB, box // GW % GH, box % GW
+        b, i, j = box // (rows * columns) * TB, i0 + box // columns % rows, j0 + box % columns
         y, x = i * SH - PH + u, j * SW - PW + v
         codes = m.load([i, j, b, k0]).reshape(TB, BA).T  # [BA, TB]
         total0 = tl.dot(codes, r.load([y, x, b, c0]).reshape(TB, BC), total0)
@@ -158,21 +170,26 @@ def add_pair_by_descriptors(
 
 @jit
 def correlate_by_descriptors_kernel(
-    r0, m0, r1, m1, r2, m2, scale_ptr, partial_ptr, factor, boxes,
+    r0, m0, r1, m1, r2, m2, scale_ptr, partial_ptr, factor, groups, H, W,
     GH: tl.constexpr, GW: tl.constexpr, C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     TAPS: tl.constexpr, TB: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """As correlate_kernel, from descriptors of views [H, W, N, C] and [h, w, N, K] with boxes of one pixel.
 
-    A program makes TAPS taps, 1 or (for 3 columns of taps) a row of 3, for which the codes are loaded once.
+    `groups` of TB images. A program makes TAPS taps, 1 or (for 3 columns of taps) a row of 3, for which the codes are
+    loaded once.
     """
     BLOCKS_A: tl.constexpr = (K + BA - 1) // BA
     BLOCKS_C: tl.constexpr = (C + BC - 1) // BC
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    first, last = share(split, splits, boxes)
     k0, c0 = pid % BLOCKS_A * BA, pid // BLOCKS_A % BLOCKS_C * BC
     tap = pid // (BLOCKS_A * BLOCKS_C) * TAPS
+    i0, rows = reaching(tap // KW, H, GH, SH, PH)
+    j0, columns = 0, GW
+    if TAPS == 1:
+        j0, columns = reaching(tap % KW, W, GW, SW, PW)
+    first, last = share(split, splits, groups * rows * columns)
     total0 = tl.zeros((BA, BC), tl.float32)
     total1 = tl.zeros((BA, BC), tl.float32)  # unused, and then removed, unless TAPS is 3
     total2 = tl.zeros((BA, BC), tl.float32)
@@ -183,8 +200,8 @@ def correlate_by_descriptors_kernel(
         r = r0 if pair == 0 else (r1 if pair == 1 else r2)
         m = m0 if pair == 0 else (m1 if pair == 1 else m2)
         total0, total1, total2 = add_pair_by_descriptors(
-            total0, total1, total2, r, m, first, last, k0, c0, tap // KW, tap % KW,
-            GH, GW, SH, SW, PH, PW, TAPS, TB, BA, BC,
+            total0, total1, total2, r, m, first, last, i0, rows, j0, columns, k0, c0, tap // KW, tap % KW,
+            SH, SW, PH, PW, TAPS, TB, BA, BC,
         )  # fmt: skip
     scale = factor if TAIL > 0 else tl.load(scale_ptr)
     k, c = k0 + tl.arange(0, BA), c0 + tl.arange(0, BC)
@@ -335,7 +352,10 @@ def weight_correlation(
                 for t, block in zip(pair, (tile.columns, tile.atoms), strict=True)
                 for view in (t.permute(2, 3, 0, 1),)
             ]
-            correlate_by_descriptors_kernel[blocks, splits](*boxed, scale, part, factor, boxes, **constants, **options)
+            correlate_by_descriptors_kernel[blocks, splits](
+                *boxed, scale, part, factor, ceil_div(shape.batch, tile.box[0]), r.shape[2], r.shape[3],
+                **constants, **options,
+            )  # fmt: skip
         else:
             correlate_kernel[blocks, splits](
                 *(tensor for pair in used for tensor in pair), scale, part, factor, boxes,

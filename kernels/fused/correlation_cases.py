@@ -15,7 +15,7 @@ from sdnet.kernels.fused.correlation import (
     correlate_by_descriptors_kernel,
     correlate_kernel,
 )
-from sdnet.kernels.fused.correlation_tiles import Shape, tile_of
+from sdnet.kernels.fused.correlation_tiles import Shape, ceil_div, tile_of
 from sdnet.kernels.shapes import LayerShape, distinct_layers
 
 
@@ -50,15 +50,18 @@ def correlate_case(layer: LayerShape, dtype: str, last: bool, head: int, tail: i
     tile = tile_of(shape, arch)
     constexprs = constants_of(shape, stride, padding) | blocking_of(tile) | {"HEAD": head, "TAIL": tail}
     types = {"scale_ptr": "*fp32", "partial_ptr": "*fp32", "factor": "fp32"}
-    integers = {"boxes": tile.boxes(batch, layer.codes_size)}
+    integers = {"H": layer.size[0], "W": layer.size[1]}
     if tile.descriptors:
+        integers["groups"] = ceil_div(batch, tile.box[0])
         for pair in range(PAIRS):
             types[f"r{pair}"] = f"tensordesc<{dtype}[1, 1, {tile.box[0]}, {tile.columns}]>"
             types[f"m{pair}"] = f"tensordesc<{dtype}[1, 1, {tile.box[0]}, {tile.atoms}]>"
     else:
         types |= {f"{name}{pair}_ptr": f"*{dtype}" for pair in range(PAIRS) for name in "rm"}
-        names = ("N", "H", "W", "rn", "rc", "ry", "rx", "mn", "mk", "mi", "mj")
-        integers |= dict(zip(names, (batch, *layer.size, *r.stride(), *m.stride()), strict=True))
+        names = ("N", "boxes", "rn", "rc", "ry", "rx", "mn", "mk", "mi", "mj")
+        integers |= dict(
+            zip(names, (batch, tile.boxes(batch, layer.codes_size), *r.stride(), *m.stride()), strict=True)
+        )
         constexprs |= {"WIDE": False, "PRECISION": "tf32"}
     form = "descriptors" if tile.descriptors else "pointers"
     name = (
