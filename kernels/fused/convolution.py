@@ -22,9 +22,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sdnet.kernels.fused import tiles
+from sdnet.kernels.fused.descriptors import matrix_blocks, pixel_boxes
 from sdnet.kernels.fused.hardware import arch_of
 from sdnet.kernels.fused.implicit_gemm import (
     analysis,
@@ -222,17 +222,11 @@ class Layer:
         """A tensor [N, ., ., .] as the tile's form reads it: one pixel and so many channels at a time, or anywhere."""
         if tensor is None or tile.form != "descriptors":
             return tensor
-        batch, depth, height, width = tensor.shape
-        # Not the tensor's own strides: an axis of length one may have any.
-        strides = [width * depth, depth, height * width * depth, 1]
-        return TensorDescriptor(aligned(tensor), [height, width, batch, depth], strides, [1, 1, tile.images, channels])
+        return pixel_boxes(tensor, tile.images, channels)
 
     def dictionary(self, tile: tiles.Tile, atoms: int, channels: int) -> Any:
         """The packed dictionary as the tile's form reads it: so many atoms and channels of a tap at a time."""
-        if tile.form != "descriptors":
-            return self.packed
-        count, length = self.weight.shape[0], self.weight[0].numel()
-        return TensorDescriptor(aligned(self.packed), [count, length], [length, 1], [atoms, channels])
+        return matrix_blocks(self.packed, atoms, channels) if tile.form == "descriptors" else self.packed
 
     def shape(self) -> tiles.Shape:
         """The layer as the rules for tiles see it."""
@@ -241,11 +235,6 @@ class Layer:
             self.batch, channels, atoms, self.size, self.grid, (kernel_size[0], kernel_size[1]), self.stride,
             self.weight.element_size(), self.precision, self.layout == torch.channels_last, arch_of(self.weight.device),
         )  # fmt: skip
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor at an address that a descriptor can take, a multiple of 16; copied if it lies elsewhere."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def encode(

@@ -27,9 +27,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sdnet.kernels.fused.correlation_tiles import Shape, Tile, ceil_div, splits_of, tile_of
+from sdnet.kernels.fused.descriptors import ALIGNMENT, pixel_boxes
 from sdnet.kernels.fused.hardware import arch_of, processors_of
 from sdnet.kernels.reference import Pair
 
@@ -262,11 +262,10 @@ def alike(tensors: list[Tensor]) -> list[Tensor]:
 def shape_of(residuals: list[Tensor], codes: list[Tensor], weight: Tensor) -> Shape:
     """What to choose a tile by. Descriptors want 16-bit types, channels last, and addresses in multiples of 16."""
     itemsize = codes[0].itemsize
-    unit = 16 // itemsize
     aligned = itemsize == 2 and all(
-        tensor.stride(1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(tensor.stride(dim) % unit == 0 for dim in (0, 2, 3))
+        tensor.is_contiguous(memory_format=torch.channels_last)
+        and (tensor.shape[1] * itemsize) % ALIGNMENT == 0
+        and tensor.data_ptr() % ALIGNMENT == 0
         for tensor in residuals + codes
     )
     height, width = weight.shape[2:]
@@ -346,12 +345,8 @@ def weight_correlation(
         constants |= {"HEAD": len(head), "TAIL": len(tail)}
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         if tile.descriptors:
-            boxed = [
-                TensorDescriptor(t, list(view.shape), list(view.stride()), [1, 1, tile.box[0], block])
-                for pair in used
-                for t, block in zip(pair, (tile.columns, tile.atoms), strict=True)
-                for view in (t.permute(2, 3, 0, 1),)
-            ]
+            blocking = (tile.columns, tile.atoms)
+            boxed = [pixel_boxes(t, tile.box[0], n) for pair in used for t, n in zip(pair, blocking, strict=True)]
             correlate_by_descriptors_kernel[blocks, splits](
                 *boxed, scale, part, factor, ceil_div(shape.batch, tile.box[0]), r.shape[2], r.shape[3],
                 **constants, **options,
