@@ -105,9 +105,8 @@ def box_of(pixels: int, batch: int, grid: Pair, most_images: int) -> tuple[int, 
 
 
 def _by_descriptors(images: int, columns: int, reduction: int) -> Tile:
-    channels = power_of_two(columns, 16, 128)
-    warps = 8 if images * channels > 128 * 64 else 4
-    return Tile(images, 1, 1, channels, power_of_two(reduction, 16, 64), warps, 3, "descriptors")
+    # With 8 warps, Triton 3.6 makes loops over 128 channels whose wgmma ptxas serialises.
+    return Tile(images, 1, 1, power_of_two(columns, 16, 128), power_of_two(reduction, 16, 64), 4, 3, "descriptors")
 
 
 def _by_pointers(shape: Shape, grid: Pair, columns: int, reduction: int, form: Form, flat: bool = False) -> Tile:
