@@ -9,7 +9,7 @@ from sdnet.train.errors import UserError
 
 COMMANDS = {
     "kernels": ("measure_kernels", "operators over the layer shapes of a model, checked and timed"),
-    "paths": ("measure_paths", "the table of fused or pointwise steps for this GPU, measured"),
+    "paths": ("measure_paths", "the table of steps and tiles for this GPU, measured"),
     "train": ("measure_training", "images per second of training steps, and their split"),
     "load": ("measure_loading", "images per second of the loaders, and their processor time"),
     "profile": ("profile_steps", "the operators, launches and host syncs of a recipe's steps"),

@@ -1,13 +1,17 @@
-"""`paths`: which path the steps of each CSC layer take on this GPU, fused or pointwise, measured and kept in a table.
+"""`paths`: how the steps of each CSC layer run on this GPU, measured and kept in a table.
 
-For every layer of a model, type and memory format both paths are held against the mathematics in fp64, then timed in
-turns, forward and backward together. The quicker one enters the table that `impl="auto"` and "triton" read. A path with
-a wrong answer never does, and the exit status is 1. Entries of an earlier run that this one does not measure stay.
+Ways to run a layer are pointwise steps around cuDNN, and fused ones with the rules' tiles or, with --tiles, others.
+For every layer of a model, type and memory format all are held against the mathematics in fp64, then timed in turns,
+forward and backward together. The quickest one enters the table that `impl="auto"` and "triton" read. A way with a
+wrong answer never does, and the exit status is 1. Entries of an earlier run that this one does not measure stay. The
+table is written after every case, and each case runs in a process apart, so that a way that breaks the device, or an
+end before time, leaves what was measured until then.
 """
 
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,22 +22,25 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sdnet.bench import environment, measure_kernels, timing
+from sdnet.bench.isolation import LostError, Workshop
 from sdnet.bench.operators import CSC, DTYPES, LAYOUTS, Bound, Case, Inputs, Operator, Provider, csc_by, layer_inputs
-from sdnet.kernels.fused import tiles
+from sdnet.kernels.fused import choices, tiles
+from sdnet.kernels.fused.choices import Entry
+from sdnet.kernels.fused.hardware import arch_of
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
 
-PATHS = ("fused", "pointwise")
 TYPES = ("bf16", "fp16", "tf32")
 SECONDS = 0.3
-"""Of timing per case, both paths together."""
+"""Of timing per case, two ways together; each further one adds as much as one of them."""
 
 
 class Trial(NamedTuple):
-    """One case: its entry in the table, and the milliseconds of each path whose answers were right."""
+    """One case: its key in the table, the milliseconds of the ways whose answers were right, and how many were not."""
 
     key: str
-    times: Mapping[str, float]
+    times: Mapping[Entry, float]
+    faults: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="default 256 at 224 px and 512 at 32 px")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=TYPES, help=f"default {' '.join(TYPES)}")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of timing per case; default {SECONDS}")
+    parser.add_argument("--tiles", action="store_true", help="try other tiles than the rules'; takes a minute a layer")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of timing two ways; default {SECONDS}")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which the rest is left out")
     parser.add_argument("--device", default="auto", help="default: the GPU")
-    parser.add_argument("--out", type=Path, default=tiles.MEASURED, help="the tables' folder; default the one read")
+    parser.add_argument("--out", type=Path, default=choices.MEASURED, help="the tables' folder; default the one read")
     parser.set_defaults(operator=["csc"], n_steps=[2])
 
 
@@ -60,47 +68,80 @@ def run(options: argparse.Namespace) -> int:
     deadline = time.perf_counter() + options.budget
     cases = list(measure_kernels.cases(options, device))
     trials: list[Trial] = []
-    with steps_as_they_were():
+    gpu = environment.device_name(device)
+    file, before = choices.file_of(gpu, options.out), choices.table(gpu, options.out)
+    with Workshop(apart=True) as workshop:
         for case in cases:
             if time.perf_counter() > deadline:
                 print(f"The budget of {options.budget:.0f} s was spent: {len(cases) - len(trials)} cases left out.")
                 break
-            trials.append(measure(case, options.seconds))
-    gpu = environment.device_name(device)
-    file = tiles.file_of(gpu, options.out)
-    table = merged(tiles.table(gpu, options.out), trials)
-    if table:
-        write(file, table)
-        print(f"{len(table)} layers in {file}")
-    right = trials and all(set(trial.times) == set(PATHS) for trial in trials)
-    return 0 if right else 1
+            trials.append(survivors(case, ways_of(case, options.tiles), options.seconds, workshop))
+            if table := merged(before, trials):
+                write(file, table)
+    if trials and file.is_file():
+        print(f"{len(merged(before, trials))} layers in {file}")
+    return 0 if trials and not any(trial.faults for trial in trials) else 1
 
 
-def measure(case: Case, seconds: float) -> Trial:
-    """Check both paths on one case, and time those that are right in turns."""
-    providers = {path: on_path(path) for path in PATHS}
-    operator = Operator(layer_inputs, ("both",), {"reference": CSC.providers["reference"], **providers})
-    with timing.fp32_products(case.dtype == "tf32"), timing.measuring_stream(case.device):
+def ways_of(case: Case, all_tiles: bool) -> dict[str, Entry]:
+    """The ways to run a case, by name."""
+    shape = shape_of(case)._replace(arch=arch_of(case.device))
+    chosen = tiles.by_rule(shape)
+    ways = {"pointwise": Entry("pointwise", chosen), "fused": Entry("fused", chosen)}
+    for other in tiles.candidates(shape)[1:] if all_tiles else []:
+        ways[f"fused {other.analysis}, {other.synthesis}"] = Entry("fused", other)
+    return ways
+
+
+def survivors(case: Case, ways: Mapping[str, Entry], seconds: float, workshop: Workshop) -> Trial:
+    """The trial of a case with the ways that do not bring down the process that runs it."""
+    left, trial = dict(ways), Trial(choices.key_of(shape_of(case)), {})
+    while left:
+        try:
+            (trial,) = workshop.run(measure, case, left, seconds)
+            break
+        except LostError as lost:
+            culprits = [lost.tried] if lost.tried in left else list(left)
+            print(f"{case.layer.geometry} {case.dtype} {case.layout}: lost {' '.join(culprits)}: {lost}", flush=True)
+            left = {name: way for name, way in left.items() if name not in culprits}
+    return trial._replace(faults=len(ways) - len(trial.times))
+
+
+def measure(case: Case, ways: Mapping[str, Entry], seconds: float) -> Iterator[Trial]:
+    """Check these ways on one case, and time those that are right in turns."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        timing.fp32_products(case.dtype == "tf32"),
+        timing.measuring_stream(case.device),
+        choices_as_they_were(),
+    ):
+        providers = {name: by_entry(way, Path(folder, str(n))) for n, (name, way) in enumerate(ways.items())}
+        operator = Operator(layer_inputs, ("both",), {"reference": CSC.providers["reference"], **providers})
         verdicts = measure_kernels.verdicts(case, operator, providers)
-        right = {path: providers[path] for path, (status, _, _) in verdicts.items() if status == "ok"}
-        timed = measure_kernels.time_mode(case, operator, right, "both", seconds)
-    times = {path: measured.p50 for path, (measured, _, _) in timed.items()}
+        right = {name: providers[name] for name, (status, _, _) in verdicts.items() if status == "ok"}
+        timed = measure_kernels.time_mode(case, operator, right, "both", seconds * len(ways) / 2)
+    times = {name: measured.p50 for name, (measured, _, _) in timed.items()}
     told = [
-        f"{path} {times[path]:.3f} ms" if path in times else f"{path} {status}: {reason}"
-        for path, (status, reason, _) in verdicts.items()
+        f"{name} {times[name]:.3f} ms" if name in times else f"{name} {status}: {reason}"
+        for name, (status, reason, _) in verdicts.items()
     ]
-    print(f"{case.layer.geometry} {case.dtype} {case.layout}: {', '.join(told)}", flush=True)
-    return Trial(tiles.key_of(shape_of(case)), times)
+    print(f"{case.layer.geometry} {case.dtype} {case.layout}: {'; '.join(told)}", flush=True)
+    yield Trial(choices.key_of(shape_of(case)), {ways[name]: time for name, time in times.items()})
 
 
-def on_path(path: str) -> Provider:
-    """The Triton kernels on this path. It holds from a forward pass through the backward pass that follows."""
+def by_entry(way: Entry, folder: Path) -> Provider:
+    """The Triton kernels as a table in `folder` has them run, which holds this entry alone.
+
+    It holds from a forward pass through the backward pass that follows.
+    """
 
     def bind(case: Case, inputs: Inputs) -> Bound:
         bound = csc_by("triton")(case, inputs)
+        gpu = environment.device_name(case.device)
+        write(choices.file_of(gpu, folder), {choices.key_of(shape_of(case)): way})
 
         def run() -> Tensor:
-            os.environ[tiles.ENVIRONMENT_VARIABLE] = path
+            choices.MEASURED = folder
             return bound.run()
 
         return Bound(run, bound.leaves)
@@ -109,15 +150,15 @@ def on_path(path: str) -> Provider:
 
 
 @contextmanager
-def steps_as_they_were() -> Iterator[None]:
-    """Undoes on leaving what `on_path` asked for."""
-    before = os.environ.get(tiles.ENVIRONMENT_VARIABLE)
+def choices_as_they_were() -> Iterator[None]:
+    """Within, no environment variable decides; on leaving, all is as before."""
+    measured, asked = choices.MEASURED, os.environ.pop(choices.ENVIRONMENT_VARIABLE, None)
     try:
         yield
     finally:
-        os.environ.pop(tiles.ENVIRONMENT_VARIABLE, None)
-        if before is not None:
-            os.environ[tiles.ENVIRONMENT_VARIABLE] = before
+        choices.MEASURED = measured
+        if asked is not None:
+            os.environ[choices.ENVIRONMENT_VARIABLE] = asked
 
 
 def shape_of(case: Case) -> tiles.Shape:
@@ -138,23 +179,24 @@ def shape_of(case: Case) -> tiles.Shape:
     )
 
 
-def quicker(trials: Iterable[Trial]) -> str | None:
-    """The path that was right in all trials of a layer and took the least time in all together; None if neither was."""
+def quickest(trials: Iterable[Trial]) -> Entry | None:
+    """The way that was right in all trials of a layer and took the least time in all together; None if none was."""
     trials = list(trials)
-    right = [path for path in PATHS if all(path in trial.times for trial in trials)]
-    return min(right, key=lambda path: sum(trial.times[path] for trial in trials), default=None)
+    right = [way for way in trials[0].times if all(way in trial.times for trial in trials)]
+    return min(right, key=lambda way: sum(trial.times[way] for trial in trials), default=None)
 
 
-def merged(table: Mapping[str, str], trials: Iterable[Trial]) -> dict[str, str]:
+def merged(table: Mapping[str, Entry], trials: Iterable[Trial]) -> dict[str, Entry]:
     """The table with the layers of these trials measured anew. bf16 and fp16 share an entry, and both have a say."""
     by_key: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
         by_key[trial.key].append(trial)
-    entries = {**table, **{key: quicker(group) for key, group in by_key.items()}}
-    return {key: path for key, path in sorted(entries.items()) if path is not None}
+    entries = {**table, **{key: quickest(group) for key, group in by_key.items()}}
+    return {key: way for key, way in sorted(entries.items()) if way is not None}
 
 
-def write(file: Path, table: Mapping[str, str]) -> None:
-    """The table as the file that `tiles.table` reads."""
+def write(file: Path, table: Mapping[str, Entry]) -> None:
+    """The table as the file that `choices.table` reads."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda unfinished: unfinished.write_text(json.dumps(table, indent=1) + "\n"))
+    rows = {key: (way.steps, *(tile._asdict() for tile in way.tiles)) for key, way in table.items()}
+    write_atomically(file, lambda unfinished: unfinished.write_text(json.dumps(rows, indent=1) + "\n"))

@@ -9,7 +9,8 @@
 
 A pass is one reading or one writing of a whole tensor, as if nothing stayed in a cache: images are of x's size
 [N, C, H, W] (residuals and reconstructions too), codes [N, K, h, w]. A convolution reads each operand once; a kernel
-that reads one again for each tap hopes for the cache. FLOPs are those of the convolutions. All tensors are of one type:
+that reads one again for each tap hopes for the cache. FLOPs are those of the convolutions, without products with the
+padding: cuDNN does compute those, our kernels by descriptors do not. All tensors are of one type:
 autocast's conversions are not counted. The problem is the published one: squared data term, one dictionary, one-sided
 codes, a scalar lambda without gradient, and no momentum, so counts are exact up to two steps.
 
@@ -57,9 +58,8 @@ class Operation(NamedTuple):
         return elements * itemsize + (partial_sums(layer, batch, itemsize) if self.sums else 0)
 
     def flops(self, layer: LayerShape, batch: int) -> int:
-        """Multiplications and additions of the convolutions."""
-        taps = layer.kernel_size**2
-        return 2 * self.convolutions * codes_of(layer, batch) * layer.channels * taps
+        """Multiplications and additions of the convolutions, those with padding left out."""
+        return 2 * self.convolutions * batch * layer.atoms * layer.channels * layer.products
 
 
 def images_of(layer: LayerShape, batch: int) -> int:

@@ -56,7 +56,8 @@ def csc_encode(
             (`explain` says what a call would take).
         keep_residuals: whether the backward pass finds the residuals, n_steps - 1 tensors of the size of n_dict x, kept
             by the forward pass instead of computing them again, a transposed convolution each. None asks the
-            environment variable SDNET_KEEP_RESIDUALS, "1" for yes.
+            environment variable SDNET_KEEP_RESIDUALS, "1" for yes and "0" for no, and without it keeps them on a CPU,
+            where memory is cheaper than convolutions.
 
     Returns:
         The codes [N, K, h, w] in x's dtype (autocast's under autocast), channels_last if x or weight is.
@@ -74,7 +75,7 @@ def csc_encode(
             x, weight, step, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict
         )
     if keep_residuals is None:
-        keep_residuals = os.environ.get(KEEP_RESIDUALS) == "1"
+        keep_residuals = os.environ.get(KEEP_RESIDUALS, "1" if x.device.type == "cpu" else "0") == "1"
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or lam.requires_grad)
     return csc_forward(
         x,

@@ -35,6 +35,15 @@ class LayerShape(NamedTuple):
         return codes_size(self.size, kernel_size, stride, padding)
 
     @property
+    def products(self) -> int:
+        """Pairs of a pixel of the codes and a tap that meets the image there: products that padding does not void."""
+        met = 1
+        for size, grid in zip(self.size, self.codes_size, strict=True):
+            places = (i * self.stride - self.padding + tap for i in range(grid) for tap in range(self.kernel_size))
+            met *= sum(0 <= place < size for place in places)
+        return met
+
+    @property
     def geometry(self) -> "LayerShape":
         """The shape without its name: equal for layers that cost the same."""
         return self._replace(name="")

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdnet.kernels.fused import tiles
+from sdnet.kernels.fused import choices
 from sdnet.kernels.fused.descriptors import matrix_blocks, pixel_boxes
-from sdnet.kernels.fused.hardware import arch_of
+from sdnet.kernels.fused.hardware import arch_of, gpu_of
 from sdnet.kernels.fused.implicit_gemm import (
     analysis,
     corner,
@@ -37,6 +37,7 @@ from sdnet.kernels.fused.implicit_gemm import (
     synthesis_by_descriptors,
     synthesis_by_pointers,
 )
+from sdnet.kernels.fused.tiles import Shape, Tile, Tiles, analysis_grid, synthesis_grid
 from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.unrolled import Problem
 
@@ -179,6 +180,8 @@ class Layer:
     stride: Pair
     padding: Pair
     layout: torch.memory_format
+    given_tiles: Tiles | None = None
+    """In the place of those that `choices` would choose."""
 
     @cached_property
     def grid(self) -> Pair:
@@ -205,7 +208,7 @@ class Layer:
         shape = (self.batch, self.weight.shape[1], *self.size)
         return torch.empty(shape, dtype=self.weight.dtype, device=self.weight.device, memory_format=self.layout)
 
-    def arguments(self, tile: tiles.Tile, **flags: bool | int) -> dict[str, Any]:
+    def arguments(self, tile: Tile, **flags: bool | int) -> dict[str, Any]:
         """The sizes at run time, the constexprs that all kernels share, one kernel's own, the options of the launch."""
         atoms, channels, kernel_h, kernel_w = self.weight.shape
         return {
@@ -218,20 +221,26 @@ class Layer:
             "num_warps": tile.warps, "num_stages": tile.stages, **flags,
         }  # fmt: skip
 
-    def boxes(self, tensor: Tensor | None, tile: tiles.Tile, channels: int) -> Any:
+    def boxes(self, tensor: Tensor | None, tile: Tile, channels: int) -> Any:
         """A tensor [N, ., ., .] as the tile's form reads it: one pixel and so many channels at a time, or anywhere."""
         if tensor is None or tile.form != "descriptors":
             return tensor
         return pixel_boxes(tensor, tile.images, channels)
 
-    def dictionary(self, tile: tiles.Tile, atoms: int, channels: int) -> Any:
+    def dictionary(self, tile: Tile, atoms: int, channels: int) -> Any:
         """The packed dictionary as the tile's form reads it: so many atoms and channels of a tap at a time."""
         return matrix_blocks(self.packed, atoms, channels) if tile.form == "descriptors" else self.packed
 
-    def shape(self) -> tiles.Shape:
+    @cached_property
+    def tiles(self) -> Tiles:
+        """What the directions run with."""
+        return self.given_tiles or choices.tiles_of(self.shape, gpu_of(self.weight.device))
+
+    @cached_property
+    def shape(self) -> Shape:
         """The layer as the rules for tiles see it."""
         atoms, channels, *kernel_size = self.weight.shape
-        return tiles.Shape(
+        return Shape(
             self.batch, channels, atoms, self.size, self.grid, (kernel_size[0], kernel_size[1]), self.stride,
             self.weight.element_size(), self.precision, self.layout == torch.channels_last, arch_of(self.weight.device),
         )  # fmt: skip
@@ -252,8 +261,8 @@ def encode(
     codes = layer.empty_codes()
     extrapolated = layer.empty_codes() if keep_next else None
     if codes.numel():
-        tile = tiles.analysis_tile(layer.shape())
-        encode_kernel[tiles.analysis_grid(layer.shape(), tile)](
+        tile = layer.tiles.analysis
+        encode_kernel[analysis_grid(layer.shape, tile)](
             layer.boxes(r, tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
             *(layer.boxes(t, tile, tile.channels) for t in (z, previous if beta else None, codes, extrapolated)),
             problem.step, problem.lam, scale, problem.mu, beta, next_beta,
@@ -278,8 +287,8 @@ def backstep(
     masked = layer.empty_codes()
     d_y = layer.empty_codes() if keep_dy else None
     if masked.numel():
-        tile = tiles.analysis_tile(layer.shape())
-        backstep_kernel[tiles.analysis_grid(layer.shape(), tile)](
+        tile = layer.tiles.analysis
+        backstep_kernel[analysis_grid(layer.shape, tile)](
             layer.boxes(dr, tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
             *(layer.boxes(t, tile, tile.channels) for t in (m, z, later, masked, d_y)),
             problem.step, problem.mu, beta, next_beta,
@@ -308,8 +317,8 @@ def _synthesis(
 ) -> Tensor:
     image = layer.empty_image()
     if image.numel():
-        tile = tiles.synthesis_tile(layer.shape())
-        synthesis_kernel[tiles.synthesis_grid(layer.shape(), tile)](
+        tile = layer.tiles.synthesis
+        synthesis_kernel[synthesis_grid(layer.shape, tile)](
             layer.boxes(codes, tile, tile.reduction), layer.dictionary(tile, tile.reduction, tile.channels),
             x, add, image, problem.step, scale, problem.mu,
             **layer.arguments(tile, X=layer.weight.shape[1] if x is None else x.shape[1]),

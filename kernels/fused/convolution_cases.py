@@ -61,8 +61,9 @@ def cases(shape: LayerShape, dtype: str, layout: torch.memory_format, calls: Any
     weight = torch.empty(shape.atoms, shape.channels, *kernel_size, dtype=torch_dtype, device="meta")
     layer = Layer(weight, BATCH, shape.size, stride, padding, layout)
     for kind, present, flags in calls:
-        known = layer.shape()._replace(precision="tf32" if dtype == "fp32" else "ieee", arch=arch)
-        tile = tiles.synthesis_tile(known) if kind == "synthesis" else tiles.analysis_tile(known)
+        known = layer.shape._replace(precision="tf32" if dtype == "fp32" else "ieee", arch=arch)
+        chosen = tiles.by_rule(known)
+        tile = chosen.synthesis if kind == "synthesis" else chosen.analysis
         constexprs: dict[str, Any] = layer.arguments(tile, **flags) | {"PRECISION": known.precision}
         warps, stages = tile.warps, tile.stages
         del constexprs["num_warps"], constexprs["num_stages"]

@@ -12,9 +12,11 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from sdnet.kernels.fused import convolution, pointwise_path, tiles
+from sdnet.kernels.fused import choices, convolution, pointwise_path
+from sdnet.kernels.fused.choices import Path
 from sdnet.kernels.fused.convolution import Layer
 from sdnet.kernels.fused.correlation import Correlated, weight_correlation
+from sdnet.kernels.fused.hardware import gpu_of
 from sdnet.kernels.fused.pointwise import mask
 from sdnet.kernels.reference import NORM_FLOOR, Pair, momentum
 from sdnet.kernels.unrolled import Gradients, Needs, Problem, accumulate, copies_of, lam_correlation
@@ -28,10 +30,9 @@ def layer_of(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, layout: tor
     return Layer(weight, x.shape[0], (x.shape[2], x.shape[3]), stride, padding, layout)
 
 
-def path_of(layer: Layer) -> tiles.Path:
+def path_of(layer: Layer) -> Path:
     """How the four steps run, and why."""
-    gpu = torch.cuda.get_device_name(layer.weight.device) if layer.weight.is_cuda else None
-    return tiles.path_of(layer.shape(), gpu)
+    return choices.path_of(layer.shape, gpu_of(layer.weight.device))
 
 
 def steps_for(layer: Layer) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Which tile a convolution runs with: rules by shape, type and memory, without a search.
+"""The tiles that a convolution can run with, and the rules that choose one by shape, type and memory.
 
 A program makes `channels` output channels of a box of images x rows x columns pixels, `reduction` input channels at a
 time. Every side is a power of two. With descriptors a box is one pixel of 128 or 64 images. With pointers it is the one
@@ -6,12 +6,9 @@ that wastes the fewest pixels on the grid at hand, and among those the most comp
 32 images for 14 x 14, one pixel of 128 images for 7 x 7.
 """
 
-import json
-import os
 from functools import cache
 from itertools import product
 from math import ceil, prod
-from pathlib import Path as File
 from typing import Literal, NamedTuple
 
 from sdnet.kernels.reference import Pair
@@ -68,17 +65,27 @@ class Tile(NamedTuple):
     stages: int
     form: Form
 
+    def __str__(self) -> str:
+        box = f"{self.images}.{self.rows}.{self.columns}x{self.channels}x{self.reduction}"
+        return f"{self.form} {box} w{self.warps} s{self.stages}"
+
     @property
     def pixels(self) -> int:
         return self.images * self.rows * self.columns
 
+    def fits(self, shape: Shape) -> bool:
+        """Whether a layer can run with it."""
+        if self.form == "descriptors":
+            return self.images <= shape.described_images
+        return self.images <= shape.most_images and (self.form == "few") == (shape.channels <= FEW)
 
-ENVIRONMENT_VARIABLE = "SDNET_STEPS"
 
-MEASURED = File(__file__).with_name("measured")
-"""Where `python -m sdnet.bench paths` leaves the tables, one a GPU."""
+class Tiles(NamedTuple):
+    """Those of a layer's two directions: A' and A."""
 
-FUSED_CHANNELS = 128
+    analysis: Tile
+    synthesis: Tile
+
 
 FEW = 8
 """The most image channels that a tap is not worth a reduction block of its own for."""
@@ -104,7 +111,8 @@ def box_of(pixels: int, batch: int, grid: Pair, most_images: int) -> tuple[int, 
     return min((box for box in boxes if 0 < box[0] <= most_images), key=waste)
 
 
-def _by_descriptors(images: int, columns: int, reduction: int) -> Tile:
+def described(images: int, columns: int, reduction: int) -> Tile:
+    """One pixel of so many images, for so many channels made and reduced over."""
     # With 8 warps, Triton 3.6 makes loops over 128 channels whose wgmma ptxas serialises.
     return Tile(images, 1, 1, power_of_two(columns, 16, 128), power_of_two(reduction, 16, 64), 4, 3, "descriptors")
 
@@ -127,11 +135,10 @@ def _by_pointers(shape: Shape, grid: Pair, columns: int, reduction: int, form: F
     return Tile(*box, channels, reduction, warps, 3, form)
 
 
-@cache
 def analysis_tile(shape: Shape) -> Tile:
     """For A': codes' grid, K columns, C channels to reduce over at each tap."""
     if images := shape.described_images:
-        return _by_descriptors(images, shape.atoms, shape.channels)
+        return described(images, shape.atoms, shape.channels)
     if shape.channels <= FEW:
         reduction = shape.channels * shape.kernel_size[0] * shape.kernel_size[1]
         return _by_pointers(shape, shape.grid, shape.atoms, reduction, "few", flat=True)
@@ -143,14 +150,37 @@ def analysis_tile(shape: Shape) -> Tile:
     return tile
 
 
-@cache
 def synthesis_tile(shape: Shape) -> Tile:
     """For A: one phase of the image's grid, C columns (of all phases if few), K channels to reduce over at each tap."""
     if images := shape.described_images:
-        return _by_descriptors(images, shape.channels, shape.atoms)
+        return described(images, shape.channels, shape.atoms)
     if shape.channels <= FEW:
         return _by_pointers(shape, _phase_grid(shape), shape.channels * shape.phases, shape.atoms, "few")
     return _by_pointers(shape, _phase_grid(shape), shape.channels, shape.atoms, "pointers")
+
+
+@cache
+def by_rule(shape: Shape) -> Tiles:
+    """The tiles that the rules choose."""
+    return Tiles(analysis_tile(shape), synthesis_tile(shape))
+
+
+VARIATIONS = (("images", 64), ("channels", 64), ("stages", 2), ("stages", 4), ("warps", 4), ("warps", 8))
+"""What a measurement tries, one at a time, in the place of what the rules choose."""
+
+
+def candidates(shape: Shape) -> list[Tiles]:
+    """What a measurement may choose from, the rules' choice first."""
+    chosen = by_rule(shape)
+    found = [chosen]
+    if shape.described_images:
+        found.append(by_rule(shape._replace(arch=80)))  # pointers
+    for name, value in VARIATIONS:
+        if name == "images" and chosen.analysis.form != "descriptors":
+            continue  # a box of pointers has its pixels elsewhere
+        limits = (tile.channels if name == "channels" else value for tile in chosen)
+        found.append(Tiles(*(t._replace(**{name: min(value, most)}) for t, most in zip(chosen, limits, strict=True))))
+    return list(dict.fromkeys(found))
 
 
 def _phase_grid(shape: Shape) -> Pair:
@@ -170,61 +200,3 @@ def synthesis_grid(shape: Shape, tile: Tile) -> tuple[int, int]:
     if tile.form == "few":
         return boxes * ceil(shape.channels * shape.phases / tile.channels), 1
     return boxes * ceil(shape.channels / tile.channels), shape.phases
-
-
-class Path(NamedTuple):
-    """Whether the steps of a layer run as fused convolutions, or as cuDNN's with pointwise kernels; and why."""
-
-    fused: bool
-    reason: str
-
-
-def path_of(shape: Shape, gpu: str | None) -> Path:
-    """SDNET_STEPS, else the table measured on this GPU, else a rule that no GPU has confirmed.
-
-    The rule: descriptors leave the products with padding out, which makes up for cuDNN's better products where there
-    are few pixels, as the saved passes over memory do where there are many. Without them a fused step saves more than
-    it loses up to 128 channels, and with a few image channels, where cuDNN is weak; beyond, and for fp32 without tf32,
-    cuDNN's products win. In 16 bits the taps of contiguous NCHW images start at odd addresses, which neither wide nor
-    asynchronous loads can take.
-    """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced is not None:
-        if forced not in ("fused", "pointwise"):
-            raise ValueError(f"{ENVIRONMENT_VARIABLE} is {forced!r}; it must be fused or pointwise.")
-        return Path(forced == "fused", f"{ENVIRONMENT_VARIABLE} asks for {forced} steps")
-    measured = table(gpu, MEASURED).get(key_of(shape)) if gpu else None
-    if measured is not None:
-        return Path(measured == "fused", f"{measured} steps were the quicker ones when measured on {gpu}")
-    if shape.itemsize == 4 and shape.precision == "ieee":
-        return Path(False, "pointwise steps around cuDNN, by rule, for fp32 without tf32")
-    if shape.channels <= FEW:
-        return Path(True, f"fused steps, by rule, for up to {FEW} image channels")
-    if shape.described_images:
-        return Path(True, "fused steps, by rule, for 16-bit channels_last tensors in large batches")
-    if not shape.channels_last:
-        return Path(False, "pointwise steps around cuDNN, by rule, for tensors that are not channels_last")
-    if max(shape.channels, shape.atoms) > FUSED_CHANNELS:
-        return Path(False, f"pointwise steps around cuDNN, by rule, for more than {FUSED_CHANNELS} channels")
-    return Path(True, f"fused steps, by rule, for up to {FUSED_CHANNELS} channels")
-
-
-def key_of(shape: Shape) -> str:
-    """The layer's entry in a table, of any batch; fp32 by what it is multiplied in."""
-    (height, width), (kernel_h, kernel_w) = shape.size, shape.kernel_size
-    layer = f"{shape.channels}->{shape.atoms} {kernel_h}x{kernel_w}/{shape.stride[0]}x{shape.stride[1]}"
-    kind = "16-bit" if shape.itemsize == 2 else shape.precision
-    memory = "channels_last" if shape.channels_last else "contiguous"
-    return f"{layer} @ {height}x{width} {kind} {memory}"
-
-
-def file_of(gpu: str, folder: File) -> File:
-    """The table of a GPU of this name."""
-    return folder / f"{gpu.replace(' ', '_')}.json"
-
-
-@cache
-def table(gpu: str, folder: File) -> dict[str, str]:
-    """What was measured on a GPU of this name: "fused" or "pointwise" for each layer; empty without a measurement."""
-    file = file_of(gpu, folder)
-    return json.loads(file.read_text()) if file.is_file() else {}

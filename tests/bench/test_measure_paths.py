@@ -1,55 +1,73 @@
 """What becomes of measured times, and who reads it. The measurement itself needs a GPU."""
 
 import argparse
-import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sdnet.bench import __main__ as front
-from sdnet.bench import measure_kernels, measure_paths
-from sdnet.bench.measure_paths import Trial, merged, quicker, shape_of
+from sdnet.bench import environment, measure_kernels, measure_paths
+from sdnet.bench.isolation import LostError
+from sdnet.bench.measure_paths import Trial, merged, quickest, shape_of, ways_of
 from sdnet.bench.operators import Bound, Case, Inputs, csc_by
-from sdnet.kernels.fused import tiles
+from sdnet.kernels.fused import choices, tiles
+from sdnet.kernels.fused.choices import Entry
 from sdnet.kernels.shapes import LayerShape
 
 CASE = Case("csc", LayerShape("", 64, 256, 3, 2, (9, 8)), 2, 2, "bf16", "channels_last", torch.device("cpu"))
 
 
+TILES = tiles.by_rule(shape_of(CASE))
+FUSED, POINTWISE = Entry("fused", TILES), Entry("pointwise", TILES)
+WAYS = {"pointwise": POINTWISE, "fused": FUSED}
+
+
 @pytest.mark.parametrize(
-    ("times", "path"),
+    ("times", "way"),
     [
-        ([{"fused": 1.0, "pointwise": 2.0}], "fused"),
-        ([{"fused": 1.0, "pointwise": 2.0}, {"fused": 4.0, "pointwise": 2.0}], "pointwise"),
-        ([{"fused": 1.0, "pointwise": 2.0}, {"pointwise": 2.0}], "pointwise"),
-        ([{"fused": 1.0}, {"pointwise": 2.0}], None),
+        ([{FUSED: 1.0, POINTWISE: 2.0}], FUSED),
+        ([{FUSED: 1.0, POINTWISE: 2.0}, {FUSED: 4.0, POINTWISE: 2.0}], POINTWISE),
+        ([{FUSED: 1.0, POINTWISE: 2.0}, {POINTWISE: 2.0}], POINTWISE),
+        ([{FUSED: 1.0}, {POINTWISE: 2.0}], None),
         ([{}], None),
     ],
+    ids=range(5),
 )
-def test_the_quicker_right_path_of_a_layer(times: list[dict[str, float]], path: str | None) -> None:
-    assert quicker(Trial("a", each) for each in times) == path
+def test_the_quickest_right_way_of_a_layer(times: list[dict[Entry, float]], way: Entry | None) -> None:
+    assert quickest(Trial("a", each) for each in times) == way
 
 
 def test_earlier_entries_stay_unless_measured_anew() -> None:
-    earlier = {"c": "fused", "b": "fused", "a": "pointwise"}
-    trials = [Trial("a", {"fused": 1.0, "pointwise": 2.0}), Trial("b", {})]
-    assert merged(earlier, trials) == {"a": "fused", "c": "fused"}
+    earlier = {"c": FUSED, "b": FUSED, "a": POINTWISE}
+    trials = [Trial("a", {FUSED: 1.0, POINTWISE: 2.0}), Trial("b", {})]
+    assert merged(earlier, trials) == {"a": FUSED, "c": FUSED}
     assert merged(earlier, []) == earlier
 
 
-def test_what_is_written_decides_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "MEASURED", tmp_path / "measured")
+def test_what_is_written_decides_steps_and_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "MEASURED", tmp_path / "measured")
     monkeypatch.delenv("SDNET_STEPS", raising=False)
     shape, gpu = shape_of(CASE), "Some GPU of 2026"
-    assert not tiles.path_of(shape, "another GPU").fused
-    table = merged({}, [Trial(tiles.key_of(shape), {"fused": 1.0, "pointwise": 1.1})])
-    measure_paths.write(tiles.file_of(gpu, tiles.MEASURED), table)
-    assert [file.name for file in tiles.MEASURED.iterdir()] == ["Some_GPU_of_2026.json"]
-    assert tiles.path_of(shape, gpu) == (True, f"fused steps were the quicker ones when measured on {gpu}")
-    assert not tiles.path_of(shape._replace(channels_last=False), gpu).fused
+    assert not choices.path_of(shape, "another GPU").fused
+    other = Entry("fused", tiles.candidates(shape)[-1])
+    assert other.tiles != TILES
+    table = merged({}, [Trial(choices.key_of(shape), {other: 1.0, POINTWISE: 1.1})])
+    measure_paths.write(choices.file_of(gpu, choices.MEASURED), table)
+    assert [file.name for file in choices.MEASURED.iterdir()] == ["Some_GPU_of_2026.json"]
+    assert choices.path_of(shape, gpu) == (True, f"fused steps were the quicker ones when measured on {gpu}")
+    assert choices.tiles_of(shape, gpu) == other.tiles
+    assert not choices.path_of(shape._replace(channels_last=False), gpu).fused
+
+
+def test_ways_are_both_paths_and_if_asked_other_tiles() -> None:
+    assert ways_of(CASE, all_tiles=False) == {"pointwise": POINTWISE, "fused": FUSED}
+    ways = ways_of(CASE, all_tiles=True)
+    assert [way.tiles for way in list(ways.values())[1:]] == tiles.candidates(shape_of(CASE))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32"])
@@ -60,7 +78,7 @@ def test_a_case_is_the_layer_that_the_kernels_will_see(dtype: str, layout: str) 
     weight = torch.empty(256, 64, 3, 3, dtype=measure_kernels.DTYPES[dtype], device="meta")
     with measure_kernels.timing.fp32_products(dtype == "tf32"):
         layer = convolution.Layer(weight, 2, (9, 8), (2, 2), (1, 1), measure_kernels.LAYOUTS[layout])
-        assert shape_of(case) == layer.shape()
+        assert shape_of(case) == layer.shape
 
 
 def test_default_cases_are_all_layers_in_all_types_and_both_layouts() -> None:
@@ -71,8 +89,8 @@ def test_default_cases_are_all_layers_in_all_types_and_both_layouts() -> None:
     layers = {case.layer.geometry for case in cases}
     assert {layer.size for layer in layers if layer.channels == 3} == {(224, 224), (32, 32)}
     assert len(cases) == len(layers) * 6
-    assert len({tiles.key_of(shape_of(case)) for case in cases}) == len(layers) * 4
-    assert options.out == tiles.MEASURED
+    assert len({choices.key_of(shape_of(case)) for case in cases}) == len(layers) * 4
+    assert options.out == choices.MEASURED
 
 
 def test_only_right_answers_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,29 +101,71 @@ def test_only_right_answers_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: p
         bound = csc_by("torch")(case, inputs)
         return Bound(lambda: 1.1 * bound.run(), bound.leaves)
 
-    monkeypatch.setattr(measure_paths, "on_path", {"fused": wrong, "pointwise": csc_by("torch")}.__getitem__)
-    trial = measure_paths.measure(case, seconds=0.01)
+    providers = {"fused": wrong, "pointwise": csc_by("torch")}
+    monkeypatch.setattr(measure_paths, "by_entry", lambda way, _: providers[way.steps])
+    (trial,) = measure_paths.measure(case, WAYS, seconds=0.01)
     assert trial.key == "4->8 3x3/1x1 @ 5x6 ieee contiguous"
-    assert list(trial.times) == ["pointwise"]
+    assert list(trial.times) == [POINTWISE]
     assert "fused refused: output is off by 0.1" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels support the call")
 def test_a_path_that_cannot_run_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    with measure_paths.steps_as_they_were():
-        assert measure_paths.measure(CASE, seconds=0.01).times == {}
+    (trial,) = measure_paths.measure(CASE, WAYS, seconds=0.01)
+    assert trial.times == {}
     assert "fused unsupported: " in capsys.readouterr().out
 
 
-def test_forced_steps_end_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+class Fragile:
+    """A workshop whose child does not survive the fused path, nor anything if `hopeless`."""
+
+    def __init__(self, hopeless: bool = False) -> None:
+        self.hopeless = hopeless
+
+    def run(self, work: Callable, case: Case, ways: dict[str, Entry], seconds: float) -> Iterator[Trial]:
+        if self.hopeless:
+            raise LostError("its process ended by signal 11", "")
+        if "fused" in ways:
+            raise LostError("it raised AcceleratorError: an illegal memory access", "fused")
+        yield Trial("a", dict.fromkeys(ways.values(), 2.0))
+
+
+def test_a_path_that_breaks_the_device_leaves_the_other_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+    workshop: Any = Fragile()
+    assert measure_paths.survivors(CASE, WAYS, 0.01, workshop) == Trial("a", {POINTWISE: 2.0}, faults=1)
+    assert "lost fused: it raised AcceleratorError" in capsys.readouterr().out
+    workshop.hopeless = True
+    assert measure_paths.survivors(CASE, WAYS, 0.01, workshop) == (choices.key_of(shape_of(CASE)), {}, 2)
+
+
+def test_the_table_holds_what_was_measured_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial_of(case: Case, *_: object) -> Trial:
+        if case.dtype == "tf32":
+            raise KeyboardInterrupt
+        return Trial(choices.key_of(shape_of(case)), {FUSED: 1.0, POINTWISE: 2.0})
+
+    monkeypatch.setattr(environment, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(environment, "device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(measure_paths, "ways_of", lambda *_: WAYS)
+    monkeypatch.setattr(measure_paths, "survivors", trial_of)
+    with pytest.raises(KeyboardInterrupt):
+        front.main(["paths", "--layer", "64,64,3,1,8", "--dtype", "bf16", "tf32", "--out", str(tmp_path)])
+    choices.table.cache_clear()
+    assert choices.table("Some GPU", tmp_path) == {"64->64 3x3/1x1 @ 8x8 16-bit channels_last": FUSED}
+
+
+def test_nothing_else_decides_while_ways_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = choices.MEASURED
     for before in ("pointwise", None):
         if before is None:
             monkeypatch.delenv("SDNET_STEPS", raising=False)
         else:
             monkeypatch.setenv("SDNET_STEPS", before)
-        with measure_paths.steps_as_they_were():
-            os.environ["SDNET_STEPS"] = "fused"
+        with measure_paths.choices_as_they_were():
+            assert "SDNET_STEPS" not in os.environ
+            choices.MEASURED = Path()
         assert os.environ.get("SDNET_STEPS") == before
+        assert measured == choices.MEASURED
 
 
 def test_refusals_write_nothing(
@@ -121,7 +181,7 @@ def test_refusals_write_nothing(
 
 
 def test_committed_tables_are_well_formed() -> None:
-    for file in tiles.MEASURED.glob("*.json"):
-        table = json.loads(file.read_text())
+    for file in choices.MEASURED.glob("*.json"):
+        table = choices.table(file.stem.replace("_", " "), choices.MEASURED)
         assert list(table) == sorted(table)
-        assert set(table.values()) <= set(measure_paths.PATHS)
+        assert {way.steps for way in table.values()} <= {"fused", "pointwise"}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sdnet.kernels import reference
-from sdnet.kernels.fused import convolution, tiles
+from sdnet.kernels.fused import choices, convolution, tiles
 from sdnet.kernels.fused.convolution import Layer
+from sdnet.kernels.fused.tiles import Tiles, described
 from sdnet.kernels.reference import Pair
 from sdnet.kernels.shapes import distinct_layers
 from sdnet.kernels.unrolled import Problem
@@ -66,11 +67,20 @@ class Case:
             self.stride,
             self.padding,
             layout,
+            self.tiles,
         )
 
     def random(self, *shape: int, seed: int = 0) -> Tensor:
         tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         return tensor.contiguous(memory_format=torch.channels_last) if self.channels_last else tensor
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """The rules' for an interpreter, or boxes of 16 images by descriptors, which the rules have for a GPU alone."""
+        if not self.described:
+            return None
+        wide, narrow = self.atoms, self.channels
+        return Tiles(described(16, wide, narrow), described(16, narrow, wide))
 
     @property
     def scale(self) -> Tensor:
@@ -119,19 +129,7 @@ FORMS = CASES + [
 ]
 
 
-@pytest.fixture
-def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
-    """A case; one for descriptors with the rule that they are only for a GPU and large batches lifted."""
-    if request.param.described:
-        monkeypatch.setattr(tiles.Shape, "described_images", 16)
-    tiles.analysis_tile.cache_clear()
-    tiles.synthesis_tile.cache_clear()
-    yield request.param
-    tiles.analysis_tile.cache_clear()
-    tiles.synthesis_tile.cache_clear()
-
-
-every_case = pytest.mark.parametrize("case", FORMS, ids=str, indirect=True)
+every_case = pytest.mark.parametrize("case", FORMS, ids=str)
 
 
 def problem(nonnegative: bool = True, samples: int = 0) -> Problem:
@@ -202,15 +200,15 @@ def test_backstep(case: Case, at_y: bool) -> None:
     assert_near(masked, (z != 0) * g)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str, indirect=True)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_forms_for_few_channels_and_for_many_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for few in (0, 100):
         monkeypatch.setattr(tiles, "FEW", few)
-        tiles.analysis_tile.cache_clear()
-        tiles.synthesis_tile.cache_clear()
+        tiles.by_rule.cache_clear()
         codes, _ = convolution.encode(case.layer, case.image(1), problem())
         results.append((codes, convolution.residual(case.layer, case.image(1), case.codes(2), problem())))
+    tiles.by_rule.cache_clear()
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -251,45 +249,56 @@ def test_tiles_cover_every_layer(layer: Any, arch: int) -> None:
     shape = tiles.Shape(
         256, layer.channels, layer.atoms, layer.size, layer.codes_size, kernel_size, stride, 2, "ieee", True, arch
     )  # fmt: skip
-    tile, (programs,) = tiles.analysis_tile(shape), tiles.analysis_grid(shape, tiles.analysis_tile(shape))
-    assert programs * tile.pixels * tile.channels >= 256 * prod(layer.codes_size) * layer.atoms
-    tile, (programs, phases) = tiles.synthesis_tile(shape), tiles.synthesis_grid(shape, tiles.synthesis_tile(shape))
-    assert programs * phases * tile.pixels * tile.channels >= 256 * prod(layer.size) * layer.channels
+    for analysis, synthesis in tiles.candidates(shape):
+        assert analysis.fits(shape)
+        assert synthesis.fits(shape)
+        [programs] = tiles.analysis_grid(shape, analysis)
+        assert programs * analysis.pixels * analysis.channels >= 256 * prod(layer.codes_size) * layer.atoms
+        programs, phases = tiles.synthesis_grid(shape, synthesis)
+        assert programs * phases * synthesis.pixels * synthesis.channels >= 256 * prod(layer.size) * layer.channels
 
 
 def test_descriptors_are_for_what_they_can_read() -> None:
     shape = tiles.Shape(256, 64, 256, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True, 90)
     assert shape.described_images == 128
-    assert tiles.analysis_tile(shape).form == tiles.synthesis_tile(shape).form == "descriptors"
-    assert tiles.path_of(shape, None).fused
+    assert {tile.form for tile in tiles.by_rule(shape)} == {"descriptors"}
+    assert choices.path_of(shape, None).fused
     assert [shape._replace(batch=batch).described_images for batch in (64, 127, 128, 192)] == [64, 64, 128, 64]
     others = {"arch": 80, "batch": 63, "channels": 12, "atoms": 20, "itemsize": 4, "channels_last": False}
     for name, value in others.items():
         other = shape._replace(**{name: value})
         assert other.described_images == 0
-        assert tiles.analysis_tile(other).form == tiles.synthesis_tile(other).form == "pointers"
-    assert tiles.synthesis_tile(shape._replace(channels=8)).form == "few"
+        assert {tile.form for tile in tiles.by_rule(other)} == {"pointers"}
+        assert not tiles.by_rule(shape).analysis.fits(other)
+    assert {tile.form for tile in tiles.by_rule(shape._replace(channels=8))} == {"few"}
     assert shape._replace(size=(2048, 2048), grid=(2048, 2048)).described_images == 0  # 2^31 elements in 64 images
 
 
 def test_the_rule_and_what_overrides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = tiles.Shape(256, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True, 80)
-    assert tiles.path_of(shape, None).fused
-    assert not tiles.path_of(shape._replace(atoms=256), None).fused
-    assert not tiles.path_of(shape._replace(itemsize=4), None).fused
-    assert not tiles.path_of(shape._replace(channels_last=False), None).fused
-    assert tiles.path_of(shape._replace(channels=3, channels_last=False), None).fused
-    monkeypatch.setattr(tiles, "MEASURED", tmp_path)
-    tiles.file_of("NVIDIA H100", tmp_path).write_text(json.dumps({tiles.key_of(shape): "pointwise"}))
+    assert choices.path_of(shape, None).fused
+    assert not choices.path_of(shape._replace(atoms=256), None).fused
+    assert not choices.path_of(shape._replace(itemsize=4), None).fused
+    assert not choices.path_of(shape._replace(channels_last=False), None).fused
+    assert choices.path_of(shape._replace(channels=3, channels_last=False), None).fused
+    large = shape._replace(arch=90)
+    measured = Tiles(*(tile._replace(stages=5) for tile in tiles.by_rule(large)))
+    monkeypatch.setattr(choices, "MEASURED", tmp_path)
+    entry = ["pointwise", *(tile._asdict() for tile in measured)]
+    choices.file_of("NVIDIA H100", tmp_path).write_text(json.dumps({choices.key_of(shape): entry}))
     assert (
-        tiles.path_of(shape, "NVIDIA H100").reason
+        choices.path_of(shape, "NVIDIA H100").reason
         == "pointwise steps were the quicker ones when measured on NVIDIA H100"
     )
-    assert tiles.path_of(shape, "NVIDIA A100").fused
+    assert choices.path_of(shape, "NVIDIA A100").fused
+    assert choices.tiles_of(large, "NVIDIA H100") == measured
+    assert choices.tiles_of(large, "NVIDIA A100") == tiles.by_rule(large)
+    small = large._replace(batch=64)  # the table does not tell batches apart, and its boxes have 128 images
+    assert choices.tiles_of(small, "NVIDIA H100") == tiles.by_rule(small)
     exact, tf32 = (shape._replace(itemsize=4, precision=precision) for precision in ("ieee", "tf32"))
-    assert len({tiles.key_of(each) for each in (shape, exact, tf32)}) == 3
+    assert len({choices.key_of(each) for each in (shape, exact, tf32)}) == 3
     monkeypatch.setenv("SDNET_STEPS", "fused")
-    assert tiles.path_of(shape, "NVIDIA H100").fused
+    assert choices.path_of(shape, "NVIDIA H100").fused
     monkeypatch.setenv("SDNET_STEPS", "quick")
     with pytest.raises(ValueError, match="SDNET_STEPS is 'quick'; it must be fused or pointwise"):
-        tiles.path_of(shape, None)
+        choices.path_of(shape, None)

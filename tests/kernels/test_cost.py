@@ -153,11 +153,18 @@ def test_bytes_and_flops_by_hand() -> None:
     costs = total(forward("fused"), layer, 256)
     pixels, dictionary = 256 * 56 * 56, 64 * 64 * 9
     assert costs.bytes == 2 * (8 * 64 * pixels + 3 * dictionary)
-    assert costs.flops == 3 * 2 * pixels * dictionary
+    assert costs.flops == 3 * 2 * 256 * 64 * 64 * (3 * 56 - 2) ** 2  # rows of taps at the border meet two of three
     # The weight gradient's partial sums are a small part of its traffic.
     [reduction] = [operation for operation in backward("fused") if operation.sums]
     plain = reduction._replace(sums=False)
     assert 0 < reduction.bytes(layer, 256) - plain.bytes(layer, 256) < 0.1 * plain.bytes(layer, 256)
+
+
+@pytest.mark.parametrize("layer", distinct_layers(), ids=str)
+def test_products_are_those_of_a_convolution_of_ones(layer: LayerShape) -> None:
+    atom = torch.ones(1, 1, layer.kernel_size, layer.kernel_size)
+    met = torch.nn.functional.conv2d(torch.ones(1, 1, *layer.size), atom, stride=layer.stride, padding=layer.padding)
+    assert layer.products == met.sum()
 
 
 @pytest.mark.parametrize("layer", distinct_layers(), ids=str)

@@ -244,9 +244,24 @@ def test_contiguous_input_gives_contiguous_codes() -> None:
 
 
 @some_cases
-def test_autograd_keeps_the_input_the_dictionary_and_the_codes_alone(case: Case) -> None:
+def test_residuals_kept_or_computed_again_give_the_same_gradients(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNET_KEEP_RESIDUALS", "0")
+    again = case.gradients("torch")
+    monkeypatch.setenv("SDNET_KEEP_RESIDUALS", "1")
+    for actual, expected in zip(case.gradients("torch"), again, strict=True):
+        assert_near(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("asked", [None, "1", "0"])
+@some_cases
+def test_autograd_keeps_the_input_the_dictionary_the_codes_and_on_a_cpu_the_residuals(
+    case: Case, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, weight, step, lam = case.tensors()
     kept: dict[int, Tensor] = {}
+    monkeypatch.delenv("SDNET_KEEP_RESIDUALS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("SDNET_KEEP_RESIDUALS", asked)
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.data_ptr()] = tensor
@@ -255,7 +270,8 @@ def test_autograd_keeps_the_input_the_dictionary_and_the_codes_alone(case: Case)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         codes = case.encode(x, weight, step, lam, "torch")
     large = sorted(tensor.numel() for tensor in kept.values() if tensor.numel() > case.batch)
-    assert large == sorted([x.numel(), weight.numel(), *[codes.numel()] * case.n_steps])
+    residuals = [] if asked == "0" else [case.n_dict * x.numel()] * (case.n_steps - 1)
+    assert large == sorted([x.numel(), weight.numel(), *[codes.numel()] * case.n_steps, *residuals])
 
 
 @some_cases
