@@ -6,6 +6,10 @@ the larger one because its masks are a step function of the codes: an element in
 threshold changes the gradient by sqrt(eps) of its norm. A yardstick that is itself further off than 1/4 refuses all.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +35,19 @@ def answers(bound: Bound, grad: Tensor, modes: tuple[str, ...]) -> Answers:
 def oracle(operator: Operator, case: Case, inputs: Inputs) -> Answers:
     """The reference's answers in fp64."""
     case, inputs = in_double(case, inputs)
-    return answers(operator.providers["reference"](case, inputs), inputs["grad"], operator.modes)
+    with no_trials():
+        return answers(operator.providers["reference"](case, inputs), inputs["grad"], operator.modes)
+
+
+@contextmanager
+def no_trials() -> Iterator[None]:
+    """cuDNN takes the algorithm that it thinks best: in fp64 to try them all takes longer than what they are for."""
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def errors(found: Answers, truth: Answers) -> dict[str, float]:

@@ -23,7 +23,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 
     on_gpu = device.type == "cuda"
     size, bytes_copied = (8192, 2**30) if on_gpu else (1024, 2**28)
     with measuring_stream(device):
-        source = torch.zeros(bytes_copied, dtype=torch.uint8, device=device)
+        source = torch.empty(bytes_copied // 8, dtype=torch.int64, device=device).random_()  # zeros may move faster
         target = torch.empty_like(source)
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         calls = {"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}

@@ -16,12 +16,14 @@ from sdnet.train.errors import UserError
 
 PACKAGES = ("torch", "triton", "numpy", "accelerate", "nvidia-dali-cuda130", "pillow")
 SOURCE = Path(__file__).resolve().parent
+COMMIT = "SDNET_COMMIT"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The facts that every line of the ledger carries. `dirty` says whether code differs from `commit`.
 
-    The ledger's own files and generated text do not make a checkout dirty. commit and dirty are None outside one.
+    The ledger's own files and generated text do not make a checkout dirty. Outside one, in a copy on another machine
+    perhaps, `dirty` is None and `commit` what the environment variable SDNET_COMMIT says, None without it.
     """
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "*.py", "*.toml", "*.json")
     return {
@@ -35,7 +37,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
-        "commit": commit,
+        "commit": commit or os.environ.get(COMMIT),
         "dirty": None if changes is None else bool(changes),
         "command": shlex.join(["python", "-m", "sdnet.bench", *map(portable, sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,8 +57,13 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"The device {name} was asked for, and torch sees no GPU.")
-    torch.backends.cudnn.benchmark = True  # the rival's convolutions deserve cuDNN's best choice
+    prepare()
     return device
+
+
+def prepare() -> None:
+    """Settings of every process that measures."""
+    torch.backends.cudnn.benchmark = True  # the rival's convolutions deserve cuDNN's best choice
 
 
 def device_name(device: torch.device) -> str:

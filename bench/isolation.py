@@ -21,8 +21,8 @@ from sdnet.train.errors import UserError
 
 T = TypeVar("T")
 
-PATIENCE = 150.0
-"""Seconds without a word after which a child counts as hanging. Compilers are silent for tens of seconds."""
+PATIENCE = 300.0
+"""Seconds without a word after which a child counts as hanging. A compiler of whole networks is silent for minutes."""
 
 PARENT: Connection | None = None
 """In a child, the way to its parent."""
@@ -65,17 +65,14 @@ class Workshop:
         if not self.apart:
             yield from work(*arguments)
             return
-        connection = self._connection()
-        connection.send((work, arguments))
         tried, finished = "", False
         try:
+            connection = self._connection()
+            connection.send((work, arguments))
             while not finished:
                 if not connection.poll(self.patience):
                     raise LostError(f"it said nothing for {self.patience:.0f} seconds", tried)
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, OSError):
-                    raise LostError(f"its process ended {self._status()}", tried) from None
+                kind, value = connection.recv()
                 if kind == "trying":
                     tried = value
                 elif kind == "yielded":
@@ -83,6 +80,8 @@ class Workshop:
                 elif kind == "raised":
                     raise value if isinstance(value, UserError) else LostError(value, tried)
                 finished = kind == "finished"
+        except (EOFError, OSError):
+            raise LostError(f"its process ended {self._status()}", tried) from None
         finally:
             if not finished:
                 self.close(grace=0)
@@ -143,9 +142,19 @@ def end_with(pid: int) -> None:
 
 
 def trying(name: str) -> None:
-    """Say what is tried now: if the child is lost, this was it. Nothing happens outside a child."""
+    """Say what is tried now, "" for nothing in particular: if the child is lost, this was it. In a parent nothing."""
     if PARENT is not None:
         PARENT.send(("trying", name))
+
+
+def naming(name: str, call: Callable[[], T]) -> Callable[[], T]:
+    """The call, saying each time that it is tried."""
+
+    def named() -> T:
+        trying(name)
+        return call()
+
+    return named
 
 
 def told(error: BaseException) -> str:

@@ -1,20 +1,23 @@
 """`kernels`: operators over the layer shapes of a model, every provider checked against fp64 before it is timed.
 
 For each operator, shape and mode (forward, backward with the forward's results at hand, both) the providers are timed
-in turns. A wrong answer is not timed: its row says refused, and the exit status is 1.
+in turns. A wrong answer is not timed: its row says refused, and the exit status is 1. On a GPU cases run in a process
+apart, so that a provider that breaks the device loses its own rows and nobody else's.
 """
 
 import argparse
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch._functorch import config as compiled_backward
 
-from sdnet.bench import accuracy, step_operators, timing
+from sdnet.bench import accuracy, isolation, step_operators, timing
 from sdnet.bench.ceilings import Ceilings, measure_ceilings
 from sdnet.bench.common_options import add_common_options, open_ledger
+from sdnet.bench.isolation import LostError, Workshop
 from sdnet.bench.ledger import Ledger, refused
 from sdnet.bench.operators import (
     CSC,
@@ -38,6 +41,8 @@ OPERATORS = {"csc": CSC} | {
 }
 DEPTHS = {"sdnet18": (18, False), "sdnet18_all": (18, True), "sdnet34": (34, False), "sdnet34_all": (34, True)}
 SECONDS_PER_MODE = {"cpu": 3.0, "cuda": 0.6}
+PATIENCE = 100.0
+"""Seconds without a word after which a provider counts as hanging: compiling for one shape takes tens of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,18 +73,17 @@ def run(options: argparse.Namespace) -> int:
         print("No GPU: torch's providers on the CPU. These times say nothing about a GPU.")
     deadline = time.perf_counter() + (float("inf") if options.budget is None else options.budget)
     ceilings: dict[str, Ceilings] = {}
-    for case in cases(options, device):
-        with timing.fp32_products(case.dtype == "tf32"):
+    with Workshop(apart=device.type == "cuda", patience=PATIENCE) as workshop:
+        for case in cases(options, device):
+            providers = chosen_providers(OPERATORS[case.operator], options.provider)
+            modes = [mode for mode in OPERATORS[case.operator].modes if not options.mode or mode in options.mode]
             if case.dtype not in ceilings:
-                ceilings[case.dtype] = measure_ceilings(device, DTYPES[case.dtype])
-                print(f"Ceilings in {case.dtype}: {show(ceilings[case.dtype])}")
-            operator = OPERATORS[case.operator]
-            providers = chosen_providers(operator, options.provider)
-            modes = [mode for mode in operator.modes if not options.mode or mode in options.mode]
+                (ceilings[case.dtype],) = workshop.run(ceilings_of, device, case.dtype)
+                print(f"Ceilings in {case.dtype}: {show(ceilings[case.dtype])}", flush=True)
             if time.perf_counter() > deadline:
                 skip(case, providers, modes, ledger, f"the budget of {options.budget:.0f} seconds was spent")
                 continue
-            measure_case(case, operator, providers, modes, ceilings[case.dtype], ledger, options.seconds)
+            measure_survivors(case, providers, modes, ceilings[case.dtype], ledger, options.seconds, workshop)
     print("\n" + kernels_table(ledger.rows))
     print(f"\n{len(ledger.rows)} rows in {ledger.path}")
     wrong = refused(ledger.rows)
@@ -94,25 +98,26 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     for layout in options.layout or (list(LAYOUTS)[::-1] if on_gpu else ["contiguous"]):
         for dtype in options.dtype or (["bf16"] if on_gpu else ["fp32"]):
             for operator in options.operator:
-                for layer in layers(options, on_gpu):
-                    usual = (512 if layer.size[0] <= 32 and options.layer is None else 256) if on_gpu else 8
+                for layer, usual in layers(options, on_gpu):
                     for n_steps in options.n_steps if operator == "csc" else [2]:
                         yield Case(operator, layer, options.batch or usual, n_steps, dtype, layout, device)
 
 
-def layers(options: argparse.Namespace, on_gpu: bool) -> list[LayerShape]:
-    """The distinct shapes of the chosen model, or the given ones.
+def layers(options: argparse.Namespace, on_gpu: bool) -> list[tuple[LayerShape, int]]:
+    """The distinct shapes of the chosen model, or the given ones, each with its usual batch.
 
     Raises:
         UserError: a given shape is not five positive numbers.
     """
+    usual = 256 if on_gpu else 8
     if options.layer:
-        return [parse_layer(text) for text in options.layer]
+        return [(parse_layer(text), usual) for text in options.layer]
     depth, every = DEPTHS[options.model]
-    found: list[LayerShape] = []
+    found: list[tuple[LayerShape, int]] = []
     for image_size in options.image_size or ([224, 32] if on_gpu else [32]):
-        distinct = {layer.geometry: layer for layer in csc_layers(depth, image_size, every)}
-        found += list(distinct.values())[: options.limit]
+        distinct = list({layer.geometry: layer for layer in csc_layers(depth, image_size, every)}.values())
+        batch = 512 if on_gpu and image_size <= 32 else usual
+        found += [(layer, batch) for layer in distinct[: options.limit]]
     return found
 
 
@@ -139,30 +144,65 @@ def chosen_providers(operator: Operator, names: Sequence[str] | None) -> dict[st
     return {name: provider for name, provider in operator.providers.items() if not names or name in names}
 
 
-def measure_case(
+def ceilings_of(device: torch.device, dtype: str) -> Iterator[Ceilings]:
+    """The device's ceilings in a type."""
+    with timing.fp32_products(dtype == "tf32"):
+        yield measure_ceilings(device, DTYPES[dtype])
+
+
+def measure_survivors(
     case: Case,
-    operator: Operator,
-    providers: dict[str, Provider],
+    names: Iterable[str],
     modes: Sequence[str],
     ceilings: Ceilings,
     ledger: Ledger,
-    seconds: float | None = None,
+    seconds: float | None,
+    workshop: Workshop,
 ) -> None:
-    """Check every provider, time those that are right in turns, add a row for each provider and mode."""
+    """A row for each provider and mode. Whoever brings a process apart down is refused; the others go on without it."""
     facts = {"shape": case.describe(), "dtype": case.dtype, "layout": case.layout}
+    left = list(names)
+    missing = {(name, mode) for name in left for mode in modes}
+    while left and missing:
+        culprits: list[str] = []
+        try:
+            still = [mode for mode in modes if any((name, mode) in missing for name in left)]
+            for values in workshop.run(measure_case, case, left, still, ceilings, seconds):
+                if (values["provider"], values["mode"]) in missing:
+                    row = ledger.add(**values, **facts)
+                    missing.remove((row.provider, row.mode))
+                    words = f"{case.layout} {row.mode:8} {row.provider:10} {row.time_ms or row.status}"
+                    print(f"{case.operator} {case.layer.geometry} {words}", flush=True)
+            return
+        except LostError as lost:
+            culprits = [lost.tried] if lost.tried in left else left
+            for name, mode in (pair for pair in itertools.product(culprits, modes) if pair in missing):
+                ledger.add(name, mode, status="refused", reason=f"its process was lost: {lost}", **facts)
+            print(f"{case.operator} {case.layer.geometry} {case.layout} lost {' '.join(culprits)}: {lost}", flush=True)
+        missing = {pair for pair in missing if pair[0] not in culprits}
+        left = [name for name in left if name not in culprits]
+
+
+def measure_case(
+    case: Case, names: Sequence[str], modes: Sequence[str], ceilings: Ceilings, seconds: float | None
+) -> Iterator[dict[str, Any]]:
+    """Check the named providers, time those that are right in turns; what a row holds for each provider and mode."""
+    operator = OPERATORS[case.operator]
+    providers = {name: operator.providers[name] for name in names}
     # A compiled backward frees what it was given, unless told that "backward" will call it again.
-    with timing.measuring_stream(case.device), compiled_backward.patch(donated_buffer=False):
-        right, found_errors = [], {}
+    with (
+        timing.fp32_products(case.dtype == "tf32"),
+        timing.measuring_stream(case.device),
+        compiled_backward.patch(donated_buffer=False),
+    ):
+        right, found_errors = {}, {}
         for name, (status, reason, found) in verdicts(case, operator, providers).items():
             if status == "ok":
-                right.append(name)
-                found_errors[name] = found
-                continue
-            for mode in modes:
-                ledger.add(name, mode, status=status, reason=reason, **facts)
+                right[name], found_errors[name] = providers[name], found
+            else:
+                yield from ({"provider": name, "mode": mode, "status": status, "reason": reason} for mode in modes)
         for mode in modes:
-            timed = time_mode(case, operator, {name: providers[name] for name in right}, mode, seconds)
-            for name, (measured, timer, memory) in timed.items():
+            for name, (measured, timer, memory) in time_mode(case, operator, right, mode, seconds).items():
                 work = least_work(case, mode)
                 metrics = {f"error_{answer}": error for answer, error in found_errors[name].items()}
                 metrics |= {"copy_gb_s": ceilings.copy_gb_s, "gemm_tflop_s": ceilings.gemm_tflop_s}
@@ -174,14 +214,14 @@ def measure_case(
                         "flops": work.flops,
                         "bytes": work.bytes,
                     }
-                settings = {"timer": timer}
-                times = measured._asdict()
-                row = ledger.add(
-                    name, mode, time_ms=times, memory_mib=memory, metrics=metrics, settings=settings, **facts
-                )
-                print(
-                    f"{case.operator} {case.layer.geometry} {case.layout} {mode:8} {name:10} {row.time_ms}", flush=True
-                )
+                yield {
+                    "provider": name,
+                    "mode": mode,
+                    "time_ms": measured._asdict(),
+                    "memory_mib": memory,
+                    "metrics": metrics,
+                    "settings": {"timer": timer},
+                }
     forget_compiled()
 
 
@@ -189,6 +229,7 @@ def verdicts(
     case: Case, operator: Operator, providers: dict[str, Provider]
 ) -> dict[str, tuple[str, str, dict[str, float]]]:
     """Status, reason and errors of every provider on this case."""
+    isolation.trying("reference")
     inputs = operator.inputs(case, 0)
     truth = accuracy.oracle(operator, case, inputs)
 
@@ -198,17 +239,20 @@ def verdicts(
     yardstick = errors_of(operator.providers["reference"])
     result: dict[str, tuple[str, str, dict[str, float]]] = {}
     for name, provider in providers.items():
+        isolation.trying(name)
         try:
-            found = errors_of(provider)
+            found = yardstick if name == "reference" else errors_of(provider)
         except NotImplementedError as error:
             result[name] = ("unsupported", str(error), {})
             continue
         except Exception as error:
-            # A provider that crashes gave no right answer; the others are still worth their time.
-            result[name] = ("refused", f"it raised {type(error).__name__}: {str(error).splitlines()[0]}", {})
+            # A provider that crashes gave no right answer; the others are still worth their time, if they can run.
+            isolation.check_context(case.device)
+            result[name] = ("refused", isolation.told(error), {})
             continue
         reason = accuracy.objection(found, yardstick, case.dtype)
         result[name] = ("refused" if reason else "ok", reason, found)
+    isolation.trying("")
     return result
 
 
@@ -221,10 +265,12 @@ def time_mode(
     inputs += [operator.inputs(case, seed) for seed in range(1, timing.copies_past_cache(size, case.device))]
     samplers, timers, memories = {}, {}, {}
     for name, provider in providers.items():
+        isolation.trying(name)
         calls = [make_call(provider(case, copy), copy["grad"], mode) for copy in inputs]
         calls[0]()
         memories[name] = timing.peak_memory(calls[0], case.device)
         samplers[name], timers[name] = timing.make_sampler(calls, case.device, name not in NOT_CAPTURABLE)
+    samplers = {name: isolation.naming(name, sampler) for name, sampler in samplers.items()}
     measured = timing.interleave(samplers, seconds or SECONDS_PER_MODE[case.device.type])
     return {name: (measured[name], timers[name], memories[name]) for name in providers}
 

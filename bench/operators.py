@@ -79,17 +79,16 @@ class Operator:
 def layer_inputs(case: Case, seed: int) -> dict[str, Tensor]:
     """x, grad = dL/dz and residual ~ N(0, 1), atoms of unit norm, half of the first codes alive, a converged step."""
     layer, options = case.layer, {"device": case.device, "dtype": DTYPES[case.dtype]}
-    generator = torch.Generator().manual_seed(seed)
+    # On the device itself: a processor takes seconds for the numbers of a large layer.
+    generator = torch.Generator(case.device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=case.device)
 
     weight = F.normalize(normal(layer.atoms, layer.channels * layer.kernel_size**2), dim=1)
     weight = weight.view(layer.atoms, layer.channels, layer.kernel_size, layer.kernel_size)
     vector = spectral.seeded_vector((1, layer.channels, *layer.size))
-    _, eigenvalue = spectral.power_iteration(
-        weight.to(case.device), vector.to(case.device), **case.geometry, iterations=20
-    )
+    _, eigenvalue = spectral.power_iteration(weight, vector.to(case.device), **case.geometry, iterations=20)
     images, codes = (case.batch, layer.channels, *layer.size), (case.batch, layer.atoms, *layer.codes_size)
     tensors = {"x": normal(*images), "weight": weight, "grad": normal(*codes)}
     layout = LAYOUTS[case.layout]
@@ -177,4 +176,4 @@ NOT_CAPTURABLE = ("official",)
 
 def in_double(case: Case, inputs: Inputs) -> tuple[Case, dict[str, Tensor]]:
     """The same problem in fp64, from the same rounded inputs."""
-    return replace(case, layout="contiguous"), {name: tensor.double() for name, tensor in inputs.items()}
+    return replace(case, layout="contiguous"), {name: tensor.double().contiguous() for name, tensor in inputs.items()}

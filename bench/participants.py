@@ -32,7 +32,10 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a participant runs. `dtype` is autocast's, parameters are fp32; "fp32" and "tf32" are without autocast."""
+    """What a participant runs. `dtype` is autocast's, parameters are fp32; "fp32" and "tf32" are without autocast.
+
+    `keep_residuals` = None is the package's own choice.
+    """
 
     model: str
     stem: Stem
@@ -43,12 +46,17 @@ class Setting:
     layout: str
     compiled: bool
     impl: str = "auto"
-    keep_residuals: bool = False
+    keep_residuals: bool | None = None
 
     @property
     def half(self) -> bool:
         """Whether autocast is on."""
         return DTYPES[self.dtype] != torch.float32
+
+    @property
+    def tf32(self) -> bool:
+        """Whether fp32 is multiplied in tf32."""
+        return self.dtype == "tf32"
 
     def describe(self) -> dict[str, Any]:
         """The shape for the ledger."""
@@ -129,7 +137,9 @@ class Participant:
         return sum(sizes.values()) / 2**20
 
     def _loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        os.environ[KEEP_RESIDUALS] = str(int(self.setting.keep_residuals))
+        os.environ.pop(KEEP_RESIDUALS, None)
+        if self.setting.keep_residuals is not None:
+            os.environ[KEEP_RESIDUALS] = str(int(self.setting.keep_residuals))
         with torch.autocast(self.device.type, DTYPES[self.setting.dtype], enabled=self.setting.half):
             return F.cross_entropy(forward(images), labels)
 
@@ -156,12 +166,12 @@ def make_model(setting: Setting) -> nn.Module:
 
 def noise(setting: Setting, device: torch.device) -> Batches:
     """A few batches of random images and labels on the device, again and again."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shape, classes = (setting.batch, 3, setting.image_size, setting.image_size), CLASSES[setting.stem]
     batches = [
         (
-            torch.randn(shape, generator=generator).contiguous(memory_format=LAYOUTS[setting.layout]).to(device),
-            torch.randint(classes, (setting.batch,), generator=generator).to(device),
+            torch.randn(shape, generator=generator, device=device).contiguous(memory_format=LAYOUTS[setting.layout]),
+            torch.randint(classes, (setting.batch,), generator=generator, device=device),
         )
         for _ in range(BATCHES_OF_NOISE)
     ]

@@ -160,7 +160,8 @@ def setting_words(row: Row) -> list[str]:
         words.append(f"{row.shape['n_steps']} steps")
     words += ["compiled"] if row.settings.get("compile") else []
     words += [f"impl {row.settings['impl']}"] if row.settings.get("impl", "auto") != "auto" else []
-    words += ["residuals kept"] if row.settings.get("keep_residuals") else []
+    kept = row.settings.get("keep_residuals")
+    words += [] if kept is None else ["residuals kept" if kept else "residuals computed again"]
     words += ["real pictures"] if row.settings.get("input") == "pictures" else []
     return words
 

@@ -113,7 +113,10 @@ def graph_sampler(calls: Sequence[Call]) -> Sampler:
         for i in range(length):
             calls[i % len(calls)]()
     graph.replay()
-    return lambda: event_time([graph.replay]) / length
+    # Without launches the burst may last a fraction of what it was sized for.
+    repeats = math.ceil(BURST_MS / max(event_time([graph.replay]), 1e-3))
+    burst = [graph.replay] * max(1, min(repeats, LONGEST_BURST))
+    return lambda: event_time(burst) / len(burst) / length
 
 
 def burst_length(calls: Sequence[Call], time_of: Callable[[Sequence[Call]], float]) -> int:

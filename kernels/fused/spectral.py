@@ -207,7 +207,7 @@ class Plan(NamedTuple):
     scratch: Tensor
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def plan_of(layers: tuple[Layer, ...], device: torch.device) -> Plan:
     """The plan for these layers at these addresses; the one thing here that the host waits for, once."""
     parts = [ceil_div(layer.pixels[0], PIXELS) * ceil_div(layer.channels, layer.block) for layer in layers]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdnet.bench import environment
 from sdnet.bench.environment import describe, portable
 from sdnet.bench.ledger import Ledger, Row, append, read
 from sdnet.train.errors import UserError
@@ -60,6 +61,14 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
     append(ledger.path, line + "\n")
     with pytest.raises(UserError, match=r"jsonl, line 2, is no row of the ledger"):
         list(read(tmp_path))
+
+
+def test_a_copy_without_a_checkout_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe(torch.device("cpu"))["commit"] != "abc123"
+    monkeypatch.setenv("SDNET_COMMIT", "abc123")
+    monkeypatch.setattr(environment, "git", lambda *_: None)
+    facts = describe(torch.device("cpu"))
+    assert (facts["commit"], facts["dirty"]) == ("abc123", None)
 
 
 def write_many(path: Path, name: str) -> None:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from sdnet.bench import __main__ as front
 from sdnet.bench import environment, measure_kernels
-from sdnet.bench.ledger import Row, read
+from sdnet.bench.isolation import LostError
+from sdnet.bench.ledger import Ledger, Row, read
 from sdnet.bench.measure_kernels import OPERATORS
 from sdnet.bench.operators import Bound, Case, Inputs, Provider, csc_by
 from sdnet.bench.roofline import least_work
@@ -114,6 +116,60 @@ def test_shapes_of_a_model_are_distinct() -> None:
     assert len({case.layer.geometry for case in cases}) == len(cases) == 8
 
 
+def test_the_usual_batch_is_that_of_the_picture_and_not_of_the_layer() -> None:
+    parser = argparse.ArgumentParser()
+    measure_kernels.add_arguments(parser)
+    options = parser.parse_args(["--operator", "csc", "--layout", "contiguous"])
+    sizes: dict[int, set[int]] = {}
+    for case in measure_kernels.cases(options, torch.device("cuda")):
+        sizes.setdefault(case.batch, set()).add(case.layer.size[0])
+    assert sizes == {256: {224, 112, 56, 28, 14, 7}, 512: {32, 16, 8, 4}}
+
+
+class Fragile:
+    """A workshop whose child is lost with "b" in a mode, or with nobody in particular; "c" is refused."""
+
+    def __init__(self, fatal: str, culprit: str = "b") -> None:
+        self.fatal, self.culprit = fatal, culprit
+
+    def run(
+        self, work: Callable, case: Case, names: list[str], modes: list[str], *_: object
+    ) -> Iterator[dict[str, Any]]:
+        yield from ({"provider": "c", "mode": mode, "status": "refused", "reason": "off"} for mode in modes)
+        for mode in modes:
+            if mode == self.fatal and "b" in names:
+                raise LostError("it raised AcceleratorError: an illegal memory access", self.culprit)
+            times = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+            yield from ({"provider": name, "mode": mode, "time_ms": times} for name in names if name != "c")
+
+
+@pytest.mark.parametrize("fatal", ["forward", "both"])
+def test_a_provider_that_breaks_the_device_costs_its_own_rows_alone(tmp_path: Path, fatal: str) -> None:
+    case = Case("csc", LayerShape("", 4, 8, 3, 2, (8, 8)), 2, 2, "fp32", "contiguous", torch.device("cpu"))
+    modes, ledger = ("forward", "backward", "both"), Ledger(tmp_path, "kernels", environment.describe(case.device))
+    workshop: Any = Fragile(fatal)
+    ceilings = measure_kernels.Ceilings(10, 0.1)
+    measure_kernels.measure_survivors(case, "abc", modes, ceilings, ledger, 0.01, workshop)
+    found = {(row.provider, row.mode): row.status for row in ledger.rows}
+    assert len(found) == len(ledger.rows) == 9
+    lost = modes[modes.index(fatal) :]
+    assert found == {(name, mode): "ok" for name in "ab" for mode in modes if name == "a" or mode not in lost} | {
+        (name, mode): "refused" for name in "bc" for mode in modes if name == "c" or mode in lost
+    }
+    assert all("illegal memory access" in row.reason for row in ledger.rows if row.provider == "b" and row.reason)
+
+
+def test_a_loss_that_nobody_is_to_blame_for_ends_the_case(tmp_path: Path) -> None:
+    case = Case("csc", LayerShape("", 4, 8, 3, 2, (8, 8)), 2, 2, "fp32", "contiguous", torch.device("cpu"))
+    ledger = Ledger(tmp_path, "kernels", environment.describe(case.device))
+    workshop: Any = Fragile("backward", culprit="")
+    ceilings = measure_kernels.Ceilings(10, 0.1)
+    measure_kernels.measure_survivors(case, "abc", ("forward", "backward"), ceilings, ledger, 0.01, workshop)
+    found = {(row.provider, row.mode): row.status for row in ledger.rows}
+    assert len(found) == len(ledger.rows) == 6
+    assert {pair for pair, status in found.items() if status == "ok"} == {("a", "forward"), ("b", "forward")}
+
+
 def test_budget_skips_and_says_so(tmp_path: Path) -> None:
     status, rows = kernels(tmp_path, "--operator", "csc", "--layer", LAYER, "--budget", "0", "--mode", "forward")
     assert status == 0
@@ -121,16 +177,19 @@ def test_budget_skips_and_says_so(tmp_path: Path) -> None:
 
 
 def test_least_work_of_a_layer_counted_by_hand() -> None:
-    """Two steps, forward: x to z, (z, x) to r, (z, r) to z', and the dictionary three times."""
+    """Two steps, forward: x to z, (z, x) to r, (z, r) to z', and the dictionary three times.
+
+    Of the 5 x 3 pairs of a row and a tap 2 meet padding, and so in the other direction.
+    """
     case = Case("csc", LayerShape("", 8, 8, 3, 1, (5, 5)), 2, 2, "bf16", "channels_last", torch.device("cpu"))
-    codes, weight = 2 * 8 * 25, 8 * 8 * 9
-    assert least_work(case, "forward") == (3 * 2 * codes * 8 * 9, 2 * (8 * codes + 3 * weight))
+    codes, weight, flops = 2 * 8 * 25, 8 * 8 * 9, 2 * 2 * 8 * 8 * 13**2
+    assert least_work(case, "forward") == (3 * flops, 2 * (8 * codes + 3 * weight))
     forward, backward, both = (least_work(case, mode) for mode in ("forward", "backward", "both"))
     assert forward
     assert backward
     assert backward.flops == 2 * forward.flops
     assert both == (forward.flops + backward.flops, forward.bytes + backward.bytes)
-    assert least_work(replace(case, operator="encode"), "forward") == (2 * codes * 8 * 9, 2 * (3 * codes + weight))
+    assert least_work(replace(case, operator="encode"), "forward") == (flops, 2 * (3 * codes + weight))
     assert least_work(replace(case, operator="power_iteration"), "forward") is None
 
 

@@ -1,8 +1,10 @@
 """Training is measured as it happens: planted naps show up where they were planted, and ratios come out right."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from sdnet.bench import __main__ as front
 from sdnet.bench import measure_training, participants, step_clock, timing
+from sdnet.bench.isolation import LostError
 from sdnet.bench.ledger import Row, read
 from sdnet.bench.participants import OFFICIAL, Participant, Setting, noise
 from sdnet.bench.tables import training_table
@@ -126,12 +129,15 @@ def test_models_learn_and_keep_memory_for_it(model: str) -> None:
     assert first_codes < participant.kept_for_backward(batches) < 100 * first_codes
 
 
-def test_kept_memory_of_a_layer_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """x and both codes of the CSC layer; what the pooling, classifier and loss keep is 100 bytes a picture."""
+@pytest.mark.parametrize(("keep", "residuals"), [(None, 3), (True, 3), (False, 0)])
+def test_kept_memory_of_a_layer_counted_by_hand(
+    keep: bool | None, residuals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x, both codes and perhaps the residual; what the pooling, classifier and loss keep is 100 bytes a picture."""
     monkeypatch.setattr(participants, "make_model", lambda _: Small())
-    participant = Participant(setting("resnet18", batch=64), CPU)
+    participant = Participant(replace(setting("resnet18", batch=64), keep_residuals=keep), CPU)
     kept = participant.kept_for_backward(noise(participant.setting, CPU)) * 2**20 / 64
-    assert 0 <= kept - 4 * 64 * (3 + 2 * 4) < 300
+    assert 0 <= kept - 4 * 64 * (3 + residuals + 2 * 4) < 300
 
 
 def test_blown_up_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +149,55 @@ def test_blown_up_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(participants, "make_model", broken)
     status, (row,) = train(tmp_path, "--model", "sdnet18")
     assert (status, row.status, row.reason) == (1, "refused", "its loss is nan")
+
+
+class Fragile:
+    """A workshop whose child does not survive SDNet-18 on the path that "auto" takes."""
+
+    def __init__(self, apart: bool) -> None:
+        pass
+
+    def __enter__(self) -> "Fragile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, work: Callable, settings: list[Setting], *arguments: Any) -> Iterator[dict[str, Any]]:
+        for item in settings:
+            if item.model == "sdnet18" and item.impl == "auto":
+                raise LostError("its process ended by signal 6", repr(item))
+        yield from work(settings, *arguments)
+
+
+@pytest.mark.usefixtures("small_models")
+def test_a_setting_that_breaks_the_device_is_refused_and_the_others_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_training, "Workshop", Fragile)
+    status, rows = train(tmp_path, "--model", "resnet18", "sdnet18", "--impl", "auto", "torch")
+    assert status == 1
+    assert [(row.provider, row.settings["impl"], row.status) for row in rows] == [
+        ("sdnet18", "auto", "refused"),
+        ("resnet18", "auto", "ok"),
+        ("sdnet18", "torch", "ok"),
+    ]
+    assert rows[0].reason == "its process was lost: its process ended by signal 6"
+
+
+@pytest.mark.usefixtures("small_models")
+def test_no_setting_is_begun_after_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nap: Nap) -> None:
+    """A model takes 0.2 s for its warm-up and as much to be asked what it keeps."""
+    monkeypatch.setattr(measure_training, "time", nap)
+    models = ["--model", "resnet18", "official_sdnet18", "sdnet18"]
+    status, rows = train(tmp_path, *models, "--budget", "0.5")
+    assert status == 0
+    assert {row.provider: row.status for row in rows} == {
+        "resnet18": "ok",
+        "official_sdnet18": "ok",
+        "sdnet18": "skipped",
+    }
+    assert {row.reason for row in rows if row.status == "skipped"} == {"the budget of 0 seconds was spent"}
 
 
 @pytest.mark.usefixtures("small_models")
