@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdnet.kernels.fused import choices
-from sdnet.kernels.fused.descriptors import matrix_blocks, pixel_boxes
+from sdnet.kernels.fused.descriptors import aligned, matrix_blocks, pixel_boxes
 from sdnet.kernels.fused.hardware import arch_of, gpu_of
 from sdnet.kernels.fused.implicit_gemm import (
     analysis,
@@ -192,7 +192,7 @@ class Layer:
     @cached_property
     def packed(self) -> Tensor:
         """The dictionary in the memory order [K, kh, kw, C]."""
-        return self.weight.contiguous(memory_format=torch.channels_last)
+        return aligned(self.weight.contiguous(memory_format=torch.channels_last))
 
     @cached_property
     def precision(self) -> str:
@@ -263,7 +263,7 @@ def encode(
     if codes.numel():
         tile = layer.tiles.analysis
         encode_kernel[analysis_grid(layer.shape, tile)](
-            layer.boxes(r, tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
+            layer.boxes(aligned(r), tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
             *(layer.boxes(t, tile, tile.channels) for t in (z, previous if beta else None, codes, extrapolated)),
             problem.step, problem.lam, scale, problem.mu, beta, next_beta,
             **layer.arguments(tile, ONE_SIDED=problem.nonnegative, PER_SAMPLE=problem.lam.ndim > 0),

@@ -8,7 +8,7 @@ ALIGNMENT = 16
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor at an address that a descriptor can take; copied if it lies elsewhere."""
+    """The tensor at an address that a descriptor can take; copied if it lies elsewhere, as a slice may."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
@@ -17,10 +17,10 @@ def pixel_boxes(tensor: Tensor, images: int, channels: int) -> TensorDescriptor:
     batch, depth, height, width = tensor.shape
     # Not the tensor's own strides: an axis of length one may have any.
     strides = [width * depth, depth, height * width * depth, 1]
-    return TensorDescriptor(aligned(tensor), [height, width, batch, depth], strides, [1, 1, images, channels])
+    return TensorDescriptor(tensor, [height, width, batch, depth], strides, [1, 1, images, channels])
 
 
 def matrix_blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A dense tensor as a matrix of its first axis and all others, so many rows and columns at a time."""
     count, length = tensor.shape[0], tensor[0].numel()
-    return TensorDescriptor(aligned(tensor), [count, length], [length, 1], [rows, columns])
+    return TensorDescriptor(tensor, [count, length], [length, 1], [rows, columns])

@@ -5,8 +5,42 @@ interpreter.
 """
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The precision of fp32 products for the time of a test."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = request.param
+    yield request.param
+    cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture
+def descriptor_reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Under the interpreter the rules choose as on sm_90: descriptors for batches of 64. What has been read by them."""
+    from triton.runtime import interpreter
+
+    from sdnet.kernels.fused import convolution, correlation
+
+    reads: list[Any] = []
+    handle: Any = interpreter.TensorDescHandle
+    materialize = handle.materialize_pointers
+
+    def noted(self: Any, offsets: Any) -> Any:
+        reads.append(self)
+        return materialize(self, offsets)
+
+    monkeypatch.setattr(handle, "materialize_pointers", noted)
+    for module in (convolution, correlation):
+        monkeypatch.setattr(module, "arch_of", lambda _: 90)
+    return reads

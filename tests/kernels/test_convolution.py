@@ -212,6 +212,17 @@ def test_the_forms_for_few_channels_and_for_many_agree(case: Case, monkeypatch: 
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="fp32 takes descriptors when interpreted")
+def test_an_input_at_an_odd_address_comes_to_descriptors_as_a_copy() -> None:
+    case = DESCRIBED[0]
+    r = case.image(1)
+    storage = torch.empty(r.numel() + 1, device=DEVICE)
+    odd = storage[1:].as_strided(r.shape, r.stride()).copy_(r)
+    assert odd.data_ptr() % 16
+    codes, _ = convolution.encode(case.layer, odd, problem())
+    assert torch.equal(codes, convolution.encode(case.layer, r, problem())[0])
+
+
 def test_the_step_is_read_on_the_device() -> None:
     case, p = Case(), problem()
     first, _ = convolution.encode(case.layer, case.image(1), p)

@@ -125,6 +125,18 @@ CASES = [
         layout="channels_last",
         tile=DESCRIPTORS,
     ),
+    # Taps that reach one pixel, and none.
+    Case(
+        batch=3,
+        channels=8,
+        atoms=8,
+        kernel_size=(5, 3),
+        padding=(4, 1),
+        size=(1, 1),
+        stride=(1, 2),
+        layout="channels_last",
+        tile=DESCRIPTORS,
+    ),
 ]
 
 

@@ -1,5 +1,7 @@
 """All layers' power iterations at once, against those of one layer at a time in fp64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from sdnet.kernels.fused import spectral as fused
 from sdnet.kernels.reference import Pair
 from sdnet.kernels.spectral import seeded_vector
 from sdnet.kernels.upkeep import Dictionary
+
+from .interpreter_numerics import convolutions_in_tf32, faithful, needs_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -65,6 +69,25 @@ def test_every_layer_follows(implementation: str, iterations: int) -> None:
         assert error(actual.weight, right.weight) <= 2e-6
         assert error(actual.vector, right.vector) <= 2e-6
         assert error(actual.step, right.step) <= 2e-6
+
+
+@needs_interpreter
+@pytest.mark.parametrize("precision", ["tf32", "ieee"], indirect=True)
+def test_multiplies_in_tf32_where_cudnn_may(precision: str) -> None:
+    ours, theirs = ([dictionary_of(name) for name in SHAPES] for _ in range(2))
+    with faithful():
+        fused.follow(ours)
+    for dictionary in theirs:
+        with convolutions_in_tf32() if precision == "tf32" else nullcontext():
+            upkeep.follow_one(dictionary)
+    expected = [wanted(dictionary_of(name), 1) for name in SHAPES]
+    for name, mine, other, right in zip(SHAPES, ours, theirs, expected, strict=True):
+        for part in ("vector", "step"):
+            actual, torch_s, exact = (getattr(each, part) for each in (mine, other, right))
+            floor = 2e-4 if precision == "tf32" else 2e-6
+            assert error(actual, exact) <= max(2 * error(torch_s, exact), floor), f"{part} of {name}"
+        if name != "one":  # a vector of one element is 1 in any precision
+            assert (error(mine.vector, right.vector) > 5e-5) == (precision == "tf32")
 
 
 def test_the_door_takes_what_the_device_allows() -> None:
