@@ -35,9 +35,7 @@ def pixel(b, i, j, H, W, C: tl.constexpr, LAST: tl.constexpr):
 
 
 @jit
-def corner(
-    GH, GW, columns: tl.constexpr, TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
+def corner(GH, GW, columns: tl.constexpr, TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr):
     """Where this program's box begins on [N, GH, GW] x channels: image, row, column, channel."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = (columns + BN - 1) // BN
@@ -47,9 +45,7 @@ def corner(
 
 
 @jit
-def pixels(
-    image, row, column, N, GH, GW, TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr
-):  # fmt: skip
+def pixels(image, row, column, N, GH, GW, TB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
     """The box's pixels on [N, GH, GW]: image within the box, row, column, and whether the grid has such a pixel."""
     m = tl.arange(0, TB * TH * TW)
     b = m // (TH * TW)  # [BM], as all that follow
