@@ -124,7 +124,9 @@ def explain(
     from sdnet.kernels.fused import loop
 
     layer = loop.layer_of(x, weight, stride, padding, memory_format_of(x, weight))
-    return f"triton: {choice.reason}; {loop.path_of(layer).reason}."
+    path = loop.path_of(layer)
+    tiles = f"; A' in tiles of {layer.tiles.analysis}, A of {layer.tiles.synthesis}" if path.fused else ""
+    return f"triton: {choice.reason}; {path.reason}{tiles}."
 
 
 def _pair(name: str, value: int | Pair, least: int) -> Pair:

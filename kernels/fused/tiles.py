@@ -67,7 +67,7 @@ class Tile(NamedTuple):
 
     def __str__(self) -> str:
         box = f"{self.images}.{self.rows}.{self.columns}x{self.channels}x{self.reduction}"
-        return f"{self.form} {box} w{self.warps} s{self.stages}"
+        return f"{self.form} {box}, {self.warps} warps, {self.stages} stages"
 
     @property
     def pixels(self) -> int:
