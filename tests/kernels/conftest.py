@@ -26,6 +26,25 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def exact() -> Iterator[None]:
+    """Products of fp32 in fp32; those of the interpreter are in any case."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    if torch.cuda.is_available():
+        cudnn.conv.fp32_precision = "ieee"
+    yield
+    cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """NaNs in memory that nobody has written yet."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def descriptor_reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Under the interpreter the rules choose as on sm_90: descriptors for batches of 64. What has been read by them."""
     from triton.runtime import interpreter

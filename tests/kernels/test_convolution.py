@@ -1,7 +1,6 @@
 """The four fused steps one by one against their formulas in fp64, in every form, and the tiles that they run with."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,23 +18,12 @@ from sdnet.kernels.reference import Pair
 from sdnet.kernels.shapes import distinct_layers
 from sdnet.kernels.unrolled import Problem
 
+pytestmark = pytest.mark.usefixtures("exact", "poisoned")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEP, MU, BETA, NEXT_BETA = 0.3, 0.5, 0.28, 0.43
 DAMPING = 1 / (1 + STEP * MU)
 GAMMA = STEP * DAMPING
-
-
-@pytest.fixture(autouse=True)
-def _exact_and_poisoned() -> Iterator[None]:
-    """Products of fp32 in fp32, and NaNs in memory that nobody has written yet."""
-    cudnn: Any = torch.backends.cudnn
-    precision = cudnn.conv.fp32_precision
-    torch.use_deterministic_algorithms(True)
-    if DEVICE == "cuda":  # the interpreter's products are exact in any case
-        cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.use_deterministic_algorithms(False)
-    cudnn.conv.fp32_precision = precision
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The gradient of the dictionary as Triton computes it, against PyTorch's in fp64."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -87,14 +87,6 @@ def error(actual: Tensor, wanted: Tensor) -> float:
     return float((actual.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.fixture
-def _poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 CASES = [
     Case(),
     Case(layout="channels_last"),
@@ -140,7 +132,7 @@ CASES = [
 ]
 
 
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [pytest.param(case, torch.float32, id=f"{case}-fp32") for case in CASES]

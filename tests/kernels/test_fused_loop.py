@@ -19,24 +19,13 @@ import sdnet
 from sdnet.kernels import csc_encode, unrolled
 from sdnet.kernels.reference import Pair
 
+pytestmark = pytest.mark.usefixtures("exact", "poisoned")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 """Relative RMS error."""
 
 STEP = 0.15
-
-
-@pytest.fixture(autouse=True)
-def _exact_and_poisoned() -> Iterator[None]:
-    """Products of fp32 in fp32, and NaNs in memory that nobody has written yet."""
-    cudnn: Any = torch.backends.cudnn
-    precision = cudnn.conv.fp32_precision
-    torch.use_deterministic_algorithms(True)
-    if DEVICE == "cuda":  # the interpreter's products are exact in any case
-        cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.use_deterministic_algorithms(False)
-    cudnn.conv.fp32_precision = precision
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The pointwise kernels around cuDNN's convolutions, against the reference in fp64."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +10,8 @@ from torch import Tensor
 from sdnet.kernels.fused.pointwise import BLOCK, mask, shrink_step, subtract
 from sdnet.kernels.reference import proximal
 from sdnet.kernels.unrolled import Problem
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -50,14 +51,6 @@ CASES = [
     Case(dtype="fp16", layout="channels_last", mu=0.3, beta=0.4),
     Case(dtype="fp16", nonnegative=False, per_sample=True, codes=False),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random(*shape: int, seed: int, layout: str = "contiguous", dtype: str = "fp32") -> Tensor:
