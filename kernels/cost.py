@@ -9,8 +9,8 @@
 
 A pass is one reading or one writing of a whole tensor, as if nothing stayed in a cache: images are of x's size
 [N, C, H, W] (residuals and reconstructions too), codes [N, K, h, w]. A convolution reads each operand once; a kernel
-that reads one again for each tap hopes for the cache. FLOPs are those of the convolutions, without products with the
-padding: cuDNN does compute those, our kernels by descriptors do not. All tensors are of one type:
+that reads one again for each tap hopes for the cache. FLOPs are those of the convolutions without products with the
+padding, which most kernels compute as well and our steps by descriptors leave out. All tensors are of one type:
 autocast's conversions are not counted. The problem is the published one: squared data term, one dictionary, one-sided
 codes, a scalar lambda without gradient, and no momentum, so counts are exact up to two steps.
 

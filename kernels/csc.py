@@ -75,7 +75,7 @@ def csc_encode(
             x, weight, step, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict
         )
     if keep_residuals is None:
-        keep_residuals = os.environ.get(KEEP_RESIDUALS, "1" if x.device.type == "cpu" else "0") == "1"
+        keep_residuals = _keeps_residuals(x)
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or lam.requires_grad)
     return csc_forward(
         x,
@@ -148,6 +148,14 @@ def _scalar_or_per_sample(name: str, value: float | Tensor, x: Tensor, per_sampl
         raise ValueError(f"{name} has shape {list(value.shape)}; for x of shape {list(x.shape)} it must be {allowed}.")
     value = value.to(device=x.device, dtype=dtype)
     return value.reshape(-1, 1, 1, 1) if value.ndim else value
+
+
+def _keeps_residuals(x: Tensor) -> bool:
+    """What the environment asks for, else whether x is on a CPU."""
+    asked = os.environ.get(KEEP_RESIDUALS)
+    if asked not in (None, "0", "1"):
+        raise ValueError(f"The environment variable {KEEP_RESIDUALS} is {asked!r}; it must be 1 or 0.")
+    return x.device.type == "cpu" if asked is None else asked == "1"
 
 
 def _check(

@@ -301,7 +301,7 @@ def make_model(recipe: Recipe, num_classes: int, device: torch.device) -> torch.
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    model.to(device)  # a GPU's step sizes converge in seconds, a CPU's at 224 pixels in a minute
+    model.to(device)  # first, for the step sizes' convergence is work for the device
     sdnet.refresh_step_size(model)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

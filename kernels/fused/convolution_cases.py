@@ -74,11 +74,10 @@ def cases(shape: LayerShape, dtype: str, layout: torch.memory_format, calls: Any
         absent = {name for name in kernel.arg_names if name in OPTIONAL - set(present)}
         types = {name: kind_of(name, dtype, tile, synthesis=kind == "synthesis") for name in kernel.arg_names}
         types = {name: text for name, text in types.items() if text and name not in absent}
-        form = f"{tile.images}.{tile.rows}.{tile.columns}x{tile.channels}x{tile.reduction}"
         memory = "channels_last" if layout == torch.channels_last else "contiguous"
         given = "+".join(name.removesuffix("_ptr") for name in present) + (" at y" if flags.get("AT_Y") else "")
         yield CompileCase.of(
-            f"{kind} {shape} {dtype} {memory} {tile.form} {form} {given}".rstrip(), kernel, types, integers,
+            f"{kind} {shape} {dtype} {memory} {tile.form} {tile.sides} {given}".rstrip(), kernel, types, integers,
             constexprs | dict.fromkeys(absent), warps, stages,
         )  # fmt: skip
 

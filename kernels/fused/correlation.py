@@ -12,9 +12,9 @@ bits.
 A loop walks over boxes of pixels, TB images x TH rows x TW columns. A box moves by scalars, so that offsets within it
 are constants of the program. Two forms of pass 1:
   * pointers: any strides, sizes and types. FLAT takes (tap, channel) as one axis, for images of few channels (stems).
-  * descriptors (sm_90 on): boxes of one pixel of TB images, whatever the stride. Pixels at which the tap reads padding
-    alone are left out. Both operands go from shared memory straight into wgmma. For 16-bit channels_last tensors,
-    batches of 32 and more.
+  * descriptors (sm_90 on): boxes of one pixel of TB images, whatever the stride. Rows of pixels at which a tap reads
+    padding are left out, and, where a program makes one tap, columns. Both operands go from shared memory straight
+    into wgmma. For 16-bit channels_last tensors, batches of 32 and more.
 
 Offsets are 64-bit where a tensor passes 2^31 elements.
 """

@@ -6,6 +6,7 @@ that wastes the fewest pixels on the grid at hand, and among those the most comp
 32 images for 14 x 14, one pixel of 128 images for 7 x 7.
 """
 
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 from math import ceil, prod
@@ -66,8 +67,11 @@ class Tile(NamedTuple):
     form: Form
 
     def __str__(self) -> str:
-        box = f"{self.images}.{self.rows}.{self.columns}x{self.channels}x{self.reduction}"
-        return f"{self.form} {box}, {self.warps} warps, {self.stages} stages"
+        return f"{self.form} {self.sides}, {self.warps} warps, {self.stages} stages"
+
+    @property
+    def sides(self) -> str:
+        return f"{self.images}.{self.rows}.{self.columns}x{self.channels}x{self.reduction}"
 
     @property
     def pixels(self) -> int:
@@ -165,22 +169,23 @@ def by_rule(shape: Shape) -> Tiles:
     return Tiles(analysis_tile(shape), synthesis_tile(shape))
 
 
-VARIATIONS = (("images", 64), ("channels", 64), ("stages", 2), ("stages", 4), ("warps", 4), ("warps", 8))
+VARIATIONS: tuple[Callable[[Tile], Tile], ...] = (
+    lambda tile: tile._replace(images=64) if tile.form == "descriptors" else tile,
+    lambda tile: tile._replace(channels=min(tile.channels, 64)),
+    lambda tile: tile._replace(stages=2),
+    lambda tile: tile._replace(stages=4),
+    lambda tile: tile._replace(warps=4),
+    lambda tile: tile._replace(warps=8),
+)
 """What a measurement tries, one at a time, in the place of what the rules choose."""
 
 
 def candidates(shape: Shape) -> list[Tiles]:
     """What a measurement may choose from, the rules' choice first."""
     chosen = by_rule(shape)
-    found = [chosen]
-    if shape.described_images:
-        found.append(by_rule(shape._replace(arch=80)))  # pointers
-    for name, value in VARIATIONS:
-        if name == "images" and chosen.analysis.form != "descriptors":
-            continue  # a box of pointers has its pixels elsewhere
-        limits = (tile.channels if name == "channels" else value for tile in chosen)
-        found.append(Tiles(*(t._replace(**{name: min(value, most)}) for t, most in zip(chosen, limits, strict=True))))
-    return list(dict.fromkeys(found))
+    by_pointers = by_rule(shape._replace(arch=80))  # the same where descriptors cannot be
+    varied = [Tiles(vary(chosen.analysis), vary(chosen.synthesis)) for vary in VARIATIONS]
+    return list(dict.fromkeys([chosen, by_pointers, *varied]))
 
 
 def _phase_grid(shape: Shape) -> Pair:

@@ -50,5 +50,11 @@ def test_bad_arguments_get_one_sentence(changed: dict[str, Any], sentence: str) 
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_residuals_are_kept_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNET_KEEP_RESIDUALS", "yes")
+    with pytest.raises(ValueError, match="SDNET_KEEP_RESIDUALS is 'yes'; it must be 1 or 0"):
+        encode_with()()
+
+
 def test_the_arguments_of_the_error_cases_are_sound_by_themselves() -> None:
     assert encode_with()().shape == (2, 4, 6, 6)

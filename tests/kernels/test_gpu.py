@@ -83,7 +83,7 @@ def test_as_exact_as_torch(
 def test_tf32_as_exact_as_torch_s(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDNET_STEPS", "fused")
     # In dL/dlam, a sum of both signs, the rounding of thousands of products all but cancels: by chance.
-    assert_as_exact_as_torch(case, torch.float32, floor=2e-5)
+    assert_as_exact_as_torch(case, torch.float32, lam_floor=2e-5)
 
 
 @pytest.mark.parametrize("layer", distinct_layers(), ids=str)

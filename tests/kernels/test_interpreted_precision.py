@@ -64,7 +64,7 @@ def test_tf32_as_exact_as_torch_s(name: str, precision: str, steps: str, monkeyp
     monkeypatch.setenv("SDNET_STEPS", steps)
     with convolutions_in_tf32():
         # In dL/dlam, a sum of both signs, the rounding of thousands of products all but cancels: by chance.
-        assert_as_exact_as_torch(CASES[name], torch.float32, floor=2e-5)
+        assert_as_exact_as_torch(CASES[name], torch.float32, lam_floor=2e-5)
 
 
 @both_paths

@@ -126,6 +126,16 @@ def test_logits_are_those_of_the_official_network(config: OfficialConfig, image_
     expected = network(images)
     assert expected.shape == (8, config.num_classes)
     assert expected.std(dim=0).min() > 0.01 * expected.std(), "the logits do not depend on the image"
+    assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()  # step sizes are fp32 in ours
+
+
+@torch.no_grad()
+def test_logits_in_fp32_are_those_of_the_official_network(tmp_path: Path) -> None:
+    """With one CSC layer, behind which rounding stays what it is."""
+    images = pictures(8, 32)
+    network = calibrated(BASE, images)
+    model = loaded(BASE, network, tmp_path)
+    logits, expected = (net.float()(images.float()) for net in (model, network))
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -143,7 +153,7 @@ def test_gradients_are_those_of_the_official_network(config: OfficialConfig, tmp
         gradients.append((x.grad, first.grad))
     for expected, actual in zip(*gradients, strict=True):
         assert expected.norm() > 0
-        assert (actual - expected).norm() <= 1e-3 * expected.norm()
+        assert (actual - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_the_official_power_iteration_estimates_the_step_from_above_and_closes_in() -> None:
