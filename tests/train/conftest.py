@@ -42,9 +42,9 @@ def make_tree(write_tree: WriteTree, tmp_path: Path) -> MakeTree:
     return lambda train, val: write_tree(tmp_path / "pictures", train, val)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state in singletons: a test that makes a trainer leaves none behind."""
+    """Accelerate keeps its state in singletons, which even a refused run makes: none outlives its test."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -268,7 +268,7 @@ def test_the_official_recipe():
     assert (recipe.stem, recipe.image_size, recipe.crop_padding, recipe.lam) == ("cifar", 32, 4, 0.1)
 
 
-def test_trains_and_resumes_from_the_command_line(tmp_path, fresh_accelerate):
+def test_trains_and_resumes_from_the_command_line(tmp_path):
     write_official(tmp_path, 10)
     settings = ["--model", "sdnet18", "--batch", "10", "--data", str(tmp_path), "--log-every", "1"]
     main([*settings, "--epochs", "1", "--out", str(tmp_path / "run")])

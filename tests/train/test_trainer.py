@@ -26,8 +26,6 @@ from sdnet.train.trainer import Trainer
 # 21 pictures: 5 steps an epoch.
 SMALL = replace(demo(), epochs=2, batch=4, image_size=32, eval_resize=36, lr=0.01)
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 @pytest.fixture(scope="module")
 def data(write_tree, tmp_path_factory) -> Path:
