@@ -18,9 +18,10 @@ from sdnet.kernels.reference import Pair
 from sdnet.kernels.shapes import distinct_layers
 from sdnet.kernels.unrolled import Problem
 
+from .cases import DEVICE
+
 pytestmark = pytest.mark.usefixtures("exact", "poisoned")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEP, MU, BETA, NEXT_BETA = 0.3, 0.5, 0.28, 0.43
 DAMPING = 1 / (1 + STEP * MU)
 GAMMA = STEP * DAMPING

@@ -14,7 +14,8 @@ from sdnet.kernels.fused.correlation_tiles import Shape, Tile, splits_of, tile_o
 from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.shapes import LayerShape, distinct_layers
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from .cases import DEVICE, Named
+
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 """Relative RMS error."""
 
@@ -25,8 +26,8 @@ ROWS = DESCRIPTORS._replace(taps=3)
 
 
 @dataclass(frozen=True)
-class Case:
-    """A small problem; its str is the test's id, naming what departs from the default."""
+class Case(Named):
+    """Pairs to correlate, and how."""
 
     batch: int = 3
     channels: int = 5
@@ -41,12 +42,11 @@ class Case:
     splits: int | None = None
 
     def __str__(self) -> str:
-        default = Case()
-        named = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)]
+        named = super().__str__()
         names = {"POINTERS": POINTERS, "FLAT": FLAT, "DESCRIPTORS": DESCRIPTORS, "ROWS": ROWS}
         for name, tile in names.items():
-            named = [text.replace(f"tile={tile}", name) for text in named]
-        return "-".join(named).replace(" ", "") or "default"
+            named = named.replace(f"tile={tile}".replace(" ", ""), name)
+        return named
 
     def tensors(self, dtype: torch.dtype) -> tuple[list[Correlated], Tensor]:
         """The pairs, scaled by a tensor, by -1, by the tensor again and so on, and the weight."""

@@ -15,10 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from sdnet.kernels import csc_encode
 from sdnet.kernels.reference import DataTerm, Pair, Solver
 
+from .cases import Named
+
 
 @dataclass(frozen=True)
-class Case:
-    """A small problem; its str is the test's id, naming what departs from the default."""
+class Case(Named):
+    """A small problem in fp64, on the CPU."""
 
     kernel_size: Pair = (3, 3)
     stride: int | Pair = 1
@@ -34,11 +36,6 @@ class Case:
     batch: int = 2
     channels: int = 2
     atoms: int = 4
-
-    def __str__(self) -> str:
-        default = Case()
-        named = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)]
-        return "-".join(named).replace(" ", "") or "default"
 
     @property
     def options(self) -> dict[str, Any]:

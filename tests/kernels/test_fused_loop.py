@@ -16,72 +16,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sdnet
-from sdnet.kernels import csc_encode, unrolled
 from sdnet.kernels.reference import Pair
+
+from . import cases
+from .cases import DEVICE
 
 pytestmark = pytest.mark.usefixtures("exact", "poisoned")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 """Relative RMS error."""
 
-STEP = 0.15
-
 
 @dataclass(frozen=True)
-class Case:
-    """A small problem; its str is the test's id, naming what departs from the default."""
+class Case(cases.Case):
+    """A small call, in one precision and by one kind of steps."""
 
-    kernel_size: Pair = (3, 3)
-    stride: Pair = (1, 1)
-    size: Pair = (7, 6)
     channels: int = 5
     atoms: int = 12
-    n_steps: int = 2
-    mu: float = 0.0
-    nonnegative: bool = True
-    solver: str = "fista"
-    data_term: str = "squared"
-    n_dict: int = 1
-    per_sample: bool = False
-    channels_last: bool = True
+    size: Pair = (7, 6)
+    batch: int = 2
     keep_residuals: bool = False
     half: bool = False
     steps: str = "fused"
-    batch: int = 2
 
-    def __str__(self) -> str:
-        default = Case()
-        named = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)]
-        return "-".join(named).replace(" ", "") or "default"
-
-    @property
-    def padding(self) -> Pair:
-        height, width = self.kernel_size
-        return height // 2, width // 2
-
-    @property
-    def options(self) -> dict[str, Any]:
-        names = ("mu", "n_steps", "stride", "padding", "nonnegative", "solver", "data_term", "n_dict")
-        return {name: getattr(self, name) for name in names}
+    step = lam = 0.15
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float16 if self.half else torch.float32
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x, weight with atoms of unit norm, lam: leaves."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.batch, self.channels, *self.size, generator=generator)
-        weight = torch.randn(self.atoms, self.n_dict * self.channels, *self.kernel_size, generator=generator)
-        weight /= weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        lam = torch.linspace(0.1, 0.2, self.batch).view(-1, 1, 1, 1) if self.per_sample else torch.tensor(0.15)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        x, weight = (tensor.to(DEVICE, self.dtype).contiguous(memory_format=layout) for tensor in (x, weight))
-        return x.requires_grad_(), weight.requires_grad_(), lam.to(DEVICE).requires_grad_()
-
-    def encode(self, x: Tensor, weight: Tensor, lam: Tensor, impl: str = "triton") -> Tensor:
-        return csc_encode(x, weight, STEP, lam, impl=impl, keep_residuals=self.keep_residuals, **self.options)
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -128,7 +90,7 @@ RISKS = {
     "several boxes": Case(size=(12, 11), channels=9, batch=3),
     "several boxes, strided": Case(size=(17, 15), stride=(2, 2), batch=3, channels=9),
     "a stem": Case(kernel_size=(7, 7), stride=(2, 2), channels=3, atoms=20, size=(18, 15)),
-    "a contiguous stem": Case((7, 7), (2, 2), (18, 15), 3, 20, channels_last=False),
+    "a contiguous stem": Case(3, 20, (7, 7), (2, 2), (18, 15), channels_last=False),
     "a stem of one channel": Case(channels=1, atoms=3, channels_last=False),
     "one pixel": Case(kernel_size=(1, 1), size=(1, 1), channels=9, atoms=9),
     "phases without taps": Case(kernel_size=(1, 1), stride=(3, 3), size=(8, 7), channels=9, n_steps=3),
@@ -149,19 +111,18 @@ def rms(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
 
 
 def assert_near_reference(case: Case) -> None:
-    x, weight, lam = case.tensors()
-    leaves = (x, weight, lam)
+    leaves = x, weight, lam = case.leaves(case.dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = case.encode(*exact, impl="reference")
     codes = case.encode(x, weight, lam)
     assert codes.dtype == case.dtype
-    assert codes.is_contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
+    assert codes.is_contiguous(memory_format=case.layout)
     share = (codes != 0).double().mean().item()
     assert share > 0.05, "all codes are zero"
-    grad = torch.randn(codes.shape, generator=torch.Generator().manual_seed(1)).to(codes)
+    grad = case.grad(codes)
     codes.backward(grad)
     if case.half:
-        gradients = at_the_same_codes(case, x, weight, lam, grad)
+        gradients = case.exact_gradients(leaves, grad, "triton")
     else:
         gradients = torch.autograd.grad(expected, exact, grad.double())
     tolerance = TOLERANCE[case.dtype]
@@ -171,22 +132,9 @@ def assert_near_reference(case: Case) -> None:
         assert leaf.grad.dtype == leaf.dtype
         assert rms(leaf.grad, gradient) <= tolerance
     # dL/dlam is a sum of both signs: its error is measured against the sum of their sizes.
-    sizes = STEP * grad.double().abs().sum(dim=(1, 2, 3), keepdim=True)
+    sizes = case.step * grad.double().abs().sum(dim=(1, 2, 3), keepdim=True)
     assert lam.grad is not None
     assert rms(lam.grad, gradients[2], sizes if case.per_sample else sizes.sum()) <= tolerance
-
-
-def at_the_same_codes(case: Case, x: Tensor, weight: Tensor, lam: Tensor, grad: Tensor) -> list[Tensor]:
-    """The gradients of fp64 at the codes that Triton found."""
-    with torch.no_grad():
-        exact = [tensor.detach().double() for tensor in (x, weight, lam)]
-        step = torch.tensor(STEP, device=DEVICE)
-        options = (*case.options.values(), "triton", False, True)
-        codes = [z.double() for z in torch.ops.sdnet.csc_forward(x, weight, step, lam, *options)]
-        problem = unrolled.Problem(step.double(), exact[2], **case.options)
-        needs = unrolled.Needs(True, True, True)
-        gradients = unrolled.backward(grad.double(), exact[0], exact[1], codes, [], problem, needs)
-    return [gradient for gradient in gradients if gradient is not None]
 
 
 def test_the_cover_is_pairwise() -> None:
@@ -219,7 +167,7 @@ def test_named_risks_in_half_precision(risk: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_an_empty_batch(channels_last: bool) -> None:
     case = Case(batch=0, channels_last=channels_last)
-    x, weight, lam = case.tensors()
+    x, weight, lam = case.leaves()
     codes = case.encode(x, weight, lam)
     assert codes.shape == (0, 12, 7, 6)
     codes.sum().backward()
@@ -231,7 +179,7 @@ def test_an_empty_batch(channels_last: bool) -> None:
 
 def test_other_strides_through_a_copy() -> None:
     case = Case(channels=9)
-    x, weight, lam = (tensor.detach() for tensor in case.tensors())
+    x, weight, lam = (tensor.detach() for tensor in case.leaves())
     expected = case.encode(x, weight, lam)
     wide = torch.zeros(2, 18, 7, 12, device=DEVICE)
     wide[:, ::2, :, 1::2] = x
@@ -241,7 +189,7 @@ def test_other_strides_through_a_copy() -> None:
 
 
 def test_a_nan_stays_a_nan() -> None:
-    x, weight, lam = Case(channels=9).tensors()
+    x, weight, lam = Case(channels=9).leaves()
     spoiled = x.detach().clone()
     spoiled[0, 0, 3, 3] = torch.nan
     codes = Case(channels=9).encode(spoiled, weight.detach(), lam.detach())
@@ -253,7 +201,7 @@ def test_the_same_call_gives_the_same_bits() -> None:
     case = Case(n_steps=3, channels=9)
     results = []
     for _ in range(2):
-        leaves = case.tensors()
+        leaves = case.leaves()
         case.encode(*leaves).square().sum().backward()
         results.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -264,7 +212,7 @@ def test_the_same_call_gives_the_same_bits() -> None:
 def test_only_the_gradients_asked_for(wanted: tuple[str, ...], steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDNET_STEPS", steps)
     case = Case(n_steps=3, data_term="norm")
-    full, some = (dict(zip(("x", "weight", "lam"), case.tensors(), strict=True)) for _ in range(2))
+    full, some = (dict(zip(("x", "weight", "lam"), case.leaves(), strict=True)) for _ in range(2))
     for name, leaf in some.items():
         leaf.requires_grad_(name in wanted)
     for leaves in (full, some):
@@ -278,8 +226,8 @@ def test_only_the_gradients_asked_for(wanted: tuple[str, ...], steps: str, monke
 
 def test_both_operators_pass_opcheck() -> None:
     case = Case(kernel_size=(1, 1), size=(4, 3))
-    x, weight, lam = case.tensors()
-    step = torch.tensor(STEP, device=DEVICE)
+    x, weight, lam = case.leaves()
+    step = torch.tensor(case.step, device=DEVICE)
     options = (0.5, 2, (1, 1), (0, 0), True, "fista", "squared", 1, "triton")
     torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step, lam, *options, True, True))
     leaves = [tensor.detach() for tensor in (x, weight, step, lam)]
@@ -297,7 +245,7 @@ def test_compiles_to_one_graph_with_gradients() -> None:
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = case.tensors()
+        leaves = case.leaves()
         function(*leaves).backward()
         results.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(results[1], results[0])
@@ -305,7 +253,7 @@ def test_compiles_to_one_graph_with_gradients() -> None:
 
 def test_autocast_computes_in_half_precision() -> None:
     case = Case(channels=9)
-    x, weight, lam = case.tensors()
+    x, weight, lam = case.leaves()
     with torch.autocast(DEVICE, torch.float16):
         codes = case.encode(x, weight, lam)
     assert codes.dtype == torch.float16
@@ -317,12 +265,12 @@ def test_autocast_computes_in_half_precision() -> None:
 
 def test_without_gradients_and_under_checkpointing() -> None:
     case = Case(channels=9)
-    x, weight, lam = case.tensors()
+    x, weight, lam = case.leaves()
     expected = case.encode(x, weight, lam)
     with torch.no_grad():
         assert torch.equal(case.encode(x, weight, lam), expected)
     expected.square().sum().backward()
-    again = case.tensors()
+    again = case.leaves()
     codes: Any = checkpoint(lambda *leaves: case.encode(*leaves), *again, use_reentrant=False)
     codes.square().sum().backward()
     for leaf, other in zip((x, weight, lam), again, strict=True):

@@ -12,9 +12,8 @@ from sdnet.kernels.reference import Pair
 from sdnet.kernels.spectral import seeded_vector
 from sdnet.kernels.upkeep import Dictionary
 
+from .cases import DEVICE
 from .interpreter_numerics import convolutions_in_tf32, faithful, needs_interpreter
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # (weight's shape, the image's size, stride, padding, whether channels lie last)
 SHAPES: dict[str, tuple[tuple[int, int, int, int], Pair, Pair, Pair, bool]] = {

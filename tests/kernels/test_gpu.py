@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sdnet.kernels.shapes import LayerShape, distinct_layers
 
-from .exactness import FLOOR, Case, assert_as_exact_as_torch
+from .cases import Case
+from .exactness import FLOOR, assert_as_exact_as_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,7 +113,7 @@ def test_a_training_step_in_a_cuda_graph(steps: str, monkeypatch: pytest.MonkeyP
     def run() -> Tensor:
         for leaf in leaves:
             leaf.grad = None
-        codes = case.encode(leaves, "triton")
+        codes = case.encode(*leaves)
         codes.float().square().sum().backward()
         return codes
 
@@ -138,10 +139,10 @@ def test_a_training_step_in_a_cuda_graph(steps: str, monkeypatch: pytest.MonkeyP
 def test_nothing_waits_for_the_device() -> None:
     case = Case(batch=64)
     expected, *_ = case.results(torch.bfloat16, "triton")
-    leaves, grad = case.leaves(torch.bfloat16), case.grad(expected).to(torch.bfloat16)
+    leaves, grad = case.leaves(torch.bfloat16), case.grad(expected)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        case.encode(leaves, "triton").backward(grad)
+        case.encode(*leaves).backward(grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -158,11 +159,10 @@ def test_tensors_past_two_to_the_31_elements(
         pytest.skip("needs 16 GB of free memory")
     case = Case(channels=channels, kernel_size=(1, 1), size=size, batch=1, channels_last=channels_last)
     _, weight, lam = (leaf.detach() for leaf in case.leaves(torch.bfloat16))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.empty(batch, channels, *size, dtype=torch.bfloat16, device="cuda", memory_format=layout).normal_()
-    codes = case.encode([x, weight, lam], "triton")
+    x = torch.empty(batch, channels, *size, dtype=torch.bfloat16, device="cuda", memory_format=case.layout).normal_()
+    codes = case.encode(x, weight, lam)
     assert codes.numel() > 2**31
-    alone = case.encode([x[-64:].contiguous(memory_format=layout), weight, lam], "triton")
+    alone = case.encode(x[-64:].contiguous(memory_format=case.layout), weight, lam)
     assert torch.equal(codes[-64:], alone)
 
 
@@ -172,10 +172,10 @@ def test_compiled_with_inductor() -> None:
     leaves = case.leaves(torch.bfloat16)
 
     def encode(x: Tensor, weight: Tensor, lam: Tensor) -> Tensor:
-        return case.encode([x, weight, lam], "triton")
+        return case.encode(x, weight, lam)
 
     codes = torch.compile(encode, fullgraph=True)(*leaves)
-    codes.backward(case.grad(codes).to(codes.dtype))
+    codes.backward(case.grad(codes))
     for a, b in zip([codes.detach(), *(leaf.grad for leaf in leaves)], expected, strict=True):
         assert a is not None
         torch.testing.assert_close(a, b)

@@ -20,7 +20,8 @@ from sdnet.kernels.fused.pointwise import mask, shrink_step, subtract
 from sdnet.kernels.unrolled import Problem
 
 from . import test_correlation
-from .exactness import DEVICE, Case, assert_as_exact_as_torch, errors
+from .cases import DEVICE, Case
+from .exactness import assert_as_exact_as_torch, errors
 from .interpreter_numerics import convolutions_in_tf32, faithful, needs_interpreter, to_tf32
 from .test_correlation import FLAT, POINTERS, error, expected
 
@@ -103,12 +104,11 @@ STEPS = {
 def test_a_fused_step_rounds_its_result_alone(form: str, descriptor_reads: list[Any]) -> None:
     case = STEPS[form]
     (x, weight, _), strides, padding = (leaf.detach() for leaf in case.leaves(torch.bfloat16)), case.stride, (1, 1)
-    layout = torch.channels_last if case.channels_last else torch.contiguous_format
-    layer = Layer(weight, case.batch, case.size, strides, padding, layout)
+    layer = Layer(weight, case.batch, case.size, strides, padding, case.layout)
 
     def codes(seed: int) -> Tensor:
         values = torch.randn(case.batch, case.atoms, *layer.grid, generator=torch.Generator().manual_seed(seed))
-        return values.relu().to(x).contiguous(memory_format=layout)
+        return values.relu().to(x).contiguous(memory_format=case.layout)
 
     z, previous, m, later = map(codes, range(4))
     ends = (0.7, 1.9), (0.1, 0.4)

@@ -11,9 +11,10 @@ from sdnet.kernels.fused.pointwise import BLOCK, mask, shrink_step, subtract
 from sdnet.kernels.reference import proximal
 from sdnet.kernels.unrolled import Problem
 
+from .cases import DEVICE, Named
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 """Relative RMS error."""
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -22,8 +23,8 @@ assert torch.Size(SHAPE).numel() > BLOCK, "several programs, the last one partly
 
 
 @dataclass(frozen=True)
-class Case:
-    """A step; its str is the test's id, naming what departs from the default."""
+class Case(Named):
+    """A step."""
 
     dtype: Literal["fp32", "fp16"] = "fp32"
     layout: str = "contiguous"
@@ -32,11 +33,6 @@ class Case:
     mu: float = 0.0
     codes: bool = True
     beta: float = 0.0
-
-    def __str__(self) -> str:
-        default = Case()
-        named = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)]
-        return "-".join(named) or "default"
 
 
 CASES = [
