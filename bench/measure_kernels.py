@@ -164,7 +164,6 @@ def measure_survivors(
     left = list(names)
     missing = {(name, mode) for name in left for mode in modes}
     while left and missing:
-        culprits: list[str] = []
         try:
             still = [mode for mode in modes if any((name, mode) in missing for name in left)]
             for values in workshop.run(measure_case, case, left, still, ceilings, seconds):
@@ -179,8 +178,8 @@ def measure_survivors(
             for name, mode in (pair for pair in itertools.product(culprits, modes) if pair in missing):
                 ledger.add(name, mode, status="refused", reason=f"its process was lost: {lost}", **facts)
             print(f"{case.operator} {case.layer.geometry} {case.layout} lost {' '.join(culprits)}: {lost}", flush=True)
-        missing = {pair for pair in missing if pair[0] not in culprits}
-        left = [name for name in left if name not in culprits]
+            missing = {pair for pair in missing if pair[0] not in culprits}
+            left = [name for name in left if name not in culprits]
 
 
 def measure_case(
