@@ -18,6 +18,7 @@ from sdnet.bench import accuracy, isolation, step_operators, timing
 from sdnet.bench.ceilings import Ceilings, measure_ceilings
 from sdnet.bench.common_options import add_common_options, open_ledger
 from sdnet.bench.isolation import LostError, Workshop
+from sdnet.bench.layer_shapes import LayerShape, csc_layers
 from sdnet.bench.ledger import Ledger, refused
 from sdnet.bench.operators import (
     CSC,
@@ -33,7 +34,6 @@ from sdnet.bench.operators import (
 )
 from sdnet.bench.roofline import least_work
 from sdnet.bench.tables import kernels_table
-from sdnet.kernels.shapes import LayerShape, csc_layers
 from sdnet.train.errors import UserError
 
 OPERATORS = {"csc": CSC} | {

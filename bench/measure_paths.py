@@ -24,9 +24,9 @@ from torch import Tensor
 from sdnet.bench import environment, measure_kernels, timing
 from sdnet.bench.isolation import LostError, Workshop
 from sdnet.bench.operators import CSC, DTYPES, LAYOUTS, Bound, Case, Inputs, Operator, Provider, csc_by, layer_inputs
-from sdnet.kernels.fused import choices, tiles
-from sdnet.kernels.fused.choices import Entry
-from sdnet.kernels.fused.hardware import arch_of
+from sdnet.kernels.triton_path import paths, tiles
+from sdnet.kernels.triton_path.hardware import arch_of
+from sdnet.kernels.triton_path.paths import Entry
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of timing two ways; default {SECONDS}")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which the rest is left out")
     parser.add_argument("--device", default="auto", help="default: the GPU")
-    parser.add_argument("--out", type=Path, default=choices.MEASURED, help="the tables' folder; default the one read")
+    parser.add_argument("--out", type=Path, default=paths.MEASURED, help="the tables' folder; default the one read")
     parser.set_defaults(operator=["csc"], n_steps=[2])
 
 
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     cases = list(measure_kernels.cases(options, device))
     trials: list[Trial] = []
     gpu = environment.device_name(device)
-    file, before = choices.file_of(gpu, options.out), choices.table(gpu, options.out)
+    file, before = paths.file_of(gpu, options.out), paths.table(gpu, options.out)
     with Workshop(apart=True) as workshop:
         for case in cases:
             if time.perf_counter() > deadline:
@@ -87,7 +87,7 @@ def ways_of(case: Case, all_tiles: bool) -> dict[str, Entry]:
     """The ways to run a case, by name."""
     shape = shape_of(case)._replace(arch=arch_of(case.device))
     chosen = tiles.by_rule(shape)
-    ways = {"pointwise": Entry("pointwise", chosen), "fused": Entry("fused", chosen)}
+    ways = {"cudnn": Entry("cudnn", chosen), "fused": Entry("fused", chosen)}
     for other in tiles.candidates(shape)[1:] if all_tiles else []:
         ways[f"fused {other.analysis}, {other.synthesis}"] = Entry("fused", other)
     return ways
@@ -95,7 +95,7 @@ def ways_of(case: Case, all_tiles: bool) -> dict[str, Entry]:
 
 def survivors(case: Case, ways: Mapping[str, Entry], seconds: float, workshop: Workshop) -> Trial:
     """The trial of a case with the ways that do not bring down the process that runs it."""
-    left, trial = dict(ways), Trial(choices.key_of(shape_of(case)), {})
+    left, trial = dict(ways), Trial(paths.key_of(shape_of(case)), {})
     while left:
         try:
             (trial,) = workshop.run(measure, case, left, seconds)
@@ -126,7 +126,7 @@ def measure(case: Case, ways: Mapping[str, Entry], seconds: float) -> Iterator[T
         for name, (status, reason, _) in verdicts.items()
     ]
     print(f"{case.layer.geometry} {case.dtype} {case.layout}: {'; '.join(told)}", flush=True)
-    yield Trial(choices.key_of(shape_of(case)), {ways[name]: time for name, time in times.items()})
+    yield Trial(paths.key_of(shape_of(case)), {ways[name]: time for name, time in times.items()})
 
 
 def by_entry(way: Entry, folder: Path) -> Provider:
@@ -138,10 +138,10 @@ def by_entry(way: Entry, folder: Path) -> Provider:
     def bind(case: Case, inputs: Inputs) -> Bound:
         bound = csc_by("triton")(case, inputs)
         gpu = environment.device_name(case.device)
-        write(choices.file_of(gpu, folder), {choices.key_of(shape_of(case)): way})
+        write(paths.file_of(gpu, folder), {paths.key_of(shape_of(case)): way})
 
         def run() -> Tensor:
-            choices.MEASURED = folder
+            paths.MEASURED = folder
             return bound.run()
 
         return Bound(run, bound.leaves)
@@ -152,13 +152,13 @@ def by_entry(way: Entry, folder: Path) -> Provider:
 @contextmanager
 def choices_as_they_were() -> Iterator[None]:
     """Within, no environment variable decides; on leaving, all is as before."""
-    measured, asked = choices.MEASURED, os.environ.pop(choices.ENVIRONMENT_VARIABLE, None)
+    measured, asked = paths.MEASURED, os.environ.pop(paths.ENVIRONMENT_VARIABLE, None)
     try:
         yield
     finally:
-        choices.MEASURED = measured
+        paths.MEASURED = measured
         if asked is not None:
-            os.environ[choices.ENVIRONMENT_VARIABLE] = asked
+            os.environ[paths.ENVIRONMENT_VARIABLE] = asked
 
 
 def shape_of(case: Case) -> tiles.Shape:
@@ -196,7 +196,7 @@ def merged(table: Mapping[str, Entry], trials: Iterable[Trial]) -> dict[str, Ent
 
 
 def write(file: Path, table: Mapping[str, Entry]) -> None:
-    """The table as the file that `choices.table` reads."""
+    """The table as the file that `paths.table` reads."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = {key: (way.steps, *(tile._asdict() for tile in way.tiles)) for key, way in table.items()}
     write_atomically(file, lambda unfinished: unfinished.write_text(json.dumps(rows, indent=1) + "\n"))

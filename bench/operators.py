@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdnet.bench.layer_shapes import LayerShape
 from sdnet.bench.official import DictConv2d, OfficialConfig
-from sdnet.kernels import csc_encode, spectral
-from sdnet.kernels.shapes import LayerShape
+from sdnet.kernels import csc_encode, step_sizes
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -87,14 +87,14 @@ def layer_inputs(case: Case, seed: int) -> dict[str, Tensor]:
 
     weight = F.normalize(normal(layer.atoms, layer.channels * layer.kernel_size**2), dim=1)
     weight = weight.view(layer.atoms, layer.channels, layer.kernel_size, layer.kernel_size)
-    vector = spectral.seeded_vector((1, layer.channels, *layer.size))
-    _, eigenvalue = spectral.power_iteration(weight, vector.to(case.device), **case.geometry, iterations=20)
+    vector = step_sizes.seeded_vector((1, layer.channels, *layer.size))
+    _, eigenvalue = step_sizes.power_iteration(weight, vector.to(case.device), **case.geometry, iterations=20)
     images, codes = (case.batch, layer.channels, *layer.size), (case.batch, layer.atoms, *layer.codes_size)
     tensors = {"x": normal(*images), "weight": weight, "grad": normal(*codes)}
     layout = LAYOUTS[case.layout]
     inputs = {name: tensor.to(**options).contiguous(memory_format=layout) for name, tensor in tensors.items()}
     lam = torch.tensor(LAM, device=case.device)
-    return inputs | {"step": spectral.step_size(eigenvalue), "lam": lam, "vector": vector.to(case.device)}
+    return inputs | {"step": step_sizes.step_size(eigenvalue), "lam": lam, "vector": vector.to(case.device)}
 
 
 def differentiable(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
-"""The work of an operator by the counted model of `sdnet.kernels.cost`: operations, and bytes in whole passes."""
+"""The work of an operator by the counted model of `sdnet.bench.cost`: operations, and bytes in whole passes."""
 
 from typing import NamedTuple
 
 import torch
 
+from sdnet.bench import cost
 from sdnet.bench.operators import DTYPES, Case
-from sdnet.kernels import cost
 
 STEPS = {
     "encode": cost.ANALYSIS._replace(codes=2),

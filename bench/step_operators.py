@@ -5,20 +5,20 @@
     weight_correlation  step corr(r, z) + corr(r, z) - corr(r, z): three pairs, as the backward pass of two steps has
     power_iteration     AA'u of one layer's vector
 
-`pointwise` are cuDNN's convolutions with our kernels around them: the Triton path where cuDNN's products win.
+`cudnn` are cuDNN's convolutions with our kernels around them: the Triton path where cuDNN's products win.
 """
 
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from sdnet.bench.operators import LAYOUTS, Bound, Case, Inputs, Provider
-from sdnet.kernels import reference, spectral, unrolled
+from sdnet.kernels import reference, step_sizes, torch_path
 from sdnet.kernels.dispatch import obstacle_to_triton
 
 
-def problem_of(case: Case, inputs: Inputs) -> unrolled.Problem:
+def problem_of(case: Case, inputs: Inputs) -> torch_path.Problem:
     """The published problem: two steps, non-negative codes."""
-    return unrolled.Problem(
+    return torch_path.Problem(
         step=inputs["step"],
         lam=inputs["lam"],
         mu=0.0,
@@ -34,7 +34,7 @@ def problem_of(case: Case, inputs: Inputs) -> unrolled.Problem:
 
 def encode_torch(case: Case, inputs: Inputs) -> Bound:
     problem, weight = problem_of(case, inputs), inputs["weight"]
-    return Bound(lambda: unrolled.shrink_step(inputs["grad"], inputs["x"], problem.scaled(weight), problem))
+    return Bound(lambda: torch_path.shrink_step(inputs["grad"], inputs["x"], problem.scaled(weight), problem))
 
 
 def encode_reference(case: Case, inputs: Inputs) -> Bound:
@@ -49,7 +49,7 @@ def encode_reference(case: Case, inputs: Inputs) -> Bound:
 
 def residual_torch(case: Case, inputs: Inputs) -> Bound:
     problem = problem_of(case, inputs)
-    return Bound(lambda: unrolled.residual_of(inputs["x"], inputs["grad"], inputs["weight"], problem))
+    return Bound(lambda: torch_path.residual_of(inputs["x"], inputs["grad"], inputs["weight"], problem))
 
 
 def residual_reference(case: Case, inputs: Inputs) -> Bound:
@@ -62,9 +62,9 @@ def correlation_torch(case: Case, inputs: Inputs) -> Bound:
 
     def run() -> Tensor:
         first, second, third = (
-            unrolled.weight_correlation(inputs["x"], inputs["grad"], weight, problem) for _ in range(3)
+            torch_path.weight_correlation(inputs["x"], inputs["grad"], weight, problem) for _ in range(3)
         )
-        gradient = unrolled.weight_gradient(first.add_(second), third, problem)
+        gradient = torch_path.weight_gradient(first.add_(second), third, problem)
         assert gradient is not None
         return gradient
 
@@ -82,7 +82,7 @@ def correlation_reference(case: Case, inputs: Inputs) -> Bound:
 
 def power_iteration_torch(case: Case, inputs: Inputs) -> Bound:
     def run() -> Tensor:
-        vector, eigenvalue = spectral.power_iteration(inputs["weight"], inputs["vector"], **case.geometry)
+        vector, eigenvalue = step_sizes.power_iteration(inputs["weight"], inputs["vector"], **case.geometry)
         return vector * eigenvalue
 
     return Bound(run)
@@ -100,7 +100,7 @@ def power_iteration_reference(case: Case, inputs: Inputs) -> Bound:
 
 
 def by_triton(name: str, path: str) -> Provider:
-    """The kernel for a part, on the path "convolution" (all fused) or "pointwise_path".
+    """The kernel for a part, on the path "convolution" (all fused) or "cudnn".
 
     Raises:
         NotImplementedError: the reason that `sdnet.kernels` gives for not using Triton here.
@@ -110,11 +110,11 @@ def by_triton(name: str, path: str) -> Provider:
         x, weight, codes = inputs["x"], inputs["weight"], inputs["grad"]
         if obstacle := obstacle_to_triton(x, weight):
             raise NotImplementedError(f"{obstacle}.")
-        from sdnet.kernels.fused import convolution, correlation, loop, pointwise_path
+        from sdnet.kernels.triton_path import correlation, cudnn, fused, loop
 
         problem, step = problem_of(case, inputs), inputs["step"]
         layer = loop.layer_of(x, weight, problem.stride, problem.padding, LAYOUTS[case.layout])
-        steps = {"convolution": convolution, "pointwise_path": pointwise_path}[path]
+        steps = {"fused": fused, "cudnn": cudnn}[path]
         pairs = [(x, codes, step), (x, codes, step), (x, codes, -1.0)]
         runs = {
             "encode": lambda: steps.encode(layer, x, problem, codes)[0],
@@ -131,13 +131,13 @@ def by_triton(name: str, path: str) -> Provider:
 PROVIDERS: dict[str, dict[str, Provider]] = {
     "encode": {
         "triton": by_triton("encode", "convolution"),
-        "pointwise": by_triton("encode", "pointwise_path"),
+        "cudnn": by_triton("encode", "cudnn"),
         "torch": encode_torch,
         "reference": encode_reference,
     },
     "residual": {
         "triton": by_triton("residual", "convolution"),
-        "pointwise": by_triton("residual", "pointwise_path"),
+        "cudnn": by_triton("residual", "cudnn"),
         "torch": residual_torch,
         "reference": residual_reference,
     },

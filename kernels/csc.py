@@ -41,7 +41,7 @@ def csc_encode(
         x: the input [N, C, H, W].
         weight: the dictionary [K, n_dict C, kh, kw]; atoms of unit norm make lam comparable between layers.
         step: the step size, a float or 0-d tensor (no host sync); below 2 / (largest eigenvalue of A'A), 0.9 of its
-            inverse as a rule (`sdnet.kernels.spectral`). Carries no gradient.
+            inverse as a rule (`sdnet.kernels.step_sizes`). Carries no gradient.
         lam: the weight of |z|_1: a float, a 0-d tensor, or one per sample, [N] or [N, 1, 1, 1].
         mu: the weight of 1/2 |z|^2.
         n_steps: the number of unrolled steps.
@@ -121,7 +121,7 @@ def explain(
     choice = choose(impl, x, weight)
     if choice.impl != "triton":
         return f"{choice.impl}: {choice.reason}."
-    from sdnet.kernels.fused import loop
+    from sdnet.kernels.triton_path import loop
 
     layer = loop.layer_of(x, weight, stride, padding, memory_format_of(x, weight))
     path = loop.path_of(layer)

@@ -1,6 +1,6 @@
 """Which implementation a call takes, and why.
 
-"torch" is the quick loop of `unrolled`, "triton" the kernels of `fused`, behind one custom operator; "reference" is
+"torch" is the quick loop of `torch_path`, "triton" the kernels of `fused`, behind one custom operator; "reference" is
 the undecorated maths of `reference`, for torch.export and for autograd through the loop. "auto" takes triton for CUDA
 tensors where it can, and torch otherwise. The environment variable SDNET_IMPL overrides "auto".
 

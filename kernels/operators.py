@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from sdnet.kernels import unrolled
+from sdnet.kernels import torch_path
 from sdnet.kernels.dispatch import choose
 from sdnet.kernels.reference import DataTerm, Pair, Solver, codes_size
 
@@ -43,9 +43,9 @@ def problem_of(
     solver: str,
     data_term: str,
     n_dict: int,
-) -> unrolled.Problem:
+) -> torch_path.Problem:
     """The schema's arguments under their names."""
-    return unrolled.Problem(
+    return torch_path.Problem(
         step=step,
         lam=lam,
         mu=mu,
@@ -92,11 +92,11 @@ def csc_forward(
     with quietly_on(x):
         x = x.contiguous(memory_format=layout)
         if choose(impl, x, weight).impl == "triton":
-            from sdnet.kernels.fused import loop
+            from sdnet.kernels.triton_path import loop
 
             codes, residuals = loop.forward(x, weight, problem, layout, keep_residuals)
         else:
-            codes, residuals = unrolled.forward(x, weight, problem, keep_residuals)
+            codes, residuals = torch_path.forward(x, weight, problem, keep_residuals)
     kept = [*residuals, *codes] if keep_all else codes[-1:]
     return [tensor.contiguous(memory_format=layout) for tensor in kept]
 
@@ -155,15 +155,15 @@ def csc_backward(
     problem = problem_of(step, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict)
     layout = memory_format_of(x, weight)
     residuals, codes = list(kept[:-n_steps]), list(kept[-n_steps:])
-    wanted = unrolled.Needs(*needs)
+    wanted = torch_path.Needs(*needs)
     with quietly_on(x):
         x, grad = (tensor.contiguous(memory_format=layout) for tensor in (x, grad))
         if choose(impl, x, weight).impl == "triton":
-            from sdnet.kernels.fused import loop
+            from sdnet.kernels.triton_path import loop
 
             gradients = loop.backward(grad, x, weight, codes, residuals, problem, wanted, layout)
         else:
-            gradients = unrolled.backward(grad, x, weight, codes, residuals, problem, wanted)
+            gradients = torch_path.backward(grad, x, weight, codes, residuals, problem, wanted)
     layouts = layout, memory_format_of(weight, weight), torch.contiguous_format
     return [
         gradient.contiguous(memory_format=of)

@@ -1,7 +1,7 @@
 """The mathematics of convolutional sparse coding in plain torch: any device, any dtype, differentiable by autograd.
 
 Everything here is written to be obviously right. It is the oracle of every test and benchmark, and the path for
-``torch.export`` and for differentiating through the loop; `unrolled` is its fast twin.
+``torch.export`` and for differentiating through the loop; `torch_path` is its fast twin.
 
 With the dictionary A z = conv_transpose2d(z, W) and its adjoint A'x = conv2d(x, W), a layer looks for the codes
 

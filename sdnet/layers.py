@@ -6,10 +6,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from sdnet.kernels import csc_encode, reference, spectral, upkeep
+from sdnet.kernels import csc_encode, reference, step_sizes
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import DataTerm, Pair, Solver, codes_size
-from sdnet.kernels.upkeep import Dictionary
+from sdnet.kernels.step_sizes import Dictionary
 
 DEFAULT_INPUT_SIZE = 32
 FIRST_ITERATIONS = 10
@@ -162,21 +162,23 @@ class CSCConv2d(nn.Module):
     def seed_vector(self, size: Pair | None = None) -> None:
         """A random unit vector that is the same in every process; `size` changes its grid."""
         grid = tuple(self.vector.shape[2:]) if size is None else size
-        self.vector = spectral.seeded_vector((1, self.vector.shape[1], *grid)).to(self.vector.device)
+        self.vector = step_sizes.seeded_vector((1, self.vector.shape[1], *grid)).to(self.vector.device)
 
     @property
     def dictionary(self) -> Dictionary:
-        """What `sdnet.kernels.upkeep` keeps true: the atoms, the vector and the step."""
+        """What `sdnet.kernels.step_sizes` keeps true: the atoms, the vector and the step."""
         return Dictionary(self.weight, self.vector, self.step, self.stride, self.padding)
 
     def follow(self, iterations: int = 1) -> None:
         """Projects the atoms, runs `iterations` warm power iterations and sets the step, without a host sync."""
-        upkeep.follow([self.dictionary], iterations)
+        step_sizes.follow([self.dictionary], iterations)
 
     @torch.no_grad()
     def converge_vector(self, tolerance: float = 1e-5) -> Tensor:
         """Converges the vector; returns the largest eigenvalue of A'A, 0-d, some `tolerance` below; leaves the step."""
-        vector, eigenvalue = spectral.largest_eigenvalue(self.weight, self.vector, self.stride, self.padding, tolerance)
+        vector, eigenvalue = step_sizes.largest_eigenvalue(
+            self.weight, self.vector, self.stride, self.padding, tolerance
+        )
         self.vector.copy_(vector)
         return eigenvalue
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sdnet.kernels import spectral, upkeep
+from sdnet.kernels import step_sizes
 from sdnet.kernels.reference import Pair
 from sdnet.layers import CSCConv2d
 
@@ -35,7 +35,7 @@ def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> Remov
             torch.distributed.broadcast(layer.vector, src=0)
 
     def follow(*_: Any) -> None:
-        upkeep.follow([layer.dictionary for layer in layers], iterations)
+        step_sizes.follow([layer.dictionary for layer in layers], iterations)
 
     return optimizer.register_step_post_hook(follow)
 
@@ -52,7 +52,7 @@ def refresh_step_size(model: nn.Module, image_size: int | Pair | None = None) ->
         for name, size in input_sizes(model, image_size).items():
             layers[name].seed_vector(size)
     for layer in layers.values():
-        layer.step.copy_(spectral.step_size(layer.converge_vector()))
+        layer.step.copy_(step_sizes.step_size(layer.converge_vector()))
 
 
 @torch.no_grad()
@@ -73,8 +73,8 @@ def step_margins(model: nn.Module, image_size: int | Pair | None = None) -> dict
     for name, layer in csc_layers(model).items():
         vector, grid = layer.vector, tuple(layer.vector.shape[2:])
         if sizes.get(name, grid) != grid:
-            vector = spectral.seeded_vector((1, vector.shape[1], *sizes[name])).to(vector.device)
-        _, eigenvalue = spectral.largest_eigenvalue(layer.weight, vector, layer.stride, layer.padding)
+            vector = step_sizes.seeded_vector((1, vector.shape[1], *sizes[name])).to(vector.device)
+        _, eigenvalue = step_sizes.largest_eigenvalue(layer.weight, vector, layer.stride, layer.padding)
         margins[name] = float(layer.step * eigenvalue)
     return margins
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from sdnet.bench import __main__ as front
 from sdnet.bench import environment, measure_kernels
 from sdnet.bench.isolation import LostError
+from sdnet.bench.layer_shapes import LayerShape
 from sdnet.bench.ledger import Ledger, Row, read
 from sdnet.bench.measure_kernels import OPERATORS
 from sdnet.bench.operators import Bound, Case, Inputs, Provider, csc_by
 from sdnet.bench.roofline import least_work
-from sdnet.kernels.shapes import LayerShape
 from sdnet.train.errors import UserError
 
 LAYER = "4,8,3,2,8"
@@ -95,7 +95,7 @@ def test_planted_wrong_answers_are_refused(
 @pytest.mark.parametrize(("n_steps", "dtype"), [("1", "fp32"), ("3", "bf16")])
 def test_our_providers_and_the_official_one_are_right(tmp_path: Path, n_steps: str, dtype: str) -> None:
     """Whatever of them can run here: Triton only where there is a GPU."""
-    providers = ["--provider", "triton", "pointwise", "torch", "reference", "official"]
+    providers = ["--provider", "triton", "cudnn", "torch", "reference", "official"]
     layout = ["--layout", "channels_last" if n_steps == "3" else "contiguous"]
     status, rows = kernels(
         tmp_path, "--layer", LAYER, "4,4,3,1,6", "--n-steps", n_steps, "--dtype", dtype, *providers, *layout

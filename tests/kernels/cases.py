@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sdnet.kernels import csc_encode, unrolled
+from sdnet.bench.layer_shapes import LayerShape
+from sdnet.kernels import csc_encode, torch_path
 from sdnet.kernels.reference import DataTerm, Pair, Solver
-from sdnet.kernels.shapes import LayerShape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -100,7 +100,7 @@ class Case(Named):
         step = torch.tensor(self.step, device=DEVICE)
         options = (*self.options.values(), impl, False, True)
         codes = [z.double() for z in torch.ops.sdnet.csc_forward(x, weight, step, lam, *options)]
-        problem = unrolled.Problem(step.double(), lam.double(), **self.options)
-        needs = unrolled.Needs(True, True, True)
-        found = unrolled.backward(grad.double(), x.double(), weight.double(), codes, [], problem, needs)
+        problem = torch_path.Problem(step.double(), lam.double(), **self.options)
+        needs = torch_path.Needs(True, True, True)
+        found = torch_path.backward(grad.double(), x.double(), weight.double(), codes, [], problem, needs)
         return [gradient for gradient in found if gradient is not None]

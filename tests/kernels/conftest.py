@@ -49,7 +49,7 @@ def descriptor_reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Under the interpreter the rules choose as on sm_90: descriptors for batches of 64. What has been read by them."""
     from triton.runtime import interpreter
 
-    from sdnet.kernels.fused import convolution, correlation
+    from sdnet.kernels.triton_path import correlation, fused
 
     reads: list[Any] = []
     handle: Any = interpreter.TensorDescHandle
@@ -60,6 +60,6 @@ def descriptor_reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return materialize(self, offsets)
 
     monkeypatch.setattr(handle, "materialize_pointers", noted)
-    for module in (convolution, correlation):
+    for module in (fused, correlation):
         monkeypatch.setattr(module, "arch_of", lambda _: 90)
     return reads

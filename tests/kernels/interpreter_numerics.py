@@ -32,8 +32,8 @@ from torch import Tensor
 from triton._C.libtriton import ir  # pyright: ignore[reportMissingImports]
 from triton.runtime import interpreter as installed
 
-from sdnet.kernels import dispatch, reference, unrolled
-from sdnet.kernels.fused import pointwise_path
+from sdnet.kernels import dispatch, reference, torch_path
+from sdnet.kernels.triton_path import cudnn
 
 interpreter: Any = installed  # its insides are beyond a type checker
 
@@ -189,8 +189,8 @@ def convolutions_in_tf32() -> Iterator[None]:
     functional = SimpleNamespace(conv2d=in_tf32(F.conv2d), conv_transpose2d=in_tf32(F.conv_transpose2d))
     with (
         patch.object(reference, "F", functional),
-        patch.object(unrolled, "F", functional),
-        patch.object(pointwise_path, "F", functional),
-        patch.object(unrolled, "weight_correlation", in_tf32(unrolled.weight_correlation)),
+        patch.object(torch_path, "F", functional),
+        patch.object(cudnn, "F", functional),
+        patch.object(torch_path, "weight_correlation", in_tf32(torch_path.weight_correlation)),
     ):
         yield

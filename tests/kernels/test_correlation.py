@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from sdnet.kernels.fused.correlation import PAIRS, Correlated, launches_of, weight_correlation
-from sdnet.kernels.fused.correlation_tiles import Shape, Tile, splits_of, tile_of
+from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.kernels.reference import Pair, codes_size
-from sdnet.kernels.shapes import LayerShape, distinct_layers
+from sdnet.kernels.triton_path.correlation import PAIRS, Correlated, launches_of, weight_correlation
+from sdnet.kernels.triton_path.correlation_tiles import Shape, Tile, splits_of, tile_of
 
 from .cases import DEVICE, Named
 

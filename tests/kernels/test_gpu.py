@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdnet.kernels.shapes import LayerShape, distinct_layers
+from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 
 from .cases import Case
 from .exactness import FLOOR, assert_as_exact_as_torch
@@ -68,28 +68,28 @@ def _working_device(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("steps", ["fused", "pointwise"])
+@pytest.mark.parametrize("steps", ["fused", "cudnn"])
 @pytest.mark.parametrize("precision", ["ieee"], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @DTYPES
 def test_as_exact_as_torch(
     case: Case, dtype: torch.dtype, precision: str, steps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SDNET_STEPS", steps)
+    monkeypatch.setenv("SDNET_TRITON_PATH", steps)
     assert_as_exact_as_torch(case, dtype)
 
 
 @pytest.mark.parametrize("precision", ["tf32"], indirect=True)
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_tf32_as_exact_as_torch_s(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", "fused")
+    monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
     # In dL/dlam, a sum of both signs, the rounding of thousands of products all but cancels: by chance.
     assert_as_exact_as_torch(case, torch.float32, lam_floor=2e-5)
 
 
 @pytest.mark.parametrize("layer", distinct_layers(), ids=str)
 def test_every_layer_in_bf16(layer: LayerShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", "fused")
+    monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
     assert_as_exact_as_torch(Case.of(layer, BATCH), torch.bfloat16)
 
 
@@ -104,9 +104,9 @@ def test_the_same_call_gives_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("steps", ["fused", "pointwise"])
+@pytest.mark.parametrize("steps", ["fused", "cudnn"])
 def test_a_training_step_in_a_cuda_graph(steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", steps)
+    monkeypatch.setenv("SDNET_TRITON_PATH", steps)
     case = Case(batch=64)
     leaves = case.leaves(torch.bfloat16)
 
@@ -153,7 +153,7 @@ def test_tensors_past_two_to_the_31_elements(
     channels: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last samples of a large batch come out as they do alone: as many as a box of descriptors has images."""
-    monkeypatch.setenv("SDNET_STEPS", "fused")
+    monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
     batch, size = 2**31 // (64 * 128 * 128) + 8, (128, 128)
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GB of free memory")

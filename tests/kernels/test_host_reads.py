@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdnet
-from sdnet.kernels import operators, upkeep
-from sdnet.kernels.fused import spectral
+from sdnet.kernels import operators, step_sizes
+from sdnet.kernels.triton_path import step_sizes as triton_step_sizes
 
 from .cases import Case
 from .interpreter_numerics import needs_interpreter
@@ -99,10 +99,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("steps", ["fused", "pointwise"])
+@pytest.mark.parametrize("steps", ["fused", "cudnn"])
 @pytest.mark.parametrize("name", CASES)
 def test_codes_and_gradients_without_a_host_read(name: str, steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", steps)
+    monkeypatch.setenv("SDNET_TRITON_PATH", steps)
     case = CASES[name]
     leaves = case.leaves()
     with no_host_reads() as passed:
@@ -123,7 +123,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor)
 @pytest.mark.parametrize("upkeep_by", ["torch", "triton"])
 def test_a_training_step_and_its_upkeep_without_a_host_read(upkeep_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if upkeep_by == "triton":  # which is for a GPU
-        monkeypatch.setattr(upkeep, "follow", spectral.follow)
+        monkeypatch.setattr(step_sizes, "follow", triton_step_sizes.follow)
     torch.manual_seed(0)
     options: Any = {"lam": 0.02, "input_size": (6, 5), "impl": "triton"}
     model = nn.Sequential(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from sdnet.kernels import reference
-from sdnet.kernels.fused import convolution
-from sdnet.kernels.fused.convolution import Layer
-from sdnet.kernels.fused.correlation import weight_correlation
-from sdnet.kernels.fused.pointwise import mask, shrink_step, subtract
-from sdnet.kernels.unrolled import Problem
+from sdnet.kernels.torch_path import Problem
+from sdnet.kernels.triton_path import fused
+from sdnet.kernels.triton_path.correlation import weight_correlation
+from sdnet.kernels.triton_path.fused import Layer
+from sdnet.kernels.triton_path.pointwise import mask, shrink_step, subtract
 
 from . import test_correlation
 from .cases import DEVICE, Case
@@ -48,13 +48,13 @@ CASES = {
     "FISTA, two-sided, elastic net": FISTA,
     "the official loop, norm, two dictionaries, contiguous": replace(OFFICIAL, channels_last=False),
 }
-both_paths = pytest.mark.parametrize("steps", ["fused", "pointwise"])
+both_paths = pytest.mark.parametrize("steps", ["fused", "cudnn"])
 
 
 @both_paths
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_as_exact_as_torch_s(name: str, steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", steps)
+    monkeypatch.setenv("SDNET_TRITON_PATH", steps)
     assert_as_exact_as_torch(CASES[name], torch.bfloat16)
 
 
@@ -62,7 +62,7 @@ def test_bf16_as_exact_as_torch_s(name: str, steps: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("precision", ["tf32"], indirect=True)
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("a stem", "odd channels, strided")])
 def test_tf32_as_exact_as_torch_s(name: str, precision: str, steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", steps)
+    monkeypatch.setenv("SDNET_TRITON_PATH", steps)
     with convolutions_in_tf32():
         # In dL/dlam, a sum of both signs, the rounding of thousands of products all but cancels: by chance.
         assert_as_exact_as_torch(CASES[name], torch.float32, lam_floor=2e-5)
@@ -73,7 +73,7 @@ def test_tf32_as_exact_as_torch_s(name: str, precision: str, steps: str, monkeyp
 def test_products_are_in_tf32_where_cudnn_may_and_not_otherwise(
     precision: str, steps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SDNET_STEPS", steps)
+    monkeypatch.setenv("SDNET_TRITON_PATH", steps)
     found = errors(SMALL_STEM, torch.float32, "triton")
     # Of pointwise steps the dictionary's gradient alone is Triton's product: the others are the CPU's, in fp32.
     names = ("codes", "x", "weight") if steps == "fused" else ("weight",)
@@ -87,7 +87,7 @@ def test_products_are_in_tf32_where_cudnn_may_and_not_otherwise(
 def test_bf16_by_descriptors_as_exact_as_torch_s(
     stride: int, descriptor_reads: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SDNET_STEPS", "fused")
+    monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
     case = Case(32, 16, stride=(stride, 1), size=(3, 2), batch=64, n_steps=3)
     assert_as_exact_as_torch(case, torch.bfloat16)
     assert descriptor_reads
@@ -119,18 +119,18 @@ def test_a_fused_step_rounds_its_result_alone(form: str, descriptor_reads: list[
     through = reference.analysis(x.double(), wide, strides, padding)
     made = reference.synthesis(m.double(), wide, case.size, strides, padding)
 
-    found, after = convolution.encode(layer, x, p, z, previous, 0.28, scale, 0.43, keep_next=True)
+    found, after = fused.encode(layer, x, p, z, previous, 0.28, scale, 0.43, keep_next=True)
     v = exact.damping * (1.28 * z.double() - 0.28 * previous.double()) + exact.gamma * scale * through
     assert_rounded_once(found, reference.shrink(v, exact.gamma * exact.lam, True))
     assert_rounded_once(after, 1.43 * found.double() - 0.43 * z.double())
 
-    found, d_y = convolution.backstep(layer, x, m, z, p, 0.28, later, 0.43, keep_dy=True)
+    found, d_y = fused.backstep(layer, x, m, z, p, 0.28, later, 0.43, keep_dy=True)
     direct = exact.damping * m.double() - through
     assert_rounded_once(found, (z != 0) * (1.28 * direct - 0.43 * later.double()))
     assert_rounded_once(d_y, direct)
 
-    assert_rounded_once(convolution.residual(layer, x, m, p), x.double() - made)
-    assert_rounded_once(convolution.spread(layer, m, p, scale, x), exact.gamma * scale * made + x.double())
+    assert_rounded_once(fused.residual(layer, x, m, p), x.double() - made)
+    assert_rounded_once(fused.spread(layer, m, p, scale, x), exact.gamma * scale * made + x.double())
     assert bool(descriptor_reads) == (form == "descriptors")
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdnet.kernels.fused import convolution, pointwise
-from sdnet.kernels.fused.convolution import Layer
-from sdnet.kernels.fused.correlation import weight_correlation
 from sdnet.kernels.reference import Pair
-from sdnet.kernels.unrolled import Problem
+from sdnet.kernels.torch_path import Problem
+from sdnet.kernels.triton_path import fused, pointwise
+from sdnet.kernels.triton_path.correlation import weight_correlation
+from sdnet.kernels.triton_path.fused import Layer
 
 from .interpreter_grid import Index, last, only
 from .interpreter_numerics import needs_interpreter
@@ -144,7 +144,7 @@ def scales(case: Case) -> Tensor:
 
 def test_encode(case: Case) -> None:
     def step(layer: Layer, problem: Problem, r: Tensor, z: Tensor, previous: Tensor, scale: Tensor) -> Any:
-        return convolution.encode(layer, r, problem, z, previous, 0.28, scale, 0.43, keep_next=True)
+        return fused.encode(layer, r, problem, z, previous, 0.28, scale, 0.43, keep_next=True)
 
     codes = [case.large(case.codes, seed) for seed in (2, 3)]
     assert_the_end_as_alone(case, step, case.large(case.image, 1), *codes, scales(case))
@@ -152,7 +152,7 @@ def test_encode(case: Case) -> None:
 
 def test_backstep(case: Case) -> None:
     def step(layer: Layer, problem: Problem, dr: Tensor, m: Tensor, z: Tensor, later: Tensor) -> Any:
-        return convolution.backstep(layer, dr, m, z, problem, 0.28, later, 0.43, keep_dy=True)
+        return fused.backstep(layer, dr, m, z, problem, 0.28, later, 0.43, keep_dy=True)
 
     codes = [case.large(case.codes, seed) for seed in (2, 3, 4)]
     assert_the_end_as_alone(case, step, case.large(case.image, 1), *codes)
@@ -160,7 +160,7 @@ def test_backstep(case: Case) -> None:
 
 def test_residual(case: Case) -> None:
     def step(layer: Layer, problem: Problem, x: Tensor, z: Tensor) -> Any:
-        return (convolution.residual(layer, x, z, problem),)
+        return (fused.residual(layer, x, z, problem),)
 
     assert_the_end_as_alone(case, step, case.large(case.image, 1), case.large(case.codes, 2))
 
@@ -168,7 +168,7 @@ def test_residual(case: Case) -> None:
 @pytest.mark.parametrize("case", [replace(case, channels=32) for case in POINTWISE], indirect=True, ids=str)
 def test_residual_of_two_dictionaries(case: Case) -> None:
     def step(layer: Layer, problem: Problem, x: Tensor, z: Tensor) -> Any:
-        return (convolution.residual(layer, x, z, problem),)
+        return (fused.residual(layer, x, z, problem),)
 
     x = replace(case, channels=16).large((16, case.size, case.size), 1)
     assert_the_end_as_alone(case, step, x, case.large(case.codes, 2))
@@ -176,7 +176,7 @@ def test_residual_of_two_dictionaries(case: Case) -> None:
 
 def test_spread(case: Case) -> None:
     def step(layer: Layer, problem: Problem, m: Tensor, scale: Tensor, add: Tensor) -> Any:
-        return (convolution.spread(layer, m, problem, scale, add),)
+        return (fused.spread(layer, m, problem, scale, add),)
 
     assert_the_end_as_alone(case, step, case.large(case.codes, 1), scales(case), case.large(case.image, 2))
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdnet.kernels.fused.pointwise import BLOCK, mask, shrink_step, subtract
 from sdnet.kernels.reference import proximal
-from sdnet.kernels.unrolled import Problem
+from sdnet.kernels.torch_path import Problem
+from sdnet.kernels.triton_path.pointwise import BLOCK, mask, shrink_step, subtract
 
 from .cases import DEVICE, Named
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sdnet
 from sdnet.bench.official import OfficialConfig, OfficialSDNet
-from sdnet.kernels import spectral
+from sdnet.kernels import step_sizes
 from sdnet.official import load_official_checkpoint
 
 StateDict = dict[str, Tensor]
@@ -233,8 +233,8 @@ def test_the_stored_step_stays_and_the_power_iteration_is_converged(
     assert state["stem.conv.step"] == torch.tensor(0.123)
 
     weight, vector = state["stem.conv.weight"], state["stem.conv.vector"]
-    _, estimate = spectral.power_iteration(weight, vector, (1, 1), (1, 1))
-    _, eigenvalue = spectral.largest_eigenvalue(weight, vector, (1, 1), (1, 1), tolerance=1e-8)
+    _, estimate = step_sizes.power_iteration(weight, vector, (1, 1), (1, 1))
+    _, eigenvalue = step_sizes.largest_eigenvalue(weight, vector, (1, 1), (1, 1), tolerance=1e-8)
     assert estimate.item() == pytest.approx(eigenvalue.item(), rel=1e-3)
 
 

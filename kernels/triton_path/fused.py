@@ -23,10 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdnet.kernels.fused import choices
-from sdnet.kernels.fused.descriptors import aligned, matrix_blocks, pixel_boxes
-from sdnet.kernels.fused.hardware import arch_of, gpu_of
-from sdnet.kernels.fused.implicit_gemm import (
+from sdnet.kernels.reference import Pair, codes_size
+from sdnet.kernels.torch_path import Problem
+from sdnet.kernels.triton_path import paths
+from sdnet.kernels.triton_path.descriptors import aligned, matrix_blocks, pixel_boxes
+from sdnet.kernels.triton_path.hardware import arch_of, gpu_of
+from sdnet.kernels.triton_path.implicit_gemm import (
     analysis,
     corner,
     load_box,
@@ -37,9 +39,7 @@ from sdnet.kernels.fused.implicit_gemm import (
     synthesis_by_descriptors,
     synthesis_by_pointers,
 )
-from sdnet.kernels.fused.tiles import Shape, Tile, Tiles, analysis_grid, synthesis_grid
-from sdnet.kernels.reference import Pair, codes_size
-from sdnet.kernels.unrolled import Problem
+from sdnet.kernels.triton_path.tiles import Shape, Tile, Tiles, analysis_grid, synthesis_grid
 
 jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
 
@@ -234,7 +234,7 @@ class Layer:
     @cached_property
     def tiles(self) -> Tiles:
         """What the directions run with."""
-        return self.given_tiles or choices.tiles_of(self.shape, gpu_of(self.weight.device))
+        return self.given_tiles or paths.tiles_of(self.shape, gpu_of(self.weight.device))
 
     @cached_property
     def shape(self) -> Shape:

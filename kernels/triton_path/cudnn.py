@@ -1,12 +1,12 @@
-"""The four steps of `convolution` as cuDNN convolutions and pointwise kernels, where cuDNN's products win."""
+"""The four steps of `fused` as cuDNN convolutions and pointwise kernels, where cuDNN's products win."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from sdnet.kernels import reference
-from sdnet.kernels.fused.convolution import Layer
-from sdnet.kernels.fused.pointwise import mask, shrink_step, subtract
-from sdnet.kernels.unrolled import Problem, rescaled
+from sdnet.kernels.torch_path import Problem, rescaled
+from sdnet.kernels.triton_path.fused import Layer
+from sdnet.kernels.triton_path.pointwise import mask, shrink_step, subtract
 
 
 def encode(

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdnet.kernels import cost, unrolled
-from sdnet.kernels.cost import Operation, Total, backward, forward, total
-from sdnet.kernels.shapes import LayerShape, csc_layers, distinct_layers
+from sdnet.bench import cost
+from sdnet.bench.cost import Operation, Total, backward, forward, total
+from sdnet.bench.layer_shapes import LayerShape, csc_layers, distinct_layers
+from sdnet.kernels import torch_path
 
 LAYER = LayerShape("", channels=2, atoms=3, kernel_size=3, stride=1, size=(5, 4))
 BATCH = 2
@@ -101,43 +102,43 @@ def test_official_counts_are_the_dispatchers(n_steps: int) -> None:
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 3, 4])
-def test_cudnn_counts_are_the_dispatchers(n_steps: int) -> None:
+def test_torch_counts_are_the_dispatchers(n_steps: int) -> None:
     x, weight = (leaf.detach() for leaf in leaves())
     step, lam = torch.tensor([0.1, 0.15], dtype=x.dtype).unbind()
-    problem = unrolled.Problem(step, lam, 0.0, n_steps, (1, 1), (1, 1), True, "ista", "squared", 1)
+    problem = torch_path.Problem(step, lam, 0.0, n_steps, (1, 1), (1, 1), True, "ista", "squared", 1)
     with PassCounter() as seen:
-        codes, residuals = unrolled.forward(x, weight, problem, keep_residuals=True)
-    assert passes(seen) == counted(forward("cudnn", n_steps))[:2]
+        codes, residuals = torch_path.forward(x, weight, problem, keep_residuals=True)
+    assert passes(seen) == counted(forward("torch", n_steps))[:2]
     grad = torch.ones_like(codes[-1])
     for needs_x, kept in product((True, False), (True, False)):
-        needs = unrolled.Needs(needs_x, weight=True, lam=False)
+        needs = torch_path.Needs(needs_x, weight=True, lam=False)
         with PassCounter() as seen:
-            unrolled.backward(grad, x, weight, codes, residuals if kept else [], problem, needs)
-        assert passes(seen) == counted(backward("cudnn", n_steps, needs_x, kept))[:2]
+            torch_path.backward(grad, x, weight, codes, residuals if kept else [], problem, needs)
+        assert passes(seen) == counted(backward("torch", n_steps, needs_x, kept))[:2]
 
 
 def test_two_steps_on_a_stride_one_layer() -> None:
     found = {formulation: counted(forward(formulation)) for formulation in cost.FORMULATIONS}
     assert {name: costs.passes for name, costs in found.items()} == {
         "official": 48,
-        "cudnn": 20,
-        "pointwise": 14,
+        "torch": 20,
+        "cudnn": 14,
         "fused": 8,
     }
     assert {name: costs.convolutions for name, costs in found.items()} == {
         "official": 4,
+        "torch": 3,
         "cudnn": 3,
-        "pointwise": 3,
         "fused": 3,
     }
     kept = {name: counted(backward(name, keep_residual=True)) for name in cost.FORMULATIONS}
     assert {name: costs.passes for name, costs in kept.items()} == {
         "official": 40,
-        "cudnn": 26,
-        "pointwise": 22,
+        "torch": 26,
+        "cudnn": 22,
         "fused": 18,
     }
-    assert [kept[name].convolutions for name in ("official", "pointwise", "fused")] == [6, 6, 6]
+    assert [kept[name].convolutions for name in ("official", "cudnn", "fused")] == [6, 6, 6]
     anew = counted(backward("fused"))
     assert (anew.passes, anew.convolutions) == (21, 7)
 
@@ -172,7 +173,7 @@ def test_fused_moves_least_on_every_layer(layer: LayerShape) -> None:
     def moved(formulation: cost.Formulation) -> int:
         return sum(total(ops, layer, 256).bytes for ops in (forward(formulation), backward(formulation)))
 
-    assert moved("fused") < moved("pointwise") < moved("cudnn") < moved("official")
+    assert moved("fused") < moved("cudnn") < moved("torch") < moved("official")
 
 
 @pytest.mark.parametrize(("depth", "image_size"), [(18, 32), (18, 224), (34, 64), (34, 96)])
@@ -195,9 +196,7 @@ def test_layer_shapes_are_those_of_the_models(depth: int, image_size: int) -> No
 
 def test_command_needs_neither_triton_nor_rich() -> None:
     blocked = "import sys; sys.modules['triton'] = sys.modules['rich'] = None\n"
-    code = (
-        blocked + "import sys; sys.argv = ['cost', '--image-size', '32']; from sdnet.kernels.cost import main; main()"
-    )
+    code = blocked + "import sys; sys.argv = ['cost', '--image-size', '32']; from sdnet.bench.cost import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "19 + 29 = 48" in done.stdout

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdnet.bench.layer_shapes import distinct_layers
 from sdnet.kernels import reference
-from sdnet.kernels.fused import choices, convolution, tiles
-from sdnet.kernels.fused.convolution import Layer
-from sdnet.kernels.fused.tiles import Tiles, described
 from sdnet.kernels.reference import Pair
-from sdnet.kernels.shapes import distinct_layers
-from sdnet.kernels.unrolled import Problem
+from sdnet.kernels.torch_path import Problem
+from sdnet.kernels.triton_path import fused, paths, tiles
+from sdnet.kernels.triton_path.fused import Layer
+from sdnet.kernels.triton_path.tiles import Tiles, described
 
 from .cases import DEVICE
 
@@ -140,7 +140,7 @@ def assert_near(actual: Tensor | None, expected: Tensor) -> None:
 def test_encode(case: Case, nonnegative: bool) -> None:
     p = problem(nonnegative, samples=case.batch)
     r, z, previous, scale = case.image(1), case.codes(2), case.codes(3), case.scale
-    codes, after = convolution.encode(case.layer, r, p, z, previous, BETA, scale, NEXT_BETA, keep_next=True)
+    codes, after = fused.encode(case.layer, r, p, z, previous, BETA, scale, NEXT_BETA, keep_next=True)
     y = z.double() + BETA * (z.double() - previous.double())
     v = DAMPING * y + GAMMA * scale * case.analysis(r)
     expected = reference.shrink(v, GAMMA * p.lam.double(), nonnegative)
@@ -151,7 +151,7 @@ def test_encode(case: Case, nonnegative: bool) -> None:
 
 @every_case
 def test_the_first_step_encodes_from_zero(case: Case) -> None:
-    codes, after = convolution.encode(case.layer, case.image(1), problem())
+    codes, after = fused.encode(case.layer, case.image(1), problem())
     assert after is None
     assert_near(codes, reference.shrink(GAMMA * case.analysis(case.image(1)), torch.tensor(GAMMA * 0.8), True))
 
@@ -161,24 +161,22 @@ def test_the_first_step_encodes_from_zero(case: Case) -> None:
 def test_residual(case: Case, several: bool) -> None:
     n_dict = next(n for n in (3, 2) if case.channels % n == 0) if several else 1
     x, z = case.image(1, case.channels // n_dict), case.codes(2)
-    assert_near(
-        convolution.residual(case.layer, x, z, problem()), x.double().repeat(1, n_dict, 1, 1) - case.synthesis(z)
-    )
+    assert_near(fused.residual(case.layer, x, z, problem()), x.double().repeat(1, n_dict, 1, 1) - case.synthesis(z))
 
 
 @every_case
 def test_spread(case: Case) -> None:
     m, add, scale = case.codes(1), case.image(2), case.scale
     expected = GAMMA * case.synthesis(m)
-    assert_near(convolution.spread(case.layer, m, problem()), expected)
-    assert_near(convolution.spread(case.layer, m, problem(), scale, add), scale * expected + add.double())
+    assert_near(fused.spread(case.layer, m, problem()), expected)
+    assert_near(fused.spread(case.layer, m, problem(), scale, add), scale * expected + add.double())
 
 
 @every_case
 @pytest.mark.parametrize("at_y", [True, False])
 def test_backstep(case: Case, at_y: bool) -> None:
     dr, m, z, later = case.image(1), case.codes(2), case.codes(3), case.codes(4)
-    masked, d_y = convolution.backstep(case.layer, dr, m, z, problem(), BETA, later, NEXT_BETA, at_y=at_y, keep_dy=at_y)
+    masked, d_y = fused.backstep(case.layer, dr, m, z, problem(), BETA, later, NEXT_BETA, at_y=at_y, keep_dy=at_y)
     direct, through = DAMPING * m.double(), case.analysis(dr)
     if at_y:
         assert_near(d_y, direct - through)
@@ -195,8 +193,8 @@ def test_the_forms_for_few_channels_and_for_many_agree(case: Case, monkeypatch: 
     for few in (0, 100):
         monkeypatch.setattr(tiles, "FEW", few)
         tiles.by_rule.cache_clear()
-        codes, _ = convolution.encode(case.layer, case.image(1), problem())
-        results.append((codes, convolution.residual(case.layer, case.image(1), case.codes(2), problem())))
+        codes, _ = fused.encode(case.layer, case.image(1), problem())
+        results.append((codes, fused.residual(case.layer, case.image(1), case.codes(2), problem())))
     tiles.by_rule.cache_clear()
     torch.testing.assert_close(results[0], results[1])
 
@@ -208,15 +206,15 @@ def test_an_input_at_an_odd_address_comes_to_descriptors_as_a_copy() -> None:
     storage = torch.empty(r.numel() + 1, device=DEVICE)
     odd = storage[1:].as_strided(r.shape, r.stride()).copy_(r)
     assert odd.data_ptr() % 16
-    codes, _ = convolution.encode(case.layer, odd, problem())
-    assert torch.equal(codes, convolution.encode(case.layer, r, problem())[0])
+    codes, _ = fused.encode(case.layer, odd, problem())
+    assert torch.equal(codes, fused.encode(case.layer, r, problem())[0])
 
 
 def test_the_step_is_read_on_the_device() -> None:
     case, p = Case(), problem()
-    first, _ = convolution.encode(case.layer, case.image(1), p)
+    first, _ = fused.encode(case.layer, case.image(1), p)
     p.step.mul_(0.5)
-    second, _ = convolution.encode(case.layer, case.image(1), p)
+    second, _ = fused.encode(case.layer, case.image(1), p)
     assert not torch.equal(first, second)
 
 
@@ -262,7 +260,7 @@ def test_descriptors_are_for_what_they_can_read() -> None:
     shape = tiles.Shape(256, 64, 256, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True, 90)
     assert shape.described_images == 128
     assert {tile.form for tile in tiles.by_rule(shape)} == {"descriptors"}
-    assert choices.path_of(shape, None).fused
+    assert paths.path_of(shape, None).fused
     assert [shape._replace(batch=batch).described_images for batch in (64, 127, 128, 192)] == [64, 64, 128, 64]
     others = {"arch": 80, "batch": 63, "channels": 12, "atoms": 20, "itemsize": 4, "channels_last": False}
     for name, value in others.items():
@@ -276,29 +274,28 @@ def test_descriptors_are_for_what_they_can_read() -> None:
 
 def test_the_rule_and_what_overrides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = tiles.Shape(256, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True, 80)
-    assert choices.path_of(shape, None).fused
-    assert not choices.path_of(shape._replace(atoms=256), None).fused
-    assert not choices.path_of(shape._replace(itemsize=4), None).fused
-    assert not choices.path_of(shape._replace(channels_last=False), None).fused
-    assert choices.path_of(shape._replace(channels=3, channels_last=False), None).fused
+    assert paths.path_of(shape, None).fused
+    assert not paths.path_of(shape._replace(atoms=256), None).fused
+    assert not paths.path_of(shape._replace(itemsize=4), None).fused
+    assert not paths.path_of(shape._replace(channels_last=False), None).fused
+    assert paths.path_of(shape._replace(channels=3, channels_last=False), None).fused
     large = shape._replace(arch=90)
     measured = Tiles(*(tile._replace(stages=5) for tile in tiles.by_rule(large)))
-    monkeypatch.setattr(choices, "MEASURED", tmp_path)
-    entry = ["pointwise", *(tile._asdict() for tile in measured)]
-    choices.file_of("NVIDIA H100", tmp_path).write_text(json.dumps({choices.key_of(shape): entry}))
+    monkeypatch.setattr(paths, "MEASURED", tmp_path)
+    entry = ["cudnn", *(tile._asdict() for tile in measured)]
+    paths.file_of("NVIDIA H100", tmp_path).write_text(json.dumps({paths.key_of(shape): entry}))
     assert (
-        choices.path_of(shape, "NVIDIA H100").reason
-        == "pointwise steps were the quicker ones when measured on NVIDIA H100"
+        paths.path_of(shape, "NVIDIA H100").reason == "cudnn steps were the quicker ones when measured on NVIDIA H100"
     )
-    assert choices.path_of(shape, "NVIDIA A100").fused
-    assert choices.tiles_of(large, "NVIDIA H100") == measured
-    assert choices.tiles_of(large, "NVIDIA A100") == tiles.by_rule(large)
+    assert paths.path_of(shape, "NVIDIA A100").fused
+    assert paths.tiles_of(large, "NVIDIA H100") == measured
+    assert paths.tiles_of(large, "NVIDIA A100") == tiles.by_rule(large)
     small = large._replace(batch=64)  # the table does not tell batches apart, and its boxes have 128 images
-    assert choices.tiles_of(small, "NVIDIA H100") == tiles.by_rule(small)
+    assert paths.tiles_of(small, "NVIDIA H100") == tiles.by_rule(small)
     exact, tf32 = (shape._replace(itemsize=4, precision=precision) for precision in ("ieee", "tf32"))
-    assert len({choices.key_of(each) for each in (shape, exact, tf32)}) == 3
-    monkeypatch.setenv("SDNET_STEPS", "fused")
-    assert choices.path_of(shape, "NVIDIA H100").fused
-    monkeypatch.setenv("SDNET_STEPS", "quick")
-    with pytest.raises(ValueError, match="SDNET_STEPS is 'quick'; it must be fused or pointwise"):
-        choices.path_of(shape, None)
+    assert len({paths.key_of(each) for each in (shape, exact, tf32)}) == 3
+    monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
+    assert paths.path_of(shape, "NVIDIA H100").fused
+    monkeypatch.setenv("SDNET_TRITON_PATH", "quick")
+    with pytest.raises(ValueError, match="SDNET_TRITON_PATH is 'quick'; it must be fused or cudnn"):
+        paths.path_of(shape, None)

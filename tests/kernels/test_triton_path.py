@@ -62,7 +62,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "channels_last": (True, False),
     "keep_residuals": (False, True),
     "half": (False, True),
-    "steps": ("fused", "pointwise"),
+    "steps": ("fused", "cudnn"),
 }
 
 
@@ -146,13 +146,13 @@ def test_the_cover_is_pairwise() -> None:
 
 @pytest.mark.parametrize("case", COVER, ids=str)
 def test_codes_and_gradients_over_a_pairwise_cover(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", case.steps)
+    monkeypatch.setenv("SDNET_TRITON_PATH", case.steps)
     assert_near_reference(case)
 
 
 @pytest.mark.parametrize("risk", RISKS)
 def test_named_risks(risk: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", "fused")
+    monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
     assert_near_reference(RISKS[risk])
 
 
@@ -160,7 +160,7 @@ def test_named_risks(risk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     "risk", ["several blocks of atoms and of channels", "a stem", "a contiguous stem", "one pixel"]
 )
 def test_named_risks_in_half_precision(risk: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", "fused")
+    monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
     assert_near_reference(replace(RISKS[risk], half=True))
 
 
@@ -208,9 +208,9 @@ def test_the_same_call_gives_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("lam",), ("x", "lam")], ids="-".join)
-@pytest.mark.parametrize("steps", ["fused", "pointwise"])
+@pytest.mark.parametrize("steps", ["fused", "cudnn"])
 def test_only_the_gradients_asked_for(wanted: tuple[str, ...], steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDNET_STEPS", steps)
+    monkeypatch.setenv("SDNET_TRITON_PATH", steps)
     case = Case(n_steps=3, data_term="norm")
     full, some = (dict(zip(("x", "weight", "lam"), case.leaves(), strict=True)) for _ in range(2))
     for name, leaf in some.items():

@@ -1,4 +1,4 @@
-"""The Triton path of the operator: the loops of `unrolled`, each step one kernel. The mathematics stands there.
+"""The Triton path of the operator: the loops of `torch_path`, each step one kernel. The mathematics stands there.
 
 For two steps on a stride-1 layer the forward pass reads and writes 8 tensors of the codes' size: x to z_1, (z_1, x) to
 r, and (r, z_1) to z_2. The backward pass recomputes r unless the forward pass kept it, and takes all weight
@@ -12,14 +12,14 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from sdnet.kernels.fused import choices, convolution, pointwise_path
-from sdnet.kernels.fused.choices import Path
-from sdnet.kernels.fused.convolution import Layer
-from sdnet.kernels.fused.correlation import Correlated, weight_correlation
-from sdnet.kernels.fused.hardware import gpu_of
-from sdnet.kernels.fused.pointwise import mask
 from sdnet.kernels.reference import NORM_FLOOR, Pair, momentum
-from sdnet.kernels.unrolled import Gradients, Needs, Problem, accumulate, copies_of, lam_correlation
+from sdnet.kernels.torch_path import Gradients, Needs, Problem, accumulate, copies_of, lam_correlation
+from sdnet.kernels.triton_path import cudnn, fused, paths
+from sdnet.kernels.triton_path.correlation import Correlated, weight_correlation
+from sdnet.kernels.triton_path.fused import Layer
+from sdnet.kernels.triton_path.hardware import gpu_of
+from sdnet.kernels.triton_path.paths import Path
+from sdnet.kernels.triton_path.pointwise import mask
 
 FLUSH = 6
 """How many pairs (residual, codes) may wait for their weight correlation."""
@@ -32,12 +32,12 @@ def layer_of(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, layout: tor
 
 def path_of(layer: Layer) -> Path:
     """How the four steps run, and why."""
-    return choices.path_of(layer.shape, gpu_of(layer.weight.device))
+    return paths.path_of(layer.shape, gpu_of(layer.weight.device))
 
 
 def steps_for(layer: Layer) -> ModuleType:
     """The module that has the four steps."""
-    return convolution if path_of(layer).fused else pointwise_path
+    return fused if path_of(layer).fused else cudnn
 
 
 def residual_scale(residual: Tensor, problem: Problem) -> Tensor | None:

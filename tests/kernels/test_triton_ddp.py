@@ -7,8 +7,13 @@ from pathlib import Path
 
 import torch
 
-PROGRAM = Path(__file__).with_name("fused_ranks.py")
-ENVIRONMENT = {"TRITON_INTERPRET": "1", "SDNET_STEPS": "fused", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+PROGRAM = Path(__file__).with_name("triton_ranks.py")
+ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    "SDNET_TRITON_PATH": "fused",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 def test_two_ranks_with_half_the_batch_have_the_gradients_of_one_with_the_whole(tmp_path: Path) -> None:

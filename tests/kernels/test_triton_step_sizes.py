@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdnet.kernels import upkeep
-from sdnet.kernels.fused import spectral as fused
+from sdnet.kernels import step_sizes
 from sdnet.kernels.reference import Pair
-from sdnet.kernels.spectral import seeded_vector
-from sdnet.kernels.upkeep import Dictionary
+from sdnet.kernels.step_sizes import Dictionary, seeded_vector
+from sdnet.kernels.triton_path import step_sizes as triton_step_sizes
 
 from .cases import DEVICE
 from .interpreter_numerics import convolutions_in_tf32, faithful, needs_interpreter
@@ -60,10 +59,10 @@ def test_every_layer_follows(implementation: str, iterations: int) -> None:
     dictionaries = [dictionary_of(name) for name in SHAPES]
     expected = [wanted(dictionary, iterations) for dictionary in dictionaries]
     if implementation == "fused":
-        fused.follow(dictionaries, iterations, "ieee")
+        triton_step_sizes.follow(dictionaries, iterations, "ieee")
     else:
         for dictionary in dictionaries:
-            upkeep.follow_one(dictionary, iterations)
+            step_sizes.update_dictionary(dictionary, iterations)
     for actual, right in zip(dictionaries, expected, strict=True):
         assert error(actual.weight, right.weight) <= 2e-6
         assert error(actual.vector, right.vector) <= 2e-6
@@ -75,10 +74,10 @@ def test_every_layer_follows(implementation: str, iterations: int) -> None:
 def test_multiplies_in_tf32_where_cudnn_may(precision: str) -> None:
     ours, theirs = ([dictionary_of(name) for name in SHAPES] for _ in range(2))
     with faithful():
-        fused.follow(ours)
+        triton_step_sizes.follow(ours)
     for dictionary in theirs:
         with convolutions_in_tf32() if precision == "tf32" else nullcontext():
-            upkeep.follow_one(dictionary)
+            step_sizes.update_dictionary(dictionary)
     expected = [wanted(dictionary_of(name), 1) for name in SHAPES]
     for name, mine, other, right in zip(SHAPES, ours, theirs, expected, strict=True):
         for part in ("vector", "step"):
@@ -92,8 +91,8 @@ def test_multiplies_in_tf32_where_cudnn_may(precision: str) -> None:
 def test_the_door_takes_what_the_device_allows() -> None:
     dictionaries = [dictionary_of(name) for name in SHAPES]
     expected = [wanted(dictionary, 1) for dictionary in dictionaries]
-    assert [upkeep.fits(dictionary) for dictionary in dictionaries] == [DEVICE == "cuda"] * len(SHAPES)
-    upkeep.follow(dictionaries)
+    assert [step_sizes.fits(dictionary) for dictionary in dictionaries] == [DEVICE == "cuda"] * len(SHAPES)
+    step_sizes.follow(dictionaries)
     tolerance = 2e-3 if DEVICE == "cuda" else 2e-6
     assert all(error(a.step, e.step) <= tolerance for a, e in zip(dictionaries, expected, strict=True))
 
@@ -102,7 +101,7 @@ def test_nothing_is_hidden_and_nothing_divided_by_zero() -> None:
     zeros, broken = dictionary_of("square"), dictionary_of("strided")
     zeros.weight.zero_()
     broken.weight[0, 0, 0, 0] = torch.nan
-    fused.follow([zeros, broken])
+    triton_step_sizes.follow([zeros, broken])
     assert not zeros.weight.any()
     assert not zeros.vector.any()
     assert zeros.step.isfinite()
@@ -111,13 +110,13 @@ def test_nothing_is_hidden_and_nothing_divided_by_zero() -> None:
 
 def test_a_plan_is_made_once_for_the_same_tensors() -> None:
     dictionaries = [dictionary_of("one"), dictionary_of("sparse")]
-    fused.plan_of.cache_clear()
+    triton_step_sizes.plan_of.cache_clear()
     for _ in range(3):
-        fused.follow(dictionaries)
-    assert fused.plan_of.cache_info().misses == 1
+        triton_step_sizes.follow(dictionaries)
+    assert triton_step_sizes.plan_of.cache_info().misses == 1
     moved = dictionaries[0]._replace(vector=dictionaries[0].vector.clone())
-    fused.follow([moved, dictionaries[1]])
-    assert fused.plan_of.cache_info().misses == 2
+    triton_step_sizes.follow([moved, dictionaries[1]])
+    assert triton_step_sizes.plan_of.cache_info().misses == 2
 
 
 def test_launches_do_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +134,6 @@ def test_launches_do_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch) -> No
             launched.append(self.name)
 
     for name in ("project", "analysis", "synthesis", "finish"):
-        monkeypatch.setattr(fused, f"{name}_kernel", Noted(name))
-    fused.follow([dictionary_of(name) for name in SHAPES])
+        monkeypatch.setattr(triton_step_sizes, f"{name}_kernel", Noted(name))
+    triton_step_sizes.follow([dictionary_of(name) for name in SHAPES])
     assert launched == ["project", "analysis", "synthesis", "synthesis", "finish"]

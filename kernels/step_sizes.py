@@ -1,4 +1,4 @@
-"""The largest eigenvalue of A'A, which fixes the step size: step = 0.9 / eigenvalue.
+"""Atoms of unit norm and the step size, 0.9 / (largest eigenvalue of A'A).
 
 Power iteration runs in the input's space: AA' has the same largest eigenvalue as A'A, its vectors are images of the
 size that the layer sees, and they are no larger than the codes. From a unit vector u,
@@ -7,7 +7,22 @@ size that the layer sees, and they are no larger than the codes. From a unit vec
 
 |v| approaches the eigenvalue from below and is at least the Rayleigh quotient u'AA'u. Nothing here waits for the
 device, so a training step can afford one iteration of every layer.
+
+
+`update_dictionaries` is what a training step does for every layer: it scales the atoms back to unit norm and
+re-estimates the step size from the power vector of the last step,
+
+    W[k] <- W[k] / |W[k]|,   v = A A'u,   u <- v / |v|,   step_size <- 0.9 / |v|.
+
+It does so for all layers of a network at once: on a GPU with a handful of Triton launches in all
+(`triton_path.step_sizes`), elsewhere with PyTorch's operators layer by layer.
 """
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,3 +113,56 @@ def largest_eigenvalue(
 def step_size(eigenvalue: Tensor) -> Tensor:
     """0.9 / eigenvalue."""
     return SAFETY / eigenvalue.clamp_min(FLOOR)
+
+
+ATOM_FLOOR = 1e-12
+"""The least norm that an atom is divided by."""
+
+
+class Dictionary(NamedTuple):
+    """The state of a layer: weight [K, C, kh, kw], the power iteration's vector [1, C, H, W] and step, 0-d, in fp32."""
+
+    weight: Tensor
+    vector: Tensor
+    step: Tensor
+    stride: Pair
+    padding: Pair
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+def fits(dictionary: Dictionary) -> bool:
+    """Whether the Triton kernels take it: fp32 on a GPU, densely packed."""
+    weight, vector, step = dictionary.weight, dictionary.vector, dictionary.step
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    single = weight.dtype == vector.dtype == step.dtype == torch.float32
+    return has_triton() and weight.is_cuda and dense and single and vector.is_contiguous()
+
+
+@torch.no_grad()
+def follow(dictionaries: Sequence[Dictionary], iterations: int = 1) -> None:
+    """Projects the atoms of all dictionaries and runs `iterations` power iterations; changes them in place."""
+    fused: dict[torch.device, list[Dictionary]] = {}
+    for dictionary in dictionaries:
+        if fits(dictionary):
+            fused.setdefault(dictionary.weight.device, []).append(dictionary)
+        else:
+            update_dictionary(dictionary, iterations)
+    for device, together in fused.items():
+        with torch.cuda.device(device):
+            import_module("sdnet.kernels.triton_path.step_sizes").follow(together, iterations)
+
+
+@torch.no_grad()
+def update_dictionary(dictionary: Dictionary, iterations: int = 1) -> None:
+    """The same for one dictionary with PyTorch's operators."""
+    weight, vector, step, stride, padding = dictionary
+    norms = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+    weight.div_(norms.clamp_min(ATOM_FLOOR))
+    image, eigenvalue = power_iteration(weight, vector, stride, padding, iterations)
+    vector.copy_(image)
+    step.copy_(step_size(eigenvalue))

@@ -1,6 +1,6 @@
 """Compiles every kernel in every configuration that its launcher can choose, for GPUs that need not be there.
 
-    python -m sdnet.kernels.fused.compile_check [--arch 80 90] [--quick] [--only TEXT] [--out FILE.json|FILE.md]
+    python -m sdnet.bench.compile_check [--arch 80 90] [--quick] [--only TEXT] [--out FILE.json|FILE.md]
 
 A kernel passes if it holds tensor-core instructions (wgmma on sm_90, mma.sync on sm_80) where it multiplies matrices,
 spills no register, fits into shared memory, and ptxas does not serialise its wgmma. What a compilation shows, no run
@@ -13,10 +13,8 @@ import json
 import multiprocessing
 import multiprocessing.context
 import os
-import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from sdnet.kernels.fused.cases import CompileCase
+from sdnet.bench.compile_check.compile_case import CompileCase
 
 ARCHS = (80, 90)
 
@@ -59,10 +57,8 @@ class Report:
     faults: list[str] = field(default_factory=list)
 
 
-def kernel_modules() -> list[str]:
-    """The modules of this package that offer compile cases."""
-    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}.")]
-    return [name for name in names if name != __name__ and hasattr(importlib.import_module(name), "compile_cases")]
+KERNEL_MODULES = tuple(f"{__package__}.{name}_cases" for name in ("fused", "correlation", "pointwise", "step_size"))
+"""The modules that list compile cases."""
 
 
 @cache
@@ -138,7 +134,7 @@ def jobs_of(archs: Iterable[int], only: str = "", quick: bool = False) -> list[J
     """Every case whose module and name hold `only`; with `quick` one of each kernel, in bf16 if it has it."""
     jobs: dict[object, Job] = {}
     for arch in archs:
-        for module in kernel_modules():
+        for module in KERNEL_MODULES:
             cases = cases_of(module, arch).items()
             for name, case in sorted(cases, key=lambda item: quick and not in_bf16(item[1])):
                 if only in f"{module} {name}":
@@ -207,7 +203,7 @@ def document(reports: list[Report]) -> str:
     failed = sum(bool(r.faults) for r in reports)
     parts = [
         "# What the kernels compile to",
-        "Written by `python -m sdnet.kernels.fused.compile_check --out docs/kernels.md` with Triton "
+        "Written by `python -m sdnet.bench.compile_check --out docs/kernels.md` with Triton "
         f"{triton.__version__}: {len(reports)} compilations, {failed} with faults. No GPU took part: this shows lean "
         "code, not speed. A fault is a kernel without tensor-core instructions where it multiplies matrices, a spilled "
         "register, shared memory that does not fit, or wgmma that ptxas serialises.",
@@ -220,7 +216,7 @@ def document(reports: list[Report]) -> str:
 
 def main() -> int:
     """The command; 1 if a case has faults."""
-    parser = argparse.ArgumentParser(prog="python -m sdnet.kernels.fused.compile_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sdnet.bench.compile_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--quick", action="store_true", help="one case of each kernel and architecture, in bf16")
@@ -247,7 +243,3 @@ def main() -> int:
         )
         options.out.write_text(text)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sdnet.kernels.fused import compile_check
-from sdnet.kernels.fused.cases import CompileCase
-from sdnet.kernels.fused.compile_check import Job, Report, jobs_of, reports_of
+from sdnet.bench.compile_check import check as compile_check
+from sdnet.bench.compile_check.check import Job, Report, jobs_of, reports_of
+from sdnet.bench.compile_check.compile_case import CompileCase
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler for Linux alone")
 
@@ -32,7 +32,7 @@ def test_one_case_of_each_kernel_is_lean() -> None:
 
 def test_every_case_names_what_its_kernel_takes() -> None:
     for arch in compile_check.ARCHS:
-        for module in compile_check.kernel_modules():
+        for module in compile_check.KERNEL_MODULES:
             for case in compile_check.cases_of(module, arch).values():
                 given = set(case.signature) | set(case.constexprs)
                 assert given == set(case.kernel.arg_names), case.name
@@ -50,7 +50,7 @@ FAULTY = """
 import os
 import triton
 import triton.language as tl
-from sdnet.kernels.fused.cases import CompileCase
+from sdnet.bench.compile_check.compile_case import CompileCase
 
 @triton.jit
 def copy(x_ptr, B: tl.constexpr):

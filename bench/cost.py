@@ -1,10 +1,10 @@
 """What a CSC layer costs, counted: passes over tensors, bytes and floating-point operations of four formulations.
 
-    python -m sdnet.kernels.cost [--image-size 224] [--batch 256] [--n-steps 2] [--keep-residual]
+    python -m sdnet.bench.cost [--image-size 224] [--batch 256] [--n-steps 2] [--keep-residual]
 
     official    the released code in eager PyTorch, with its copies of x, its losses and their fourth convolution
-    cudnn       `unrolled`: cuDNN convolutions and PyTorch's own element-wise operators
-    pointwise   cuDNN convolutions with all that lies between two of them in one kernel
+    torch       `torch_path`: cuDNN convolutions and PyTorch's own element-wise operators
+    cudnn       cuDNN convolutions with all that lies between two of them in one kernel
     fused       convolutions with all that surrounds them in the epilogue, and one reduction for the dictionary
 
 A pass is one reading or one writing of a whole tensor, as if nothing stayed in a cache: images are of x's size
@@ -22,10 +22,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, get_args
 
-from sdnet.kernels.fused.correlation_tiles import Shape, splits_of, tile_of
-from sdnet.kernels.shapes import LayerShape, csc_layers
+from sdnet.bench.layer_shapes import LayerShape, csc_layers
+from sdnet.kernels.triton_path.correlation_tiles import Shape, splits_of, tile_of
 
-Formulation = Literal["official", "cudnn", "pointwise", "fused"]
+Formulation = Literal["official", "torch", "cudnn", "fused"]
 FORMULATIONS = get_args(Formulation)
 
 PROCESSORS, ARCH = 132, 90
@@ -130,7 +130,7 @@ def last_dx(n_steps: int, needs_x: bool) -> list[Operation]:
     return [SYNTHESIS] * needs_x + [ADD_IMAGES] * (needs_x and n_steps > 1)
 
 
-def cudnn_forward(n_steps: int) -> Iterator[Operation]:
+def torch_forward(n_steps: int) -> Iterator[Operation]:
     # cuDNN's convolution is followed by a kernel for the bias, which holds the threshold.
     bias, clamp = codes_operation("- threshold", 2), codes_operation("clamp", 2)
     yield Operation("gamma W", weights=2)
@@ -139,7 +139,7 @@ def cudnn_forward(n_steps: int) -> Iterator[Operation]:
         yield from (SYNTHESIS, SUBTRACT, ANALYSIS, bias, codes_operation("+ y", 3), clamp)
 
 
-def cudnn_backward(n_steps: int, needs_x: bool, keep_residual: bool) -> Iterator[Operation]:
+def torch_backward(n_steps: int, needs_x: bool, keep_residual: bool) -> Iterator[Operation]:
     mask = codes_operation("mask", 3)
     yield Operation("gamma W", weights=2)
     for k in range(n_steps - 1):
@@ -152,13 +152,13 @@ def cudnn_backward(n_steps: int, needs_x: bool, keep_residual: bool) -> Iterator
     yield from [ADD_WEIGHTS, Operation("- dW", weights=3)] * (n_steps > 1)
 
 
-def pointwise_forward(n_steps: int) -> Iterator[Operation]:
+def cudnn_forward(n_steps: int) -> Iterator[Operation]:
     yield from (ANALYSIS, codes_operation("shrink", 2))
     for _ in range(n_steps - 1):
         yield from (SYNTHESIS, SUBTRACT, ANALYSIS, codes_operation("y + step v, shrink", 3))
 
 
-def pointwise_backward(n_steps: int, needs_x: bool, keep_residual: bool) -> Iterator[Operation]:
+def cudnn_backward(n_steps: int, needs_x: bool, keep_residual: bool) -> Iterator[Operation]:
     yield from (Operation("gamma W", weights=2), codes_operation("mask", 3))
     for k in range(n_steps - 1):
         yield from [] if keep_residual else [SYNTHESIS, SUBTRACT]
@@ -195,8 +195,8 @@ def forward(formulation: Formulation, n_steps: int = 2) -> list[Operation]:
     """The kernels of a forward pass."""
     makers = {
         "official": official_forward,
+        "torch": torch_forward,
         "cudnn": cudnn_forward,
-        "pointwise": pointwise_forward,
         "fused": fused_forward,
     }
     return list(makers[formulation](n_steps))
@@ -212,10 +212,10 @@ def backward(
     match formulation:
         case "official":
             return list(official_backward(n_steps, needs_x))
+        case "torch":
+            return list(torch_backward(n_steps, needs_x, keep_residual))
         case "cudnn":
             return list(cudnn_backward(n_steps, needs_x, keep_residual))
-        case "pointwise":
-            return list(pointwise_backward(n_steps, needs_x, keep_residual))
         case "fused":
             return list(fused_backward(n_steps, needs_x, keep_residual))
 
@@ -267,7 +267,7 @@ def passes_table(n_steps: int, keep_residual: bool) -> tuple[Row, list[Row]]:
 def layers_table(image_size: int, batch: int, n_steps: int, keep_residual: bool) -> tuple[Row, list[Row]]:
     """Header and rows: for the CSC layers of SDNet-18_all, GB moved forward + backward by each formulation."""
     header = ["layers", "shape", "x MB", "z MB", "GFLOP", *(f"{formulation} GB" for formulation in FORMULATIONS)]
-    header += ["official / fused", "pointwise / fused"]
+    header += ["official / fused", "cudnn / fused"]
     layers = list(csc_layers(18, image_size))
     counts = Counter(layer.geometry for layer in layers)
     rows, sums = [], [0.0] * len(FORMULATIONS)
@@ -288,9 +288,9 @@ def layers_table(image_size: int, batch: int, n_steps: int, keep_residual: bool)
 
 
 def ratios(moved: list[float]) -> Row:
-    """Of the official and the pointwise formulation to the fused one."""
-    official, _, pointwise, fused = moved
-    return [f"{official / fused:.1f}", f"{pointwise / fused:.2f}"]
+    """Of the official and the cudnn formulation to the fused one."""
+    official, _, cudnn, fused = moved
+    return [f"{official / fused:.1f}", f"{cudnn / fused:.2f}"]
 
 
 def show(title: str, header: Row, rows: list[Row]) -> None:
@@ -316,7 +316,7 @@ def show(title: str, header: Row, rows: list[Row]) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m sdnet.kernels.cost", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sdnet.bench.cost", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, help="256 at 224 pixels, 512 below 65, unless given")

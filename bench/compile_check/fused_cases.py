@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from sdnet.kernels.fused import tiles
-from sdnet.kernels.fused.cases import DTYPES, CompileCase
-from sdnet.kernels.fused.convolution import Layer, backstep_kernel, encode_kernel, synthesis_kernel
-from sdnet.kernels.shapes import LayerShape, distinct_layers
+from sdnet.bench.compile_check.compile_case import DTYPES, CompileCase
+from sdnet.bench.layer_shapes import LayerShape, distinct_layers
+from sdnet.kernels.triton_path import tiles
+from sdnet.kernels.triton_path.fused import Layer, backstep_kernel, encode_kernel, synthesis_kernel
 
 BATCH = 256
 

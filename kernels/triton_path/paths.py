@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path as File
 from typing import Literal, NamedTuple
 
-from sdnet.kernels.fused.tiles import FEW, Shape, Tile, Tiles, by_rule
+from sdnet.kernels.triton_path.tiles import FEW, Shape, Tile, Tiles, by_rule
 
-Steps = Literal["fused", "pointwise"]
+Steps = Literal["fused", "cudnn"]
 
-ENVIRONMENT_VARIABLE = "SDNET_STEPS"
+ENVIRONMENT_VARIABLE = "SDNET_TRITON_PATH"
 
 MEASURED = File(__file__).with_name("measured")
 """Where the measured tables lie."""
@@ -37,7 +37,7 @@ class Path(NamedTuple):
 
 
 def path_of(shape: Shape, gpu: str | None) -> Path:
-    """SDNET_STEPS, else the table measured on this GPU, else a rule that no GPU has confirmed.
+    """SDNET_TRITON_PATH, else the table measured on this GPU, else a rule that no GPU has confirmed.
 
     The rule: descriptors leave the products with padding out, which makes up for cuDNN's better products where there
     are few pixels, as the saved passes over memory do where there are many. Without them a fused step saves more than
@@ -47,21 +47,21 @@ def path_of(shape: Shape, gpu: str | None) -> Path:
     """
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced is not None:
-        if forced not in ("fused", "pointwise"):
-            raise ValueError(f"{ENVIRONMENT_VARIABLE} is {forced!r}; it must be fused or pointwise.")
+        if forced not in ("fused", "cudnn"):
+            raise ValueError(f"{ENVIRONMENT_VARIABLE} is {forced!r}; it must be fused or cudnn.")
         return Path(forced == "fused", f"{ENVIRONMENT_VARIABLE} asks for {forced} steps")
     if entry := entry_of(shape, gpu):
         return Path(entry.steps == "fused", f"{entry.steps} steps were the quicker ones when measured on {gpu}")
     if shape.itemsize == 4 and shape.precision == "ieee":
-        return Path(False, "pointwise steps around cuDNN, by rule, for fp32 without tf32")
+        return Path(False, "cudnn steps, by rule, for fp32 without tf32")
     if shape.channels <= FEW:
         return Path(True, f"fused steps, by rule, for up to {FEW} image channels")
     if shape.described_images:
         return Path(True, "fused steps, by rule, for 16-bit channels_last tensors in large batches")
     if not shape.channels_last:
-        return Path(False, "pointwise steps around cuDNN, by rule, for tensors that are not channels_last")
+        return Path(False, "cudnn steps, by rule, for tensors that are not channels_last")
     if max(shape.channels, shape.atoms) > FUSED_CHANNELS:
-        return Path(False, f"pointwise steps around cuDNN, by rule, for more than {FUSED_CHANNELS} channels")
+        return Path(False, f"cudnn steps, by rule, for more than {FUSED_CHANNELS} channels")
     return Path(True, f"fused steps, by rule, for up to {FUSED_CHANNELS} channels")
 
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from sdnet.kernels.fused.cases import DTYPES, CompileCase
-from sdnet.kernels.fused.correlation import (
+from sdnet.bench.compile_check.compile_case import DTYPES, CompileCase
+from sdnet.bench.layer_shapes import LayerShape, distinct_layers
+from sdnet.kernels.triton_path.correlation import (
     PAIRS,
     REDUCED,
     SPLITS,
@@ -15,8 +16,7 @@ from sdnet.kernels.fused.correlation import (
     correlate_by_descriptors_kernel,
     correlate_kernel,
 )
-from sdnet.kernels.fused.correlation_tiles import Shape, ceil_div, tile_of
-from sdnet.kernels.shapes import LayerShape, distinct_layers
+from sdnet.kernels.triton_path.correlation_tiles import Shape, ceil_div, tile_of
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:

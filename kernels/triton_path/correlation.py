@@ -28,10 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdnet.kernels.fused.correlation_tiles import Shape, Tile, ceil_div, splits_of, tile_of
-from sdnet.kernels.fused.descriptors import ALIGNMENT, pixel_boxes
-from sdnet.kernels.fused.hardware import arch_of, processors_of
 from sdnet.kernels.reference import Pair
+from sdnet.kernels.triton_path.correlation_tiles import Shape, Tile, ceil_div, splits_of, tile_of
+from sdnet.kernels.triton_path.descriptors import ALIGNMENT, pixel_boxes
+from sdnet.kernels.triton_path.hardware import arch_of, processors_of
 
 jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
 

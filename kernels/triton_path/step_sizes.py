@@ -14,7 +14,7 @@ A' and A are implicit GEMMs over one reduction axis, (channel, tap) or (atom, ta
 A: a single image is little work, and launches are what it costs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,11 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdnet.kernels.fused.cases import CompileCase
-from sdnet.kernels.fused.correlation_tiles import ceil_div
 from sdnet.kernels.reference import codes_size
-from sdnet.kernels.spectral import FLOOR, SAFETY
-from sdnet.kernels.upkeep import ATOM_FLOOR, Dictionary
+from sdnet.kernels.step_sizes import ATOM_FLOOR, FLOOR, SAFETY, Dictionary
+from sdnet.kernels.triton_path.correlation_tiles import ceil_div
 
 jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
 
@@ -243,7 +241,7 @@ def plan_of(layers: tuple[Layer, ...], device: torch.device) -> Plan:
 
 
 def follow(dictionaries: Sequence[Dictionary], iterations: int = 1, precision: str | None = None) -> None:
-    """`upkeep.follow` for fp32 dictionaries on one device, densely packed, and contiguous vectors.
+    """`step_sizes.follow` for fp32 dictionaries on one device, densely packed, and contiguous vectors.
 
     Multiplies in tf32 where cuDNN may, unless `precision` is "ieee".
     """
@@ -261,19 +259,3 @@ def follow(dictionaries: Sequence[Dictionary], iterations: int = 1, precision: s
         finish_kernel[(len(plan.finish),)](plan.finish, plan.table, FLOOR, SAFETY, BLOCK=CHUNK, PARTS=1024)
     for weight, vector, step, *_ in dictionaries:  # autograd must know of what it did not see
         torch.autograd.graph.increment_version([weight, vector, step])
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """The kernels of this file: shapes are data to them."""
-    del arch
-    pointers = {"owner_ptr": "*i64", "table_ptr": "*i64"}
-    blocks = {"BM": PIXELS, "BK": REDUCTION, "PRECISION": "tf32"}
-    floats = {"floor": "fp32", "safety": "fp32"}
-    yield CompileCase.of(
-        "project", project_kernel, pointers | {"floor": "fp32"}, {}, {"BLOCK": 1024}, tensor_cores=False
-    )
-    yield CompileCase.of("analysis", analysis_kernel, pointers, {}, blocks | {"BN": WIDE})
-    for block in (NARROW, WIDE):
-        yield CompileCase.of(f"synthesis {block} channels", synthesis_kernel, pointers, {}, blocks | {"BN": block})
-    constexprs = {"BLOCK": CHUNK, "PARTS": 1024}
-    yield CompileCase.of("finish", finish_kernel, pointers | floats, {}, constexprs, tensor_cores=False)

@@ -1,0 +1,1 @@
+"""The compile check: `python -m sdnet.bench.compile_check`."""
