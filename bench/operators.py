@@ -87,14 +87,18 @@ def layer_inputs(case: Case, seed: int) -> dict[str, Tensor]:
 
     weight = F.normalize(normal(layer.atoms, layer.channels * layer.kernel_size**2), dim=1)
     weight = weight.view(layer.atoms, layer.channels, layer.kernel_size, layer.kernel_size)
-    vector = step_sizes.seeded_vector((1, layer.channels, *layer.size))
-    _, eigenvalue = step_sizes.power_iteration(weight, vector.to(case.device), **case.geometry, iterations=20)
+    power_vector = step_sizes.initial_power_vector((1, layer.channels, *layer.size))
+    _, eigenvalue = step_sizes.power_iteration(weight, power_vector.to(case.device), **case.geometry, iterations=20)
     images, codes = (case.batch, layer.channels, *layer.size), (case.batch, layer.atoms, *layer.codes_size)
     tensors = {"x": normal(*images), "weight": weight, "grad": normal(*codes)}
     layout = LAYOUTS[case.layout]
     inputs = {name: tensor.to(**options).contiguous(memory_format=layout) for name, tensor in tensors.items()}
     lam = torch.tensor(LAM, device=case.device)
-    return inputs | {"step": step_sizes.step_size(eigenvalue), "lam": lam, "vector": vector.to(case.device)}
+    return inputs | {
+        "step_size": step_sizes.step_size_of(eigenvalue),
+        "lam": lam,
+        "power_vector": power_vector.to(case.device),
+    }
 
 
 def differentiable(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -108,7 +112,7 @@ def csc_by(impl: str) -> Provider:
     def bind(case: Case, inputs: Inputs) -> Bound:
         x, weight = differentiable(inputs)
         options: dict[str, Any] = {**case.options, "impl": impl}
-        return Bound(lambda: csc_encode(x, weight, inputs["step"], inputs["lam"], **options), (x, weight))
+        return Bound(lambda: csc_encode(x, weight, inputs["step_size"], inputs["lam"], **options), (x, weight))
 
     return bind
 
@@ -118,7 +122,7 @@ def csc_compiled(case: Case, inputs: Inputs) -> Bound:
     x, weight = differentiable(inputs)
     options: dict[str, Any] = {**case.options, "impl": "reference"}
     function = compiled(tuple(options.items()))
-    return Bound(lambda: function(x, weight, inputs["step"], inputs["lam"]), (x, weight))
+    return Bound(lambda: function(x, weight, inputs["step_size"], inputs["lam"]), (x, weight))
 
 
 COMPILED: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
@@ -146,7 +150,7 @@ def csc_official(case: Case, inputs: Inputs) -> Bound:
     config = OfficialConfig(n_steps=case.n_steps, lmbd=LAM)
     module = DictConv2d(layer.channels, layer.atoms, layer.kernel_size, layer.stride, config).to(case.device)
     module.weight.data = inputs["weight"].float().contiguous(memory_format=LAYOUTS[case.layout])
-    module.step_size.copy_(inputs["step"])
+    module.step_size.copy_(inputs["step_size"])
     module.eigenvector = inputs["grad"][:1]  # only its absence would cost a forward anything
     x = inputs["x"].detach().requires_grad_()
     half = DTYPES[case.dtype] != torch.float32

@@ -19,7 +19,7 @@ from sdnet.kernels.dispatch import obstacle_to_triton
 def problem_of(case: Case, inputs: Inputs) -> torch_path.Problem:
     """The published problem: two steps, non-negative codes."""
     return torch_path.Problem(
-        step=inputs["step"],
+        step_size=inputs["step_size"],
         lam=inputs["lam"],
         mu=0.0,
         n_steps=2,
@@ -38,11 +38,11 @@ def encode_torch(case: Case, inputs: Inputs) -> Bound:
 
 
 def encode_reference(case: Case, inputs: Inputs) -> Bound:
-    step, lam = inputs["step"].to(inputs["x"].dtype), inputs["lam"].to(inputs["x"].dtype)
+    step_size, lam = inputs["step_size"].to(inputs["x"].dtype), inputs["lam"].to(inputs["x"].dtype)
 
     def run() -> Tensor:
-        v = inputs["grad"] + step * reference.analysis(inputs["x"], inputs["weight"], **case.geometry)
-        return reference.proximal(v, step, lam, 0.0, nonnegative=True)
+        v = inputs["grad"] + step_size * reference.analysis(inputs["x"], inputs["weight"], **case.geometry)
+        return reference.proximal(v, step_size, lam, 0.0, nonnegative=True)
 
     return Bound(run)
 
@@ -72,28 +72,28 @@ def correlation_torch(case: Case, inputs: Inputs) -> Bound:
 
 
 def correlation_reference(case: Case, inputs: Inputs) -> Bound:
-    weight, step = inputs["weight"], inputs["step"].to(inputs["x"].dtype)
+    weight, step_size = inputs["weight"], inputs["step_size"].to(inputs["x"].dtype)
 
     def correlation() -> Tensor:
         return conv2d_weight(inputs["x"], weight.shape, inputs["grad"], **case.geometry)
 
-    return Bound(lambda: step * (correlation() + correlation()) - correlation())
+    return Bound(lambda: step_size * (correlation() + correlation()) - correlation())
 
 
 def power_iteration_torch(case: Case, inputs: Inputs) -> Bound:
     def run() -> Tensor:
-        vector, eigenvalue = step_sizes.power_iteration(inputs["weight"], inputs["vector"], **case.geometry)
-        return vector * eigenvalue
+        power_vector, eigenvalue = step_sizes.power_iteration(inputs["weight"], inputs["power_vector"], **case.geometry)
+        return power_vector * eigenvalue
 
     return Bound(run)
 
 
 def power_iteration_reference(case: Case, inputs: Inputs) -> Bound:
     size, weight = case.layer.size, inputs["weight"]
-    vector = inputs["vector"].to(weight.dtype)
+    power_vector = inputs["power_vector"].to(weight.dtype)
 
     def run() -> Tensor:
-        codes = reference.analysis(vector, weight, **case.geometry)
+        codes = reference.analysis(power_vector, weight, **case.geometry)
         return reference.synthesis(codes, weight, size, **case.geometry)
 
     return Bound(run)
@@ -112,10 +112,10 @@ def by_triton(name: str, path: str) -> Provider:
             raise NotImplementedError(f"{obstacle}.")
         from sdnet.kernels.triton_path import correlation, cudnn, fused, loop
 
-        problem, step = problem_of(case, inputs), inputs["step"]
+        problem, step_size = problem_of(case, inputs), inputs["step_size"]
         layer = loop.layer_of(x, weight, problem.stride, problem.padding, LAYOUTS[case.layout])
         steps = {"fused": fused, "cudnn": cudnn}[path]
-        pairs = [(x, codes, step), (x, codes, step), (x, codes, -1.0)]
+        pairs = [(x, codes, step_size), (x, codes, step_size), (x, codes, -1.0)]
         runs = {
             "encode": lambda: steps.encode(layer, x, problem, codes)[0],
             "residual": lambda: steps.residual(layer, x, codes, problem),

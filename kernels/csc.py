@@ -17,7 +17,7 @@ KEEP_RESIDUALS = "SDNET_KEEP_RESIDUALS"
 def csc_encode(
     x: Tensor,
     weight: Tensor,
-    step: float | Tensor,
+    step_size: float | Tensor,
     lam: float | Tensor,
     mu: float = 0.0,
     n_steps: int = 2,
@@ -66,13 +66,13 @@ def csc_encode(
     """
     stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
     _check(x, weight, mu, n_steps, padding, solver, data_term, n_dict)
-    step = _scalar_or_per_sample("step", step, x, per_sample=False)
+    step_size = _scalar_or_per_sample("step_size", step_size, x, per_sample=False)
     lam = _scalar_or_per_sample("lam", lam, x, per_sample=True)
     x, weight = _autocast(x, weight)
     impl, _ = requested(impl)
     if impl == "reference":
         return reference.csc_encode(
-            x, weight, step, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict
+            x, weight, step_size, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict
         )
     if keep_residuals is None:
         keep_residuals = _keeps_residuals(x)
@@ -80,7 +80,7 @@ def csc_encode(
     return csc_forward(
         x,
         weight,
-        step,
+        step_size,
         lam,
         mu,
         n_steps,
@@ -99,7 +99,7 @@ def csc_encode(
 def explain(
     x: Tensor,
     weight: Tensor,
-    step: float | Tensor,
+    step_size: float | Tensor,
     lam: float | Tensor,
     mu: float = 0.0,
     n_steps: int = 2,
@@ -115,7 +115,7 @@ def explain(
     """Which implementation `csc_encode` takes for these arguments, and why; it raises what `csc_encode` would raise."""
     stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
     _check(x, weight, mu, n_steps, padding, solver, data_term, n_dict)
-    _scalar_or_per_sample("step", step, x, per_sample=False)
+    _scalar_or_per_sample("step_size", step_size, x, per_sample=False)
     _scalar_or_per_sample("lam", lam, x, per_sample=True)
     x, weight = _autocast(x, weight)
     choice = choose(impl, x, weight)

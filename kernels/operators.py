@@ -33,7 +33,7 @@ def pair(values: Sequence[int]) -> Pair:
 
 
 def problem_of(
-    step: Tensor,
+    step_size: Tensor,
     lam: Tensor,
     mu: float,
     n_steps: int,
@@ -46,7 +46,7 @@ def problem_of(
 ) -> torch_path.Problem:
     """The schema's arguments under their names."""
     return torch_path.Problem(
-        step=step,
+        step_size=step_size,
         lam=lam,
         mu=mu,
         n_steps=n_steps,
@@ -71,7 +71,7 @@ def quietly_on(x: Tensor) -> Iterator[None]:
 def csc_forward(
     x: Tensor,
     weight: Tensor,
-    step: Tensor,
+    step_size: Tensor,
     lam: Tensor,
     mu: float,
     n_steps: int,
@@ -86,7 +86,7 @@ def csc_forward(
     keep_all: bool,
 ) -> list[Tensor]:
     """[z_1, ..., z_n], before them [r_1, ..., r_{n-1}] if keep_residuals; [z_n] alone unless keep_all."""
-    problem = problem_of(step, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict)
+    problem = problem_of(step_size, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict)
     layout = memory_format_of(x, weight)
     keep_residuals = keep_residuals and keep_all
     with quietly_on(x):
@@ -105,7 +105,7 @@ def csc_forward(
 def _(
     x: Tensor,
     weight: Tensor,
-    step: Tensor,
+    step_size: Tensor,
     lam: Tensor,
     mu: float,
     n_steps: int,
@@ -134,7 +134,7 @@ def csc_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    step: Tensor,
+    step_size: Tensor,
     lam: Tensor,
     kept: Sequence[Tensor],
     mu: float,
@@ -152,7 +152,7 @@ def csc_backward(
 
     `kept` is what csc_forward returned.
     """
-    problem = problem_of(step, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict)
+    problem = problem_of(step_size, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict)
     layout = memory_format_of(x, weight)
     residuals, codes = list(kept[:-n_steps]), list(kept[-n_steps:])
     wanted = torch_path.Needs(*needs)
@@ -177,7 +177,7 @@ def _(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    step: Tensor,
+    step_size: Tensor,
     lam: Tensor,
     kept: Sequence[Tensor],
     mu: float,
@@ -200,22 +200,22 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weight, step, lam, *options, _, keep_all = inputs
+    x, weight, step_size, lam, *options, _, keep_all = inputs
     assert keep_all, "a gradient needs all codes"
-    ctx.save_for_backward(x, weight, step, lam, *output)
+    ctx.save_for_backward(x, weight, step_size, lam, *output)
     ctx.options = options
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     # csc_encode hands out the last codes alone, so no other has a gradient.
-    x, weight, step, lam, *kept = ctx.saved_tensors
+    x, weight, step_size, lam, *kept = ctx.saved_tensors
     needs_x, needs_weight, _, needs_lam = ctx.needs_input_grad[:4]
     needs = [needs_x, needs_weight, needs_lam]
     untouched = (None,) * (len(ctx.options) + 2)
     if grads[-1] is None:
         return None, None, None, None, *untouched
-    wanted = iter(csc_backward(grads[-1], x, weight, step, lam, kept, *ctx.options, needs))
+    wanted = iter(csc_backward(grads[-1], x, weight, step_size, lam, kept, *ctx.options, needs))
     d_x, d_weight, d_lam = (next(wanted) if needed else None for needed in needs)
     return d_x, d_weight, None, d_lam, *untouched
 

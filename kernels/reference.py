@@ -61,9 +61,9 @@ def shrink(v: Tensor, threshold: Tensor, nonnegative: bool) -> Tensor:
     return v.sign() * (v.abs() - threshold).clamp_min(0)
 
 
-def proximal(v: Tensor, step: Tensor, lam: Tensor, mu: float, nonnegative: bool) -> Tensor:
+def proximal(v: Tensor, step_size: Tensor, lam: Tensor, mu: float, nonnegative: bool) -> Tensor:
     """P(v), the proximal map of step (lam |.|_1 + mu/2 |.|^2). `lam` broadcasts against v."""
-    return shrink(v, step * lam, nonnegative) / (1 + step * mu)
+    return shrink(v, step_size * lam, nonnegative) / (1 + step_size * mu)
 
 
 def momentum(n_steps: int, solver: Solver) -> list[float]:
@@ -90,7 +90,7 @@ def residual_scale(residual: Tensor, data_term: DataTerm) -> Tensor | None:
 def csc_encode(
     x: Tensor,
     weight: Tensor,
-    step: Tensor,
+    step_size: Tensor,
     lam: Tensor,
     mu: float,
     n_steps: int,
@@ -106,11 +106,11 @@ def csc_encode(
     `step` is 0-d, `lam` 0-d or [N, 1, 1, 1]. `step` and the norm of `data_term="norm"` carry no gradient. With
     n_dict > 1 one code has n_dict reconstructions, each compared with the whole input.
     """
-    step = step.detach().to(x.dtype)
+    step_size = step_size.detach().to(x.dtype)
     lam = lam.to(x.dtype)
     target = repeat(x, "n c h w -> n (d c) h w", d=n_dict)
     size = (x.shape[2], x.shape[3])
-    codes = proximal(step * analysis(target, weight, stride, padding), step, lam, mu, nonnegative)
+    codes = proximal(step_size * analysis(target, weight, stride, padding), step_size, lam, mu, nonnegative)
     previous = codes
     for beta in momentum(n_steps, solver)[1:]:
         extrapolated = codes + beta * (codes - previous)
@@ -120,7 +120,9 @@ def csc_encode(
         if scale is not None:
             residual = residual * scale
         previous = codes
-        codes = proximal(extrapolated + step * analysis(residual, weight, stride, padding), step, lam, mu, nonnegative)
+        codes = proximal(
+            extrapolated + step_size * analysis(residual, weight, stride, padding), step_size, lam, mu, nonnegative
+        )
     return codes
 
 

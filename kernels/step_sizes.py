@@ -38,37 +38,37 @@ FLOOR = 1e-12
 """The least eigenvalue that a step is computed from: a dictionary of zeros has a long step, not an infinite one."""
 
 
-def seeded_vector(shape: tuple[int, ...]) -> Tensor:
+def initial_power_vector(shape: tuple[int, ...]) -> Tensor:
     """A random unit vector that is the same in every process, whatever its random state; fp32, on the CPU."""
-    vector = torch.randn(shape, generator=torch.Generator().manual_seed(SEED), device="cpu")
-    return vector / torch.linalg.vector_norm(vector)
+    power_vector = torch.randn(shape, generator=torch.Generator().manual_seed(SEED), device="cpu")
+    return power_vector / torch.linalg.vector_norm(power_vector)
 
 
-def gram(weight: Tensor, vector: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
+def gram(weight: Tensor, power_vector: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
     """A A'u of a vector [1, C, H, W] over a dictionary [K, C, kh, kw], and its norm, 0-d; fp32."""
     weight = weight.detach().float()
-    size = (vector.shape[2], vector.shape[3])
-    image = synthesis(analysis(vector, weight, stride, padding), weight, size, stride, padding)
+    size = (power_vector.shape[2], power_vector.shape[3])
+    image = synthesis(analysis(power_vector, weight, stride, padding), weight, size, stride, padding)
     return image, torch.linalg.vector_norm(image)
 
 
 def power_iteration(
-    weight: Tensor, vector: Tensor, stride: Pair, padding: Pair, iterations: int = 1
+    weight: Tensor, power_vector: Tensor, stride: Pair, padding: Pair, iterations: int = 1
 ) -> tuple[Tensor, Tensor]:
     """At least one iteration from a unit vector [1, C, H, W]: the new unit vector and the eigenvalue's estimate, 0-d.
 
     Both are fp32 and computed without a host sync.
     """
-    eigenvalue = vector.new_zeros(())
+    eigenvalue = power_vector.new_zeros(())
     for _ in range(iterations):
-        image, eigenvalue = gram(weight, vector, stride, padding)
-        vector = image / eigenvalue.clamp_min(FLOOR)
-    return vector, eigenvalue
+        image, eigenvalue = gram(weight, power_vector, stride, padding)
+        power_vector = image / eigenvalue.clamp_min(FLOOR)
+    return power_vector, eigenvalue
 
 
 def largest_eigenvalue(
     weight: Tensor,
-    vector: Tensor,
+    power_vector: Tensor,
     stride: Pair,
     padding: Pair,
     tolerance: float = 1e-5,
@@ -81,13 +81,13 @@ def largest_eigenvalue(
     raises the eigenvalue by less than `tolerance` of it: some ten times fewer applications of AA' than power iteration
     alone needs. Looks at the device once in a restart.
     """
-    shape, basis_size = vector.shape, min(subspace, vector.numel())
+    shape, basis_size = power_vector.shape, min(subspace, power_vector.numel())
     previous = 0.0
-    eigenvalue = vector.new_zeros(())
+    eigenvalue = power_vector.new_zeros(())
     for _ in range(max_restarts):
         basis: list[Tensor] = []
         images: list[Tensor] = []
-        candidate = vector.flatten()
+        candidate = power_vector.flatten()
         for _ in range(basis_size):
             for _ in range(2):  # the second pass removes what rounding leaves of the first
                 for q in basis:
@@ -101,16 +101,16 @@ def largest_eigenvalue(
         projected = q @ torch.stack(images).mT
         eigenvalues, mixtures = torch.linalg.eigh((projected + projected.mT) / 2)
         eigenvalue = eigenvalues[-1]
-        vector = (mixtures[:, -1] @ q).view(shape)
-        vector = vector / torch.linalg.vector_norm(vector).clamp_min(FLOOR)
+        power_vector = (mixtures[:, -1] @ q).view(shape)
+        power_vector = power_vector / torch.linalg.vector_norm(power_vector).clamp_min(FLOOR)
         current = float(eigenvalue)
         if current - previous <= tolerance * current:
             break
         previous = current
-    return vector, eigenvalue
+    return power_vector, eigenvalue
 
 
-def step_size(eigenvalue: Tensor) -> Tensor:
+def step_size_of(eigenvalue: Tensor) -> Tensor:
     """0.9 / eigenvalue."""
     return SAFETY / eigenvalue.clamp_min(FLOOR)
 
@@ -119,12 +119,12 @@ ATOM_FLOOR = 1e-12
 """The least norm that an atom is divided by."""
 
 
-class Dictionary(NamedTuple):
+class DictionaryState(NamedTuple):
     """The state of a layer: weight [K, C, kh, kw], the power iteration's vector [1, C, H, W] and step, 0-d, in fp32."""
 
     weight: Tensor
-    vector: Tensor
-    step: Tensor
+    power_vector: Tensor
+    step_size: Tensor
     stride: Pair
     padding: Pair
 
@@ -135,18 +135,18 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def fits(dictionary: Dictionary) -> bool:
+def fits(dictionary: DictionaryState) -> bool:
     """Whether the Triton kernels take it: fp32 on a GPU, densely packed."""
-    weight, vector, step = dictionary.weight, dictionary.vector, dictionary.step
+    weight, power_vector, step_size = dictionary.weight, dictionary.power_vector, dictionary.step_size
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    single = weight.dtype == vector.dtype == step.dtype == torch.float32
-    return has_triton() and weight.is_cuda and dense and single and vector.is_contiguous()
+    single = weight.dtype == power_vector.dtype == step_size.dtype == torch.float32
+    return has_triton() and weight.is_cuda and dense and single and power_vector.is_contiguous()
 
 
 @torch.no_grad()
-def follow(dictionaries: Sequence[Dictionary], iterations: int = 1) -> None:
+def update_dictionaries(dictionaries: Sequence[DictionaryState], iterations: int = 1) -> None:
     """Projects the atoms of all dictionaries and runs `iterations` power iterations; changes them in place."""
-    fused: dict[torch.device, list[Dictionary]] = {}
+    fused: dict[torch.device, list[DictionaryState]] = {}
     for dictionary in dictionaries:
         if fits(dictionary):
             fused.setdefault(dictionary.weight.device, []).append(dictionary)
@@ -154,15 +154,15 @@ def follow(dictionaries: Sequence[Dictionary], iterations: int = 1) -> None:
             update_dictionary(dictionary, iterations)
     for device, together in fused.items():
         with torch.cuda.device(device):
-            import_module("sdnet.kernels.triton_path.step_sizes").follow(together, iterations)
+            import_module("sdnet.kernels.triton_path.step_sizes").update_dictionaries(together, iterations)
 
 
 @torch.no_grad()
-def update_dictionary(dictionary: Dictionary, iterations: int = 1) -> None:
+def update_dictionary(dictionary: DictionaryState, iterations: int = 1) -> None:
     """The same for one dictionary with PyTorch's operators."""
-    weight, vector, step, stride, padding = dictionary
+    weight, power_vector, step_size, stride, padding = dictionary
     norms = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
     weight.div_(norms.clamp_min(ATOM_FLOOR))
-    image, eigenvalue = power_iteration(weight, vector, stride, padding, iterations)
-    vector.copy_(image)
-    step.copy_(step_size(eigenvalue))
+    image, eigenvalue = power_iteration(weight, power_vector, stride, padding, iterations)
+    power_vector.copy_(image)
+    step_size.copy_(step_size_of(eigenvalue))

@@ -39,7 +39,7 @@ from sdnet.kernels.reference import (
 class Problem(NamedTuple):
     """What fixes the loop beside its tensors. `lam` is 0-d or [N, 1, 1, 1], `step` 0-d, both of at least fp32."""
 
-    step: Tensor
+    step_size: Tensor
     lam: Tensor
     mu: float
     n_steps: int
@@ -53,16 +53,16 @@ class Problem(NamedTuple):
     @property
     def damping(self) -> Tensor:
         """1 / (1 + step mu)."""
-        return 1 / (1 + self.step * self.mu)
+        return 1 / (1 + self.step_size * self.mu)
 
     @property
     def gamma(self) -> Tensor:
         """step / (1 + step mu)."""
-        return self.step * self.damping
+        return self.step_size * self.damping
 
     def scaled(self, weight: Tensor) -> Tensor:
         """gamma W in W's dtype, rounded once."""
-        return (weight.to(self.step.dtype) * self.gamma).to(weight.dtype)
+        return (weight.to(self.step_size.dtype) * self.gamma).to(weight.dtype)
 
     @staticmethod
     def extrapolated(codes: Tensor, previous: Tensor, beta: float) -> Tensor:
@@ -252,7 +252,7 @@ def weight_gradient(analysis: Tensor | None, synthesis: Tensor | None, problem: 
     """gamma analysis - synthesis, rounded once; None without the former, zero for a missing latter."""
     if analysis is None:
         return None
-    gradient = analysis.to(problem.step.dtype) * problem.gamma
+    gradient = analysis.to(problem.step_size.dtype) * problem.gamma
     if synthesis is not None:
         gradient -= synthesis
     return gradient.to(analysis.dtype)

@@ -5,7 +5,7 @@ from sdnet.layers import CSCConv2d
 from sdnet.models import SDNet, create_model, list_models
 from sdnet.official import load_official_checkpoint
 from sdnet.robust import set_lambda
-from sdnet.step_size import attach, converge_vectors, refresh_step_size, step_margins
+from sdnet.step_size import attach, converge_power_vectors, refresh_step_size, step_margins
 
 __version__ = "0.1.0"
 
@@ -15,7 +15,7 @@ __all__ = [
     "Recording",
     "SDNet",
     "attach",
-    "converge_vectors",
+    "converge_power_vectors",
     "create_model",
     "diagnose",
     "list_models",

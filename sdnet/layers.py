@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sdnet.kernels import csc_encode, reference, step_sizes
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import DataTerm, Pair, Solver, codes_size
-from sdnet.kernels.step_sizes import Dictionary
+from sdnet.kernels.step_sizes import DictionaryState
 
 DEFAULT_INPUT_SIZE = 32
 FIRST_ITERATIONS = 10
@@ -47,8 +47,8 @@ class CSCConv2d(nn.Module):
     """
 
     weight: nn.Parameter
-    step: Tensor
-    vector: Tensor
+    step_size: Tensor
+    power_vector: Tensor
     _lam: Tensor
 
     def __init__(
@@ -88,8 +88,8 @@ class CSCConv2d(nn.Module):
         if adaptive_lam:
             lam = lam * (in_channels * size[0] * size[1]) / (out_channels * out_size[0] * out_size[1])
         self.weight = nn.Parameter(torch.empty(out_channels, n_dict * in_channels, *self.kernel_size))
-        self.register_buffer("step", torch.zeros(()))
-        self.register_buffer("vector", torch.empty(1, n_dict * in_channels, *size))
+        self.register_buffer("step_size", torch.zeros(()))
+        self.register_buffer("power_vector", torch.empty(1, n_dict * in_channels, *size))
         self.register_buffer("_lam", torch.zeros(()), persistent=False)
         self.lam = lam
         self.register_load_state_dict_pre_hook(_take_over_grid)
@@ -98,15 +98,15 @@ class CSCConv2d(nn.Module):
     def reset_parameters(self) -> None:
         """Kaiming-uniform atoms of unit norm, a seeded vector and a first step size."""
         nn.init.kaiming_uniform_(self.weight)
-        self.seed_vector()
-        self.follow(FIRST_ITERATIONS)
+        self.reset_power_vector()
+        self.update_dictionary(FIRST_ITERATIONS)
 
     def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
         """Codes [N, K, h, w] of x [N, C, H, W]; `lam` (float, 0-d, [N] or [N, 1, 1, 1]) takes the place of self.lam."""
         return csc_encode(
             x,
             self.weight,
-            self.step,
+            self.step_size,
             self.lam if lam is None else lam,
             self.mu,
             self.n_steps,
@@ -159,27 +159,29 @@ class CSCConv2d(nn.Module):
         self._lam = lam.reshape(-1, 1, 1, 1) if lam.ndim else lam
 
     @torch.no_grad()
-    def seed_vector(self, size: Pair | None = None) -> None:
+    def reset_power_vector(self, size: Pair | None = None) -> None:
         """A random unit vector that is the same in every process; `size` changes its grid."""
-        grid = tuple(self.vector.shape[2:]) if size is None else size
-        self.vector = step_sizes.seeded_vector((1, self.vector.shape[1], *grid)).to(self.vector.device)
+        grid = tuple(self.power_vector.shape[2:]) if size is None else size
+        self.power_vector = step_sizes.initial_power_vector((1, self.power_vector.shape[1], *grid)).to(
+            self.power_vector.device
+        )
 
     @property
-    def dictionary(self) -> Dictionary:
+    def dictionary(self) -> DictionaryState:
         """What `sdnet.kernels.step_sizes` keeps true: the atoms, the vector and the step."""
-        return Dictionary(self.weight, self.vector, self.step, self.stride, self.padding)
+        return DictionaryState(self.weight, self.power_vector, self.step_size, self.stride, self.padding)
 
-    def follow(self, iterations: int = 1) -> None:
+    def update_dictionary(self, iterations: int = 1) -> None:
         """Projects the atoms, runs `iterations` warm power iterations and sets the step, without a host sync."""
-        step_sizes.follow([self.dictionary], iterations)
+        step_sizes.update_dictionaries([self.dictionary], iterations)
 
     @torch.no_grad()
-    def converge_vector(self, tolerance: float = 1e-5) -> Tensor:
+    def converge_power_vector(self, tolerance: float = 1e-5) -> Tensor:
         """Converges the vector; returns the largest eigenvalue of A'A, 0-d, some `tolerance` below; leaves the step."""
-        vector, eigenvalue = step_sizes.largest_eigenvalue(
-            self.weight, self.vector, self.stride, self.padding, tolerance
+        power_vector, eigenvalue = step_sizes.largest_eigenvalue(
+            self.weight, self.power_vector, self.stride, self.padding, tolerance
         )
-        self.vector.copy_(vector)
+        self.power_vector.copy_(power_vector)
         return eigenvalue
 
     def extra_repr(self) -> str:
@@ -192,7 +194,7 @@ class CSCConv2d(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CSCConv2d":
         # half() and double() are for weights: a step in bf16 would be off by up to 0.4 %.
-        exact = {name: self._buffers[name] for name in ("step", "vector", "_lam")}
+        exact = {name: self._buffers[name] for name in ("step_size", "power_vector", "_lam")}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = self._buffers[name]
@@ -204,9 +206,9 @@ class CSCConv2d(nn.Module):
 def _take_over_grid(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     # The vector carries the grid that the step was estimated on: a saved one may differ from the constructor's.
     assert isinstance(module, CSCConv2d)
-    saved = state_dict.get(prefix + "vector")
-    if isinstance(saved, Tensor) and saved.ndim == 4 and saved.shape[:2] == module.vector.shape[:2]:
-        module.vector = module.vector.new_empty(saved.shape)
+    saved = state_dict.get(prefix + "power_vector")
+    if isinstance(saved, Tensor) and saved.ndim == 4 and saved.shape[:2] == module.power_vector.shape[:2]:
+        module.power_vector = module.power_vector.new_empty(saved.shape)
 
 
 def _pair(name: str, value: int | Pair, least: int) -> Pair:

@@ -211,7 +211,7 @@ class SDNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
         # DDP broadcasts buffers at every forward. The power vectors start equal and stay so on equal weights.
         self._ddp_params_and_buffers_to_ignore = [
-            f"{name}.vector" for name, module in self.named_modules() if isinstance(module, CSCConv2d)
+            f"{name}.power_vector" for name, module in self.named_modules() if isinstance(module, CSCConv2d)
         ]
 
     def forward(self, x: Tensor) -> Tensor:

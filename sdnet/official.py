@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdnet.step_size import converge_vectors
+from sdnet.step_size import converge_power_vectors
 
 UNIT_NORM_TOLERANCE = 1e-5
 """Atoms nearer to unit norm than this are taken as they are: normalising twice would change their bits."""
@@ -21,7 +21,6 @@ _RENAMES = (
     (r"^stem\.pool\.", r"layer0.2.dn."),
     (r"^stages\.(\d+)\.", lambda match: f"layer{int(match[1]) + 1}."),
     (r"\.norm(\d)\.", r".bn\1."),
-    (r"\.step$", r".step_size"),
 )
 
 
@@ -49,7 +48,7 @@ def load_official_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Non
     for official, ours in names.items():
         value = state[official].reshape(target[ours].shape)
         target[ours].copy_(_on_unit_sphere(value) if _is_dictionary(ours, target) else value)
-    converge_vectors(model)
+    converge_power_vectors(model)
 
 
 class _Ignored:
@@ -97,10 +96,10 @@ def _state_dict(content: object, source: Path) -> dict[str, Tensor]:
 
 def _official_names(target: Mapping[str, Tensor]) -> dict[str, str]:
     """The official name of every entry of our state dict, but the vectors: {official: ours}."""
-    all_layers = any(re.search(r"^stages\..*\.step$", key) for key in target)
+    all_layers = any(re.search(r"^stages\..*\.step_size$", key) for key in target)
     names = {}
     for ours in target:
-        if ours.endswith(".vector"):
+        if ours.endswith(".power_vector"):
             continue
         official = ours
         for pattern, replacement in _RENAMES:
@@ -129,7 +128,7 @@ def _check(state: Mapping[str, Tensor], target: Mapping[str, Tensor], names: Map
 
 def _is_dictionary(ours: str, target: Mapping[str, Tensor]) -> bool:
     """Whether an entry is the weight of a CSC layer: such a layer has a step beside it."""
-    return ours.endswith(".weight") and f"{ours.removesuffix('weight')}step" in target
+    return ours.endswith(".weight") and f"{ours.removesuffix('weight')}step_size" in target
 
 
 def _on_unit_sphere(weight: Tensor) -> Tensor:

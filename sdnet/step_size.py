@@ -32,12 +32,12 @@ def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> Remov
     layers = list(csc_layers(model).values())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for layer in layers:
-            torch.distributed.broadcast(layer.vector, src=0)
+            torch.distributed.broadcast(layer.power_vector, src=0)
 
-    def follow(*_: Any) -> None:
-        step_sizes.follow([layer.dictionary for layer in layers], iterations)
+    def update_dictionaries(*_: Any) -> None:
+        step_sizes.update_dictionaries([layer.dictionary for layer in layers], iterations)
 
-    return optimizer.register_step_post_hook(follow)
+    return optimizer.register_step_post_hook(update_dictionaries)
 
 
 @torch.no_grad()
@@ -50,16 +50,16 @@ def refresh_step_size(model: nn.Module, image_size: int | Pair | None = None) ->
     layers = csc_layers(model)
     if image_size is not None:
         for name, size in input_sizes(model, image_size).items():
-            layers[name].seed_vector(size)
+            layers[name].reset_power_vector(size)
     for layer in layers.values():
-        layer.step.copy_(step_sizes.step_size(layer.converge_vector()))
+        layer.step_size.copy_(step_sizes.step_size_of(layer.converge_power_vector()))
 
 
 @torch.no_grad()
-def converge_vectors(model: nn.Module) -> None:
+def converge_power_vectors(model: nn.Module) -> None:
     """Brings the vector of every CSC layer to where warm iterations can start; leaves the step sizes."""
     for layer in csc_layers(model).values():
-        layer.converge_vector(tolerance=1e-3)
+        layer.converge_power_vector(tolerance=1e-3)
 
 
 @torch.no_grad()
@@ -71,11 +71,13 @@ def step_margins(model: nn.Module, image_size: int | Pair | None = None) -> dict
     sizes = {} if image_size is None else input_sizes(model, image_size)
     margins = {}
     for name, layer in csc_layers(model).items():
-        vector, grid = layer.vector, tuple(layer.vector.shape[2:])
+        power_vector, grid = layer.power_vector, tuple(layer.power_vector.shape[2:])
         if sizes.get(name, grid) != grid:
-            vector = step_sizes.seeded_vector((1, vector.shape[1], *sizes[name])).to(vector.device)
-        _, eigenvalue = step_sizes.largest_eigenvalue(layer.weight, vector, layer.stride, layer.padding)
-        margins[name] = float(layer.step * eigenvalue)
+            power_vector = step_sizes.initial_power_vector((1, power_vector.shape[1], *sizes[name])).to(
+                power_vector.device
+            )
+        _, eigenvalue = step_sizes.largest_eigenvalue(layer.weight, power_vector, layer.stride, layer.padding)
+        margins[name] = float(layer.step_size * eigenvalue)
     return margins
 
 

@@ -4,37 +4,14 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sdnet.train.errors import DataError, UserError
+from sdnet.train.job import BadFiles, Job, Verify
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
-
-Verify = Literal["header", "full"]  # look at the ends of every picture, or decode it
-BadFiles = Literal["fail", "skip"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to run and where: the recipe, and what does not change its numbers.
-
-    `threads` are the decoding threads of each process, 0 for its share of the machine's cores; `prefetch` and
-    `hw_decoder_load` are DALI's. `verify`, `bad_files` and `val_labels` are those of `sdnet.train.data.sources`.
-    """
-
-    recipe: Recipe
-    data: Path
-    run: RunFolder
-    resume: bool
-    threads: int
-    log_every: int
-    verify: Verify = "header"
-    bad_files: BadFiles = "fail"
-    val_labels: Path | None = None
-    prefetch: int = 2
-    hw_decoder_load: float = 0.65
 
 
 def parse_job(recipes: Mapping[str, Callable[[], Recipe]], default: str, argv: Sequence[str] | None = None) -> Job:

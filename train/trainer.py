@@ -12,11 +12,11 @@ from accelerate.utils import broadcast, gather_object
 
 import sdnet
 from sdnet.train.checkpoint import Checkpoint
-from sdnet.train.cli import Job
 from sdnet.train.data.loader import Data, Shard
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import NonFiniteLossError, UserError
 from sdnet.train.interrupt import Interrupt
+from sdnet.train.job import Job
 from sdnet.train.metrics import LossMeter, LossReading, evaluate, of_all_ranks
 from sdnet.train.progress import Display, Stopwatch, peak_memory
 from sdnet.train.recipes import Recipe

@@ -57,9 +57,9 @@ def encode_kernel(
         r, dictionary, image, row, column, channel, N, taps, H, W, h, w,
         C, K, KH, KW, SH, SW, PH, PW, LAST, FORM, PRECISION, TB, TH, TW, BN, BK,
     )  # fmt: skip  # [BM, BN]
-    step = tl.load(step_ptr).to(tl.float32)
-    damping = 1 / (1 + step * mu)
-    v = step * damping * v
+    step_size = tl.load(step_ptr).to(tl.float32)
+    damping = 1 / (1 + step_size * mu)
+    v = step_size * damping * v
     sample = image.to(tl.int64) + tl.arange(0, TB * TH * TW) // (TH * TW)  # [BM]
     if scale_ptr is not None:
         v *= tl.load(scale_ptr + sample, mask=sample < N, other=0.0)[:, None]
@@ -67,7 +67,7 @@ def encode_kernel(
         lam = tl.load(lam_ptr + sample, mask=sample < N, other=0.0).to(tl.float32)[:, None]  # [BM, 1]
     else:
         lam = tl.load(lam_ptr).to(tl.float32)
-    threshold = step * damping * lam
+    threshold = step_size * damping * lam
 
     start, offset, kept = place(image, row, column, channel, N, h, w, K, LAST, TB, TH, TW, BN)
     codes = v
@@ -161,8 +161,8 @@ def synthesis_kernel(
             x = tl.load(x_ptr + first * X * H * W + x_offset, mask=kept, other=0.0)
         v = x.to(tl.float32) - sum
     else:
-        step = tl.load(step_ptr).to(tl.float32)
-        v = step / (1 + step * mu) * sum
+        step_size = tl.load(step_ptr).to(tl.float32)
+        v = step_size / (1 + step_size * mu) * sum
         if scale_ptr is not None:
             v *= tl.load(scale_ptr + first + b, mask=inside, other=0.0)[:, None]
         if add_ptr is not None:
@@ -265,7 +265,7 @@ def encode(
         encode_kernel[analysis_grid(layer.shape, tile)](
             layer.boxes(aligned(r), tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
             *(layer.boxes(t, tile, tile.channels) for t in (z, previous if beta else None, codes, extrapolated)),
-            problem.step, problem.lam, scale, problem.mu, beta, next_beta,
+            problem.step_size, problem.lam, scale, problem.mu, beta, next_beta,
             **layer.arguments(tile, ONE_SIDED=problem.nonnegative, PER_SAMPLE=problem.lam.ndim > 0),
         )  # fmt: skip
     return codes, extrapolated
@@ -291,7 +291,7 @@ def backstep(
         backstep_kernel[analysis_grid(layer.shape, tile)](
             layer.boxes(dr, tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
             *(layer.boxes(t, tile, tile.channels) for t in (m, z, later, masked, d_y)),
-            problem.step, problem.mu, beta, next_beta,
+            problem.step_size, problem.mu, beta, next_beta,
             **layer.arguments(tile, AT_Y=at_y),
         )  # fmt: skip
     return masked, d_y
@@ -320,7 +320,7 @@ def _synthesis(
         tile = layer.tiles.synthesis
         synthesis_kernel[synthesis_grid(layer.shape, tile)](
             layer.boxes(codes, tile, tile.reduction), layer.dictionary(tile, tile.reduction, tile.channels),
-            x, add, image, problem.step, scale, problem.mu,
+            x, add, image, problem.step_size, scale, problem.mu,
             **layer.arguments(tile, X=layer.weight.shape[1] if x is None else x.shape[1]),
         )  # fmt: skip
     return image

@@ -40,8 +40,8 @@ def shrink_step_kernel(
 ):  # fmt: skip
     """out = P(y + step v); y = 0 unless CODES, y = z unless MOMENTUM. `sample` is the number of a sample's elements."""
     start, offset, kept = chunk(numel, BLOCK)
-    step = tl.load(step_ptr)
-    u = step * tl.load(v_ptr + start + offset, mask=kept).to(tl.float32)
+    step_size = tl.load(step_ptr)
+    u = step_size * tl.load(v_ptr + start + offset, mask=kept).to(tl.float32)
     if CODES:
         z = tl.load(z_ptr + start + offset, mask=kept).to(tl.float32)
         if MOMENTUM:
@@ -50,16 +50,16 @@ def shrink_step_kernel(
     if PER_SAMPLE:
         first = start // sample  # one division of 64 bits for the program, then of 32 bits for its elements
         index = (start - first * sample + offset).to(tl.int32) // sample
-        threshold = step * tl.load(lam_ptr + first + index, mask=kept)
+        threshold = step_size * tl.load(lam_ptr + first + index, mask=kept)
     else:
-        threshold = step * tl.load(lam_ptr)
+        threshold = step_size * tl.load(lam_ptr)
     # Comparisons that a NaN fails keep it: a maximum with zero would hide it.
     if NONNEGATIVE:
         u -= threshold
         u = tl.where(u < 0, 0.0, u)
     else:
         u = tl.where(tl.abs(u) <= threshold, 0.0, tl.where(u < 0, u + threshold, u - threshold))
-    tl.store(out_ptr + start + offset, (u / (1 + step * mu)).to(out_ptr.dtype.element_ty), mask=kept)
+    tl.store(out_ptr + start + offset, (u / (1 + step_size * mu)).to(out_ptr.dtype.element_ty), mask=kept)
 
 
 @jit
@@ -115,7 +115,7 @@ def shrink_step(
     if v.numel() == 0:
         return out
     shrink_step_kernel[programs(v.numel())](
-        dense, z_dense, previous_dense, problem.step, problem.lam.contiguous(), out,
+        dense, z_dense, previous_dense, problem.step_size, problem.lam.contiguous(), out,
         v.numel(), v[0].numel(), beta, problem.mu,
         CODES=z is not None, MOMENTUM=momentum, PER_SAMPLE=problem.lam.ndim > 0, NONNEGATIVE=problem.nonnegative,
         BLOCK=BLOCK,

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdnet.kernels.reference import codes_size
-from sdnet.kernels.step_sizes import ATOM_FLOOR, FLOOR, SAFETY, Dictionary
+from sdnet.kernels.step_sizes import ATOM_FLOOR, FLOOR, SAFETY, DictionaryState
 from sdnet.kernels.triton_path.correlation_tiles import ceil_div
 
 jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
@@ -163,8 +163,8 @@ class Layer(NamedTuple):
     """A dictionary as the kernels see it: addresses and sizes."""
 
     weight: int
-    vector: int
-    step: int
+    power_vector: int
+    step_size: int
     channels: int
     atoms: int
     size: tuple[int, int]
@@ -175,12 +175,12 @@ class Layer(NamedTuple):
     last: bool
 
     @staticmethod
-    def of(dictionary: Dictionary) -> "Layer":
-        weight, vector, step, stride, padding = dictionary
+    def of(dictionary: DictionaryState) -> "Layer":
+        weight, power_vector, step_size, stride, padding = dictionary
         atoms, channels, kh, kw = weight.shape
-        grid = (vector.shape[2], vector.shape[3])
+        grid = (power_vector.shape[2], power_vector.shape[3])
         codes = codes_size(grid, (kh, kw), stride, padding)
-        addresses = (weight.data_ptr(), vector.data_ptr(), step.data_ptr())
+        addresses = (weight.data_ptr(), power_vector.data_ptr(), step_size.data_ptr())
         return Layer(*addresses, channels, atoms, grid, codes, (kh, kw), stride, padding, not weight.is_contiguous())
 
     @property
@@ -216,7 +216,7 @@ def plan_of(layers: tuple[Layer, ...], device: torch.device) -> Plan:
     scratch = torch.empty(sum(map(sum, needed)), dtype=torch.float32, device=device)
     free, rows = scratch.data_ptr(), []
     for layer, part, lengths in zip(layers, parts, needed, strict=True):
-        addresses = [layer.weight, layer.vector, layer.step]
+        addresses = [layer.weight, layer.power_vector, layer.step_size]
         for length in lengths:
             addresses.append(free)
             free += 4 * length
@@ -240,7 +240,9 @@ def plan_of(layers: tuple[Layer, ...], device: torch.device) -> Plan:
     )
 
 
-def follow(dictionaries: Sequence[Dictionary], iterations: int = 1, precision: str | None = None) -> None:
+def update_dictionaries(
+    dictionaries: Sequence[DictionaryState], iterations: int = 1, precision: str | None = None
+) -> None:
     """`step_sizes.follow` for fp32 dictionaries on one device, densely packed, and contiguous vectors.
 
     Multiplies in tf32 where cuDNN may, unless `precision` is "ieee".
@@ -257,5 +259,5 @@ def follow(dictionaries: Sequence[Dictionary], iterations: int = 1, precision: s
         for block, owner in plan.synthesis.items():
             synthesis_kernel[(len(owner),)](owner, plan.table, BN=block, **blocks)
         finish_kernel[(len(plan.finish),)](plan.finish, plan.table, FLOOR, SAFETY, BLOCK=CHUNK, PARTS=1024)
-    for weight, vector, step, *_ in dictionaries:  # autograd must know of what it did not see
-        torch.autograd.graph.increment_version([weight, vector, step])
+    for weight, power_vector, step_size, *_ in dictionaries:  # autograd must know of what it did not see
+        torch.autograd.graph.increment_version([weight, power_vector, step_size])

@@ -96,7 +96,7 @@ def test_command_writes_what_it_found(
 
     assert run("found.json") == 0
     [found] = json.loads((tmp_path / "found.json").read_text())
-    assert (found["module"], found["arch"], found["faults"]) == ("pointwise", 90, [])
+    assert (found["module"], found["arch"], found["faults"]) == ("pointwise_cases", 90, [])
     with pytest.raises(SystemExit):
         run("found.txt")
     assert "must end in .json or .md" in capsys.readouterr().err

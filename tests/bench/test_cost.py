@@ -62,14 +62,14 @@ def leaves() -> tuple[Tensor, Tensor]:
 
 def official(x: Tensor, weight: Tensor, n_steps: int) -> Tensor:
     """The operators of the official layer for n_steps <= 2, in their order, the normalisation of the atoms left out."""
-    step, scaling_mu, threshold = torch.tensor(0.1, dtype=x.dtype), 1.0, 0.01
+    step_size, scaling_mu, threshold = torch.tensor(0.1, dtype=x.dtype), 1.0, 0.01
     codes = torch.empty(0)
     for k in range(n_steps):
         if k == 0:
-            codes = step * F.conv2d(x.repeat(1, 1, 1, 1), weight, padding=1)
+            codes = step_size * F.conv2d(x.repeat(1, 1, 1, 1), weight, padding=1)
         else:
             residual = x.repeat(1, 1, 1, 1) - F.conv_transpose2d(codes, weight, padding=1)
-            codes = codes + step * F.conv2d(residual, weight, padding=1)
+            codes = codes + step_size * F.conv2d(residual, weight, padding=1)
         codes = F.relu(F.softshrink(codes * scaling_mu, threshold))
     residual = x.repeat(1, 1, 1, 1) - F.conv_transpose2d(codes, weight, padding=1)
     torch.sum(torch.pow(residual, 2))
@@ -104,8 +104,8 @@ def test_official_counts_are_the_dispatchers(n_steps: int) -> None:
 @pytest.mark.parametrize("n_steps", [1, 2, 3, 4])
 def test_torch_counts_are_the_dispatchers(n_steps: int) -> None:
     x, weight = (leaf.detach() for leaf in leaves())
-    step, lam = torch.tensor([0.1, 0.15], dtype=x.dtype).unbind()
-    problem = torch_path.Problem(step, lam, 0.0, n_steps, (1, 1), (1, 1), True, "ista", "squared", 1)
+    step_size, lam = torch.tensor([0.1, 0.15], dtype=x.dtype).unbind()
+    problem = torch_path.Problem(step_size, lam, 0.0, n_steps, (1, 1), (1, 1), True, "ista", "squared", 1)
     with PassCounter() as seen:
         codes, residuals = torch_path.forward(x, weight, problem, keep_residuals=True)
     assert passes(seen) == counted(forward("torch", n_steps))[:2]
@@ -190,7 +190,7 @@ def test_layer_shapes_are_those_of_the_models(depth: int, image_size: int) -> No
     for shape, layer in zip(shapes, found.values(), strict=True):
         assert layer.weight.shape == (shape.atoms, shape.channels, shape.kernel_size, shape.kernel_size)
         assert (layer.stride, layer.padding) == ((shape.stride,) * 2, (shape.padding,) * 2)
-        assert layer.vector.shape[2:] == shape.size
+        assert layer.power_vector.shape[2:] == shape.size
     assert [shape.name for shape in csc_layers(depth, image_size, every=False)] == ["stem.conv"]
 
 

@@ -203,7 +203,7 @@ def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "sentence"),
     [
         (["--layer", "4,8,3"], "not five positive numbers"),
-        (["--provider", "cudnn"], "must be one of compile, official"),
+        (["--provider", "cublas"], "must be one of compile, cudnn, official"),
         (["--device", "cuda"], "torch sees no GPU"),
     ],
 )

@@ -46,7 +46,7 @@ class Case(Named):
     channels_last: bool = True
     keep_residuals: bool | None = None
 
-    step: ClassVar[float] = 0.2
+    step_size: ClassVar[float] = 0.2
     lam: ClassVar[float] = 0.2
 
     @staticmethod
@@ -77,7 +77,7 @@ class Case(Named):
         return x.requires_grad_(), weight.requires_grad_(), lam.to(DEVICE).requires_grad_()
 
     def encode(self, x: Tensor, weight: Tensor, lam: Tensor, impl: str = "triton") -> Tensor:
-        return csc_encode(x, weight, self.step, lam, impl=impl, keep_residuals=self.keep_residuals, **self.options)
+        return csc_encode(x, weight, self.step_size, lam, impl=impl, keep_residuals=self.keep_residuals, **self.options)
 
     def grad(self, codes: Tensor) -> Tensor:
         """A fixed random dL/dcodes, in their type."""
@@ -97,10 +97,10 @@ class Case(Named):
         side, which hardly changes the codes and takes a whole element out of a gradient.
         """
         x, weight, lam = (leaf.detach() for leaf in leaves)
-        step = torch.tensor(self.step, device=DEVICE)
+        step_size = torch.tensor(self.step_size, device=DEVICE)
         options = (*self.options.values(), impl, False, True)
-        codes = [z.double() for z in torch.ops.sdnet.csc_forward(x, weight, step, lam, *options)]
-        problem = torch_path.Problem(step.double(), lam.double(), **self.options)
+        codes = [z.double() for z in torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *options)]
+        problem = torch_path.Problem(step_size.double(), lam.double(), **self.options)
         needs = torch_path.Needs(True, True, True)
         found = torch_path.backward(grad.double(), x.double(), weight.double(), codes, [], problem, needs)
         return [gradient for gradient in found if gradient is not None]

@@ -21,7 +21,7 @@ def errors(case: Case, dtype: torch.dtype, impl: str) -> dict[str, float]:
     found |= dict(zip(("x", "weight", "lam"), zip(gradients, expected, strict=True), strict=True))
     # dL/dlam is a sum of both signs: its error is measured against the sum of their sizes.
     scales = {name: exact.norm().clamp_min(1e-9) for name, (_, exact) in found.items()} | {
-        "lam": case.step * grad.double().abs().sum()
+        "lam": case.step_size * grad.double().abs().sum()
     }
     return {name: ((actual.double() - exact).norm() / scales[name]).item() for name, (actual, exact) in found.items()}
 

@@ -55,13 +55,13 @@ class Case(Named):
         x, weight, lam = (leaf.requires_grad_() for leaf in leaves)
         return x, weight, torch.tensor(0.15, dtype=torch.float64), lam
 
-    def encode(self, x: Tensor, weight: Tensor, step: float | Tensor, lam: float | Tensor, impl: str) -> Tensor:
-        return csc_encode(x, weight, step, lam, impl=impl, **self.options)
+    def encode(self, x: Tensor, weight: Tensor, step_size: float | Tensor, lam: float | Tensor, impl: str) -> Tensor:
+        return csc_encode(x, weight, step_size, lam, impl=impl, **self.options)
 
     def gradients(self, impl: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """The codes, and the gradients of a weighted sum of them for x, weight and lam."""
-        x, weight, step, lam = self.tensors(dtype)
-        codes = self.encode(x, weight, step, lam, impl)
+        x, weight, step_size, lam = self.tensors(dtype)
+        codes = self.encode(x, weight, step_size, lam, impl)
         assert_active(codes)
         torch.sum(codes * probe(codes)).backward()
         return codes.detach(), *(gradient_of(leaf) for leaf in (x, weight, lam))
@@ -142,10 +142,10 @@ def test_single_precision_is_near_the_double_precision_reference(case: Case) -> 
 
 def assert_away_from_the_kink(case: Case) -> None:
     """No code of any step changes between zero and nonzero when lambda changes by a thousandth."""
-    x, weight, step, lam = case.tensors()
+    x, weight, step_size, lam = case.tensors()
     for n_steps in range(1, case.n_steps + 1):
         shorter = replace(case, n_steps=n_steps)
-        below, above = (shorter.encode(x, weight, step, lam * f, "reference") != 0 for f in (0.999, 1.001))
+        below, above = (shorter.encode(x, weight, step_size, lam * f, "reference") != 0 for f in (0.999, 1.001))
         assert torch.equal(below, above)
 
 
@@ -165,10 +165,10 @@ def assert_away_from_the_kink(case: Case) -> None:
 def test_gradcheck(case: Case) -> None:
     """The squared data term alone: the norm is detached, so its gradient is no derivative."""
     assert_away_from_the_kink(case)
-    x, weight, step, lam = case.tensors()
+    x, weight, step_size, lam = case.tensors()
 
     def encode(x: Tensor, weight: Tensor, lam: Tensor) -> Tensor:
-        return case.encode(x, weight, step, lam, "torch")
+        return case.encode(x, weight, step_size, lam, "torch")
 
     assert torch.autograd.gradcheck(encode, (x, weight, lam), eps=1e-6, atol=1e-7)
 
@@ -178,12 +178,12 @@ def test_gradcheck(case: Case) -> None:
 )
 def test_only_the_gradients_asked_for_are_computed(wanted: tuple[str, ...]) -> None:
     case = Case(mu=0.5, data_term="norm")
-    x, weight, step, lam = case.tensors()
+    x, weight, step_size, lam = case.tensors()
     leaves = {"x": x, "weight": weight, "lam": lam}
     expected = dict(zip(leaves, case.gradients("reference")[1:], strict=True))
     for name, leaf in leaves.items():
         leaf.requires_grad_(name in wanted)
-    codes = case.encode(x, weight, step, lam, "torch")
+    codes = case.encode(x, weight, step_size, lam, "torch")
     with profile(activities=[ProfilerActivity.CPU]) as record:
         torch.sum(codes * probe(codes)).backward()
     for name, leaf in leaves.items():
@@ -201,17 +201,17 @@ def test_numbers_and_tensors_are_the_same_step_and_lambda(dtype: torch.dtype) ->
     x, weight, *_ = case.tensors(dtype)
     expected = case.encode(x, weight, 0.15, 0.25, "torch")
     assert_active(expected)
-    step = torch.tensor(0.15, dtype=dtype)
+    step_size = torch.tensor(0.15, dtype=dtype)
     for lam in (torch.tensor(0.25), torch.full((3,), 0.25), torch.full((3, 1, 1, 1), 0.25)):
-        torch.testing.assert_close(case.encode(x, weight, step, lam, "torch"), expected)
+        torch.testing.assert_close(case.encode(x, weight, step_size, lam, "torch"), expected)
 
 
 def test_lambda_per_sample_reaches_its_sample_and_its_gradient_has_its_shape() -> None:
     case = Case(batch=3)
-    x, weight, step, _ = case.tensors()
+    x, weight, step_size, _ = case.tensors()
     lam = torch.tensor([0.05, 0.15, 0.3], dtype=torch.float64, requires_grad=True)
-    together = case.encode(x, weight, step, lam, "torch")
-    alone = [case.encode(x[n : n + 1], weight, step, lam[n], "torch") for n in range(3)]
+    together = case.encode(x, weight, step_size, lam, "torch")
+    alone = [case.encode(x[n : n + 1], weight, step_size, lam[n], "torch") for n in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
     (gradient,) = torch.autograd.grad(together.sum(), lam)
     assert gradient.shape == (3,)
@@ -222,12 +222,12 @@ def test_lambda_per_sample_reaches_its_sample_and_its_gradient_has_its_shape() -
 @pytest.mark.parametrize("converted", ["x", "weight", "both"])
 def test_channels_last_gives_the_same_and_stays(case: Case, converted: str) -> None:
     contiguous = case.gradients("torch")
-    x, weight, step, lam = case.tensors()
+    x, weight, step_size, lam = case.tensors()
     if converted != "weight":
         x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     if converted != "x":
         weight = weight.detach().to(memory_format=torch.channels_last).requires_grad_()
-    codes = case.encode(x, weight, step, lam, "torch")
+    codes = case.encode(x, weight, step_size, lam, "torch")
     assert codes.is_contiguous(memory_format=torch.channels_last)
     torch.sum(codes * probe(codes)).backward()
     results = (codes.detach(), *(gradient_of(leaf) for leaf in (x, weight, lam)))
@@ -254,7 +254,7 @@ def test_residuals_kept_or_computed_again_give_the_same_gradients(case: Case, mo
 def test_autograd_keeps_the_input_the_dictionary_the_codes_and_on_a_cpu_the_residuals(
     case: Case, asked: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, weight, step, lam = case.tensors()
+    x, weight, step_size, lam = case.tensors()
     kept: dict[int, Tensor] = {}
     monkeypatch.delenv("SDNET_KEEP_RESIDUALS", raising=False)
     if asked is not None:
@@ -265,7 +265,7 @@ def test_autograd_keeps_the_input_the_dictionary_the_codes_and_on_a_cpu_the_resi
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        codes = case.encode(x, weight, step, lam, "torch")
+        codes = case.encode(x, weight, step_size, lam, "torch")
     large = sorted(tensor.numel() for tensor in kept.values() if tensor.numel() > case.batch)
     residuals = [] if asked == "0" else [case.n_dict * x.numel()] * (case.n_steps - 1)
     assert large == sorted([x.numel(), weight.numel(), *[codes.numel()] * case.n_steps, *residuals])
@@ -273,12 +273,12 @@ def test_autograd_keeps_the_input_the_dictionary_the_codes_and_on_a_cpu_the_resi
 
 @some_cases
 def test_both_operators_pass_opcheck(case: Case) -> None:
-    x, weight, step, lam = case.tensors()
+    x, weight, step_size, lam = case.tensors()
     options = tuple(case.options.values())
     stride, padding = (n if isinstance(n, tuple) else (n, n) for n in (case.stride, case.padding))
     options = (case.mu, case.n_steps, stride, padding, *options[4:], "torch")
-    torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step, lam, *options, False, True))
-    leaves = [tensor.detach() for tensor in (x, weight, step, lam)]
+    torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step_size, lam, *options, False, True))
+    leaves = [tensor.detach() for tensor in (x, weight, step_size, lam)]
     torch.library.opcheck(torch.ops.sdnet.csc_forward, (*leaves, *options, False, False))
     codes = torch.ops.sdnet.csc_forward(*leaves, *options, False, True)
     for needs in ([True, True, True], [False, True, False]):
@@ -288,18 +288,18 @@ def test_both_operators_pass_opcheck(case: Case) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_the_compiler_foresees_the_layout_of_the_codes(layout: torch.memory_format) -> None:
     case = Case()
-    x, weight, step, lam = (tensor.detach() for tensor in case.tensors())
+    x, weight, step_size, lam = (tensor.detach() for tensor in case.tensors())
     x = x.to(memory_format=layout)
-    real = case.encode(x, weight, step, lam, "torch")
+    real = case.encode(x, weight, step_size, lam, "torch")
     with FakeTensorMode() as mode:
-        x, weight, step, lam = (mode.from_tensor(tensor) for tensor in (x, weight, step, lam))
-        foreseen = case.encode(x, weight, step, lam, "torch")
+        x, weight, step_size, lam = (mode.from_tensor(tensor) for tensor in (x, weight, step_size, lam))
+        foreseen = case.encode(x, weight, step_size, lam, "torch")
     assert (foreseen.shape, foreseen.stride(), foreseen.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 def compiled_equals_eager(case: Case, backend: str, relative: float, dtype: torch.dtype) -> None:
-    def loss(x: Tensor, weight: Tensor, step: Tensor, lam: Tensor) -> Tensor:
-        codes = case.encode(x, weight, step, lam, "auto").relu()
+    def loss(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor) -> Tensor:
+        codes = case.encode(x, weight, step_size, lam, "auto").relu()
         return torch.sum(codes * probe_)
 
     leaves = case.tensors(dtype)
@@ -331,13 +331,13 @@ class Encoder(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.case = case
-        _, weight, step, lam = case.tensors(torch.float32)
+        _, weight, step_size, lam = case.tensors(torch.float32)
         self.weight = nn.Parameter(weight.detach())
-        self.register_buffer("step", step.float())
+        self.register_buffer("step_size", step_size.float())
         self.register_buffer("lam", lam.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.case.encode(x, self.weight, self.get_buffer("step"), self.get_buffer("lam"), "reference")
+        return self.case.encode(x, self.weight, self.get_buffer("step_size"), self.get_buffer("lam"), "reference")
 
 
 @some_cases
@@ -353,9 +353,9 @@ def test_exports_through_the_reference(case: Case) -> None:
 def test_autocast_computes_in_its_type_and_gives_gradients_in_the_leaves() -> None:
     case = Case(size=(12, 12))
     expected = case.gradients("reference", torch.float32)
-    x, weight, step, lam = case.tensors(torch.float32)
+    x, weight, step_size, lam = case.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        codes = case.encode(x, weight, step, lam, "torch")
+        codes = case.encode(x, weight, step_size, lam, "torch")
     assert codes.dtype == torch.bfloat16
     torch.sum(codes * probe(codes)).backward()
     results = (codes.detach(), *(gradient_of(leaf) for leaf in (x, weight, lam)))
@@ -369,8 +369,8 @@ def test_autocast_computes_in_its_type_and_gives_gradients_in_the_leaves() -> No
 def test_half_precision_input_gives_half_precision_codes(dtype: torch.dtype) -> None:
     case = Case(size=(12, 12))
     codes, *_ = case.gradients("reference", torch.float32)
-    x, weight, step, lam = case.tensors(dtype)
-    half = case.encode(x, weight, step, lam, "torch")
+    x, weight, step_size, lam = case.tensors(dtype)
+    half = case.encode(x, weight, step_size, lam, "torch")
     assert half.dtype == dtype
     assert (half.float() - codes).norm() <= 0.05 * codes.norm()
 
@@ -378,8 +378,8 @@ def test_half_precision_input_gives_half_precision_codes(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_an_empty_batch_gives_empty_codes_and_zero_gradients(impl: str) -> None:
     case = Case(batch=0)
-    x, weight, step, lam = case.tensors()
-    codes = case.encode(x, weight, step, lam, impl)
+    x, weight, step_size, lam = case.tensors()
+    codes = case.encode(x, weight, step_size, lam, impl)
     assert codes.shape == (0, 4, 7, 6)
     codes.sum().backward()
     assert gradient_of(weight).abs().max() == 0
@@ -388,8 +388,8 @@ def test_an_empty_batch_gives_empty_codes_and_zero_gradients(impl: str) -> None:
 
 def test_without_gradients_the_codes_are_the_same() -> None:
     case = Case()
-    x, weight, step, lam = case.tensors()
+    x, weight, step_size, lam = case.tensors()
     with torch.no_grad():
-        codes = case.encode(x, weight, step, lam, "torch")
+        codes = case.encode(x, weight, step_size, lam, "torch")
     assert not codes.requires_grad
     assert_near(codes, case.gradients("torch")[0], 0.0)

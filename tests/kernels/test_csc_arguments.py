@@ -11,7 +11,12 @@ from sdnet.kernels import csc_encode
 
 
 def encode_with(**changed: Any) -> Callable[[], Tensor]:
-    arguments: dict[str, Any] = {"x": torch.ones(2, 3, 8, 8), "weight": torch.ones(4, 3, 3, 3), "step": 0.1, "lam": 0.1}
+    arguments: dict[str, Any] = {
+        "x": torch.ones(2, 3, 8, 8),
+        "weight": torch.ones(4, 3, 3, 3),
+        "step_size": 0.1,
+        "lam": 0.1,
+    }
     return lambda: csc_encode(**{**arguments, **changed})
 
 
@@ -27,8 +32,8 @@ def encode_with(**changed: Any) -> Callable[[], Tensor]:
         ({"weight": torch.ones(4, 3, 3, 3, dtype=torch.float64)}, "x is torch.float32 and weight torch.float64"),
         ({"weight": torch.ones(4, 3, 3, 3, device="meta")}, "x is on cpu and weight on meta"),
         ({"x": torch.ones(2, 3, 8, 2)}, r"x padded to \[8, 2\] is smaller than the atoms"),
-        ({"step": -0.1}, "step is -0.1; it must be a finite number of at least 0"),
-        ({"step": torch.ones(2)}, r"step has shape \[2\].*must be 0-d"),
+        ({"step_size": -0.1}, "step_size is -0.1; it must be a finite number of at least 0"),
+        ({"step_size": torch.ones(2)}, r"step_size has shape \[2\].*must be 0-d"),
         ({"lam": -0.1}, "lam is -0.1; it must be a finite number of at least 0"),
         ({"lam": float("nan")}, "lam is nan"),
         ({"lam": torch.ones(3)}, r"lam has shape \[3\].*must be 0-d, \[2\] or \[2, 1, 1, 1\]"),

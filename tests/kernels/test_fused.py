@@ -213,7 +213,7 @@ def test_an_input_at_an_odd_address_comes_to_descriptors_as_a_copy() -> None:
 def test_the_step_is_read_on_the_device() -> None:
     case, p = Case(), problem()
     first, _ = fused.encode(case.layer, case.image(1), p)
-    p.step.mul_(0.5)
+    p.step_size.mul_(0.5)
     second, _ = fused.encode(case.layer, case.image(1), p)
     assert not torch.equal(first, second)
 

@@ -123,7 +123,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor)
 @pytest.mark.parametrize("upkeep_by", ["torch", "triton"])
 def test_a_training_step_and_its_upkeep_without_a_host_read(upkeep_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if upkeep_by == "triton":  # which is for a GPU
-        monkeypatch.setattr(step_sizes, "follow", triton_step_sizes.follow)
+        monkeypatch.setattr(step_sizes, "update_dictionaries", triton_step_sizes.update_dictionaries)
     torch.manual_seed(0)
     options: Any = {"lam": 0.02, "input_size": (6, 5), "impl": "triton"}
     model = nn.Sequential(
@@ -133,9 +133,9 @@ def test_a_training_step_and_its_upkeep_without_a_host_read(upkeep_by: str, monk
     sdnet.attach(model, optimizer)
     x = torch.randn(2, 3, 6, 5)
     training_step(model, optimizer, x)  # the first makes the plan of the power iterations
-    before = [layer.step.clone() for layer in model if isinstance(layer, sdnet.CSCConv2d)]
+    before = [layer.step_size.clone() for layer in model if isinstance(layer, sdnet.CSCConv2d)]
     with no_host_reads() as passed:
         training_step(model, optimizer, x)
     assert {"csc_forward", "csc_backward"} <= passed
-    after = [layer.step for layer in model if isinstance(layer, sdnet.CSCConv2d)]
+    after = [layer.step_size for layer in model if isinstance(layer, sdnet.CSCConv2d)]
     assert not any(map(torch.equal, before, after))

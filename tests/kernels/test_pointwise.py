@@ -57,9 +57,9 @@ def random(*shape: int, seed: int, layout: str = "contiguous", dtype: str = "fp3
 
 def problem_of(case: Case) -> Problem:
     lam = torch.linspace(0.2, 0.8, SHAPE[0]).view(-1, 1, 1, 1) if case.per_sample else torch.tensor(0.5)
-    step = torch.tensor(0.7, device=DEVICE)
+    step_size = torch.tensor(0.7, device=DEVICE)
     return Problem(
-        step, lam.to(DEVICE), case.mu, 2, (1, 1), (1, 1), case.nonnegative, "fista", "squared", n_dict=1
+        step_size, lam.to(DEVICE), case.mu, 2, (1, 1), (1, 1), case.nonnegative, "fista", "squared", n_dict=1
     )  # fmt: skip
 
 
@@ -72,8 +72,8 @@ def test_shrink_step(case: Case) -> None:
     problem = problem_of(case)
     v, z, previous = (random(*SHAPE, seed=n, layout=case.layout, dtype=case.dtype) for n in range(3))
     y = z.double() + case.beta * (z.double() - previous.double()) if case.codes else 0
-    u = y + problem.step.double() * v.double()
-    wanted = proximal(u, problem.step.double(), problem.lam.double(), case.mu, case.nonnegative)
+    u = y + problem.step_size.double() * v.double()
+    wanted = proximal(u, problem.step_size.double(), problem.lam.double(), case.mu, case.nonnegative)
     actual = shrink_step(v, problem, z if case.codes else None, previous, case.beta)
     assert error(actual, wanted) <= TOLERANCE[v.dtype]
     assert bool(((actual == 0) == (wanted == 0)).all())

@@ -50,7 +50,7 @@ def safe_step(matrix: np.ndarray) -> Tensor:
 def encode(
     x: Tensor,
     weight: Tensor,
-    step: Tensor,
+    step_size: Tensor,
     n_steps: int,
     lam: Tensor | float = LAM,
     mu: float = 0.0,
@@ -63,7 +63,7 @@ def encode(
     """The reference with this file's defaults; padding (1, 1)."""
     lam = torch.as_tensor(lam, dtype=torch.float64)
     return reference.csc_encode(
-        x, weight, step, lam, mu, n_steps, stride, (1, 1), nonnegative, solver, data_term, n_dict
+        x, weight, step_size, lam, mu, n_steps, stride, (1, 1), nonnegative, solver, data_term, n_dict
     )
 
 
@@ -115,12 +115,12 @@ def test_shrink_moves_towards_zero_and_stops_there(nonnegative: bool, expected: 
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_proximal_minimises_its_definition(nonnegative: bool) -> None:
     """P(v) = argmin_u 1/2 (u - v)^2 + step (lam |u| + mu/2 u^2), found here on a fine grid."""
-    step, lam, mu = 0.4, 0.7, 0.5
+    step_size, lam, mu = 0.4, 0.7, 0.5
     u = torch.linspace(0 if nonnegative else -3, 3, 60001, dtype=torch.float64)
     for v in (-2.0, -0.1, 0.2, 1.7):
-        best = u[(0.5 * (u - v) ** 2 + step * (lam * u.abs() + mu / 2 * u**2)).argmin()]
+        best = u[(0.5 * (u - v) ** 2 + step_size * (lam * u.abs() + mu / 2 * u**2)).argmin()]
         found = reference.proximal(
-            torch.tensor(v, dtype=torch.float64), torch.tensor(step), torch.tensor(lam), mu, nonnegative
+            torch.tensor(v, dtype=torch.float64), torch.tensor(step_size), torch.tensor(lam), mu, nonnegative
         )
         assert found.item() == pytest.approx(best.item(), abs=1e-4)
 
@@ -187,10 +187,10 @@ def test_a_long_run_meets_the_optimality_conditions(nonnegative: bool, mu: float
 
 def objective_along(solver: Solver, n_steps: int, mu: float = 0.2) -> list[float]:
     weight, x = dictionary(), image(batch=1)
-    step = safe_step(dense(weight, SIZE, (1, 1), (1, 1)))
+    step_size = safe_step(dense(weight, SIZE, (1, 1), (1, 1)))
     values = []
     for n in range(1, n_steps + 1):
-        codes = encode(x, weight, step, n, mu=mu, solver=solver)
+        codes = encode(x, weight, step_size, n, mu=mu, solver=solver)
         pixels = reference.synthesis(codes, weight, SIZE, (1, 1), (1, 1))
         values.append(reference.objective(x, codes, pixels, torch.tensor(LAM), mu, "squared", 1).item())
     return values
@@ -208,10 +208,10 @@ def test_fista_gets_further_than_ista_in_as_many_steps() -> None:
 @pytest.mark.parametrize("data_term", get_args(DataTerm))
 def test_the_solvers_agree_for_two_steps_and_part_at_the_third(data_term: DataTerm) -> None:
     weight, x = dictionary(), image()
-    step = safe_step(dense(weight, SIZE, (1, 1), (1, 1)))
+    step_size = safe_step(dense(weight, SIZE, (1, 1), (1, 1)))
 
     def codes(solver: Solver, n_steps: int) -> Tensor:
-        return encode(x, weight, step, n_steps, lam=0.1, solver=solver, data_term=data_term)
+        return encode(x, weight, step_size, n_steps, lam=0.1, solver=solver, data_term=data_term)
 
     for n_steps in (1, 2):
         torch.testing.assert_close(codes("fista", n_steps), codes("ista", n_steps), rtol=0, atol=1e-14)
@@ -260,28 +260,30 @@ def test_the_sdnet_solver_is_the_official_loop(
 
 
 def test_n_dict_dictionaries_code_as_many_copies_of_the_input() -> None:
-    weight, x, step = dictionary(channels=3 * CHANNELS), image(), torch.tensor(0.1)
-    codes = encode(x, weight, step, 4, n_dict=3, solver="fista")
+    weight, x, step_size = dictionary(channels=3 * CHANNELS), image(), torch.tensor(0.1)
+    codes = encode(x, weight, step_size, 4, n_dict=3, solver="fista")
     assert_active(codes)
-    torch.testing.assert_close(codes, encode(torch.cat([x, x, x], dim=1), weight, step, 4, solver="fista"))
+    torch.testing.assert_close(codes, encode(torch.cat([x, x, x], dim=1), weight, step_size, 4, solver="fista"))
 
 
 @pytest.mark.parametrize("data_term", get_args(DataTerm))
 def test_samples_of_a_batch_do_not_meet(data_term: DataTerm) -> None:
-    weight, x, step = dictionary(), image(batch=3), torch.tensor(0.2)
+    weight, x, step_size = dictionary(), image(batch=3), torch.tensor(0.2)
     lam = torch.tensor([0.05, 0.2, 0.4], dtype=torch.float64)
-    together = encode(x, weight, step, 4, lam=lam.view(-1, 1, 1, 1), solver="fista", data_term=data_term)
-    alone = [encode(x[n : n + 1], weight, step, 4, lam=lam[n], solver="fista", data_term=data_term) for n in range(3)]
+    together = encode(x, weight, step_size, 4, lam=lam.view(-1, 1, 1, 1), solver="fista", data_term=data_term)
+    alone = [
+        encode(x[n : n + 1], weight, step_size, 4, lam=lam[n], solver="fista", data_term=data_term) for n in range(3)
+    ]
     assert_active(together)
     torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_the_step_carries_no_gradient() -> None:
-    step = torch.tensor(0.2, requires_grad=True)
+    step_size = torch.tensor(0.2, requires_grad=True)
     weight = dictionary().requires_grad_()
-    encode(image(), weight, step, 2).sum().backward()
+    encode(image(), weight, step_size, 2).sum().backward()
     assert weight.grad is not None
-    assert step.grad is None
+    assert step_size.grad is None
 
 
 @pytest.mark.parametrize("data_term", get_args(DataTerm))

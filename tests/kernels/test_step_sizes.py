@@ -32,22 +32,22 @@ def exact(weight: Tensor, size: Pair, stride: Pair, padding: Pair) -> float:
 def test_converges_to_the_largest_eigenvalue(
     shape: tuple[int, int, int, int], size: Pair, stride: Pair, padding: Pair
 ) -> None:
-    weight, vector = random(*shape), random(1, shape[1], *size, seed=1)
-    vector, eigenvalue = step_sizes.largest_eigenvalue(weight, vector, stride, padding)
+    weight, power_vector = random(*shape), random(1, shape[1], *size, seed=1)
+    power_vector, eigenvalue = step_sizes.largest_eigenvalue(weight, power_vector, stride, padding)
     assert eigenvalue.item() == pytest.approx(exact(weight, size, stride, padding), rel=1e-4)
-    assert torch.linalg.vector_norm(vector).item() == pytest.approx(1, abs=1e-6)
-    assert vector.shape == (1, shape[1], *size)
+    assert torch.linalg.vector_norm(power_vector).item() == pytest.approx(1, abs=1e-6)
+    assert power_vector.shape == (1, shape[1], *size)
 
 
 @every_case
 def test_the_estimate_rises_towards_the_eigenvalue_and_never_passes_it(
     shape: tuple[int, int, int, int], size: Pair, stride: Pair, padding: Pair
 ) -> None:
-    weight, vector = random(*shape), random(1, shape[1], *size, seed=1)
-    vector = vector / torch.linalg.vector_norm(vector)
+    weight, power_vector = random(*shape), random(1, shape[1], *size, seed=1)
+    power_vector = power_vector / torch.linalg.vector_norm(power_vector)
     estimates = []
     for _ in range(12):
-        vector, eigenvalue = step_sizes.power_iteration(weight, vector, stride, padding)
+        power_vector, eigenvalue = step_sizes.power_iteration(weight, power_vector, stride, padding)
         estimates.append(eigenvalue.item())
     bound = exact(weight, size, stride, padding) * (1 + 1e-5)
     assert estimates[0] < 0.9 * bound
@@ -55,35 +55,37 @@ def test_the_estimate_rises_towards_the_eigenvalue_and_never_passes_it(
 
 
 def test_iterations_in_one_call_or_in_many_are_the_same() -> None:
-    weight, vector = random(3, 2, 3, 3), random(1, 2, 6, 6, seed=1)
-    together = step_sizes.power_iteration(weight, vector, (1, 1), (1, 1), iterations=2)
-    once, _ = step_sizes.power_iteration(weight, vector, (1, 1), (1, 1))
+    weight, power_vector = random(3, 2, 3, 3), random(1, 2, 6, 6, seed=1)
+    together = step_sizes.power_iteration(weight, power_vector, (1, 1), (1, 1), iterations=2)
+    once, _ = step_sizes.power_iteration(weight, power_vector, (1, 1), (1, 1))
     twice = step_sizes.power_iteration(weight, once, (1, 1), (1, 1))
     torch.testing.assert_close(together, twice, rtol=0, atol=0)
 
 
 def test_a_converged_vector_stays_converged_in_one_iteration() -> None:
     weight = random(4, 2, 3, 3)
-    vector, eigenvalue = step_sizes.largest_eigenvalue(weight, random(1, 2, 6, 6, seed=1), (1, 1), (1, 1))
-    _, again = step_sizes.power_iteration(weight, vector, (1, 1), (1, 1))
+    power_vector, eigenvalue = step_sizes.largest_eigenvalue(weight, random(1, 2, 6, 6, seed=1), (1, 1), (1, 1))
+    _, again = step_sizes.power_iteration(weight, power_vector, (1, 1), (1, 1))
     assert again.item() == pytest.approx(eigenvalue.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_works_in_single_precision_whatever_the_dictionary_has(dtype: torch.dtype) -> None:
     weight = random(4, 2, 3, 3).to(dtype).requires_grad_()
-    vector, eigenvalue = step_sizes.power_iteration(weight, random(1, 2, 6, 6), (1, 1), (1, 1))
-    for result in (vector, eigenvalue, step_sizes.step_size(eigenvalue)):
+    power_vector, eigenvalue = step_sizes.power_iteration(weight, random(1, 2, 6, 6), (1, 1), (1, 1))
+    for result in (power_vector, eigenvalue, step_sizes.step_size_of(eigenvalue)):
         assert result.dtype == torch.float32
         assert not result.requires_grad
 
 
 def test_the_step_is_nine_tenths_of_the_inverse_eigenvalue() -> None:
-    assert step_sizes.step_size(torch.tensor(4.5)).item() == pytest.approx(0.2)
+    assert step_sizes.step_size_of(torch.tensor(4.5)).item() == pytest.approx(0.2)
 
 
 def test_a_dictionary_of_zeros_has_a_finite_step() -> None:
-    vector, eigenvalue = step_sizes.largest_eigenvalue(torch.zeros(3, 2, 3, 3), random(1, 2, 5, 5), (1, 1), (1, 1))
+    power_vector, eigenvalue = step_sizes.largest_eigenvalue(
+        torch.zeros(3, 2, 3, 3), random(1, 2, 5, 5), (1, 1), (1, 1)
+    )
     assert eigenvalue == 0
-    assert bool(vector.isfinite().all())
-    assert bool(step_sizes.step_size(eigenvalue).isfinite())
+    assert bool(power_vector.isfinite().all())
+    assert bool(step_sizes.step_size_of(eigenvalue).isfinite())

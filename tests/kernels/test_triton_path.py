@@ -39,7 +39,7 @@ class Case(cases.Case):
     half: bool = False
     steps: str = "fused"
 
-    step = lam = 0.15
+    step_size = lam = 0.15
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +132,7 @@ def assert_near_reference(case: Case) -> None:
         assert leaf.grad.dtype == leaf.dtype
         assert rms(leaf.grad, gradient) <= tolerance
     # dL/dlam is a sum of both signs: its error is measured against the sum of their sizes.
-    sizes = case.step * grad.double().abs().sum(dim=(1, 2, 3), keepdim=True)
+    sizes = case.step_size * grad.double().abs().sum(dim=(1, 2, 3), keepdim=True)
     assert lam.grad is not None
     assert rms(lam.grad, gradients[2], sizes if case.per_sample else sizes.sum()) <= tolerance
 
@@ -227,10 +227,10 @@ def test_only_the_gradients_asked_for(wanted: tuple[str, ...], steps: str, monke
 def test_both_operators_pass_opcheck() -> None:
     case = Case(kernel_size=(1, 1), size=(4, 3))
     x, weight, lam = case.leaves()
-    step = torch.tensor(case.step, device=DEVICE)
+    step_size = torch.tensor(case.step_size, device=DEVICE)
     options = (0.5, 2, (1, 1), (0, 0), True, "fista", "squared", 1, "triton")
-    torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step, lam, *options, True, True))
-    leaves = [tensor.detach() for tensor in (x, weight, step, lam)]
+    torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step_size, lam, *options, True, True))
+    leaves = [tensor.detach() for tensor in (x, weight, step_size, lam)]
     kept = torch.ops.sdnet.csc_forward(*leaves, *options, True, True)
     assert [tuple(tensor.shape) for tensor in kept] == [(2, 5, 4, 3), (2, 12, 4, 3), (2, 12, 4, 3)]
     needs = [True, False, True]

@@ -42,12 +42,12 @@ def test_forward_is_the_operator_with_the_layers_own_state() -> None:
     x = images()
     codes = csc(x)
     expected = csc_encode(
-        x, csc.weight, csc.step, 0.2, 0.3, 3, (2, 1), (0, 1), nonnegative=False, solver="ista", n_dict=2
+        x, csc.weight, csc.step_size, 0.2, 0.3, 3, (2, 1), (0, 1), nonnegative=False, solver="ista", n_dict=2
     )
     torch.testing.assert_close(codes, expected, rtol=0, atol=0)
     assert 0.1 < (codes != 0).float().mean() < 0.99
     norm = layer(data_term="norm", n_steps=2)
-    expected = csc_encode(x, norm.weight, norm.step, 0.1, padding=1, data_term="norm")
+    expected = csc_encode(x, norm.weight, norm.step_size, 0.1, padding=1, data_term="norm")
     torch.testing.assert_close(norm(x), expected, rtol=0, atol=0)
 
 
@@ -61,9 +61,9 @@ def test_a_fresh_layer_has_unit_atoms_and_a_safe_step(options: dict[str, Any]) -
     csc = layer(**options)
     norms = csc.weight.flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
-    assert 0.9 <= csc.step.item() * largest_eigenvalue(csc, (9, 8)) < 1.05
-    assert csc.vector.shape == (1, csc.n_dict * 3, 9, 8)
-    assert csc.vector.norm().item() == pytest.approx(1, abs=1e-5)
+    assert 0.9 <= csc.step_size.item() * largest_eigenvalue(csc, (9, 8)) < 1.05
+    assert csc.power_vector.shape == (1, csc.n_dict * 3, 9, 8)
+    assert csc.power_vector.norm().item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -80,19 +80,19 @@ def test_the_seeded_vector_is_the_same_whatever_the_global_seed_and_leaves_it_al
     one, other = layer(seed=1), layer(seed=2)
     assert not torch.equal(one.weight, other.weight)
     state = torch.get_rng_state()
-    one.seed_vector()
-    other.seed_vector()
-    assert torch.equal(one.vector, other.vector)
+    one.reset_power_vector()
+    other.reset_power_vector()
+    assert torch.equal(one.power_vector, other.power_vector)
     assert torch.equal(torch.get_rng_state(), state)
-    one.seed_vector((5, 4))
-    assert one.vector.shape == (1, 3, 5, 4)
+    one.reset_power_vector((5, 4))
+    assert one.power_vector.shape == (1, 3, 5, 4)
 
 
 @pytest.mark.parametrize("input_size", [(9, 8), 16], ids=["same grid", "another grid"])
 def test_the_state_dict_carries_every_bit_to_another_layer(input_size: int | tuple[int, int]) -> None:
     saved, fresh = layer(seed=1), layer(seed=2, input_size=input_size)
     saved.weight.data *= 1.1  # loading must not project
-    assert list(saved.state_dict()) == ["weight", "step", "vector"]
+    assert list(saved.state_dict()) == ["weight", "step_size", "power_vector"]
     assert bits(fresh) != bits(saved)
     fresh.load_state_dict(saved.state_dict())
     assert bits(fresh) == bits(saved)
@@ -102,10 +102,10 @@ def test_the_state_dict_carries_every_bit_to_another_layer(input_size: int | tup
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_step_and_vector_stay_in_single_precision(dtype: torch.dtype) -> None:
     csc = layer()
-    before = csc.step.clone(), csc.vector.clone(), csc.lam.clone()
+    before = csc.step_size.clone(), csc.power_vector.clone(), csc.lam.clone()
     csc.to(dtype)
     assert csc.weight.dtype == dtype
-    for kept, original in zip((csc.step, csc.vector, csc.lam), before, strict=True):
+    for kept, original in zip((csc.step_size, csc.power_vector, csc.lam), before, strict=True):
         assert kept.dtype == torch.float32
         assert torch.equal(kept, original)
     assert csc(images().to(dtype)).dtype == dtype
@@ -115,9 +115,9 @@ def test_a_copy_has_a_state_of_its_own() -> None:
     csc = layer()
     twin = copy.deepcopy(csc)
     twin.lam = 0.7
-    twin.step.fill_(0.01)
+    twin.step_size.fill_(0.01)
     assert csc.lam.item() == pytest.approx(0.1)
-    assert csc.step.item() > 0.02
+    assert csc.step_size.item() > 0.02
 
 
 @pytest.mark.parametrize(("stride", "size"), [(1, (9, 8)), (2, (9, 8)), (2, (10, 7)), (3, (9, 10)), ((2, 1), (8, 8))])
@@ -174,7 +174,7 @@ def test_more_steps_lower_the_objective() -> None:
 )
 def test_lambda_is_in_force_at_once(lam: float | Tensor) -> None:
     csc, x = layer(), images()
-    before, expected = csc(x), csc_encode(x, csc.weight, csc.step, lam, padding=1)
+    before, expected = csc(x), csc_encode(x, csc.weight, csc.step_size, lam, padding=1)
     assert not torch.equal(before, expected)
     torch.testing.assert_close(csc(x, lam=lam), expected, rtol=0, atol=0)
     torch.testing.assert_close(csc(x), before, rtol=0, atol=0)
@@ -188,7 +188,7 @@ def test_adaptive_lambda_scales_with_the_number_of_pixels_per_code(kernel_size: 
     assert csc.lam.item() == pytest.approx(0.1 * 3 / 64 * stride**2)
 
     official = DictConv2d(3, 64, kernel_size, stride, OfficialConfig(adaptive_lambda=True))
-    official.load_state_dict({"weight": csc.weight, "step_size": csc.step})
+    official.load_state_dict({"weight": csc.weight, "step_size": csc.step_size})
     x = images(size=(32, 32))
     torch.testing.assert_close(csc(x), official(x), rtol=1e-4, atol=1e-6)
 

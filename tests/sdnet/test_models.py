@@ -84,7 +84,7 @@ def test_the_options_reach_every_csc_layer() -> None:
 )
 def test_the_step_is_estimated_at_the_image_size(stem: str, image_size: int | None, expected: int) -> None:
     model = create("sdnet18", stem=stem, image_size=image_size)
-    assert model.state_dict()["stem.conv.vector"].shape == (1, 3, expected, expected)
+    assert model.state_dict()["stem.conv.power_vector"].shape == (1, 3, expected, expected)
 
 
 @pytest.mark.parametrize(

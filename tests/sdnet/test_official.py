@@ -51,7 +51,7 @@ def assert_holds(model: nn.Module, official: StateDict) -> None:
     ours = model.state_dict()
     for name, theirs in {
         "stem.conv.weight": "layer0.0.dn.weight",
-        "stem.conv.step": "layer0.0.dn.step_size",
+        "stem.conv.step_size": "layer0.0.dn.step_size",
         "stem.norm.running_var": "layer0.1.running_var",
         "stages.0.1.conv2.weight": "layer1.1.conv2.weight",
         "stages.3.0.norm1.weight": "layer4.0.bn1.weight",
@@ -188,7 +188,7 @@ def test_every_key_that_does_not_fit_is_named_and_nothing_is_loaded(
     with pytest.raises(ValueError, match="another architecture") as caught:
         load_official_checkpoint(model, path)
     for fault in (
-        "missing layer0.0.dn.step_size (here stem.conv.step)",
+        "missing layer0.0.dn.step_size (here stem.conv.step_size)",
         "missing layer3.1.bn2.running_mean (here stages.2.1.norm2.running_mean)",
         "unexpected layer5.0.conv1.weight",
         "misshapen linear.weight: [100, 512] in the file, [10, 512] in the model",
@@ -230,15 +230,15 @@ def test_the_stored_step_stays_and_the_power_iteration_is_converged(
     torch.save(official, path)
     load_official_checkpoint(model, path)
     state = model.state_dict()
-    assert state["stem.conv.step"] == torch.tensor(0.123)
+    assert state["stem.conv.step_size"] == torch.tensor(0.123)
 
-    weight, vector = state["stem.conv.weight"], state["stem.conv.vector"]
-    _, estimate = step_sizes.power_iteration(weight, vector, (1, 1), (1, 1))
-    _, eigenvalue = step_sizes.largest_eigenvalue(weight, vector, (1, 1), (1, 1), tolerance=1e-8)
+    weight, power_vector = state["stem.conv.weight"], state["stem.conv.power_vector"]
+    _, estimate = step_sizes.power_iteration(weight, power_vector, (1, 1), (1, 1))
+    _, eigenvalue = step_sizes.largest_eigenvalue(weight, power_vector, (1, 1), (1, 1), tolerance=1e-8)
     assert estimate.item() == pytest.approx(eigenvalue.item(), rel=1e-3)
 
 
 def test_a_step_of_one_element_is_a_step(official: StateDict, model: nn.Module, path: Path) -> None:
     torch.save({**official, "layer0.0.dn.step_size": torch.tensor([0.25])}, path)
     load_official_checkpoint(model, path)
-    assert model.state_dict()["stem.conv.step"] == torch.tensor(0.25)
+    assert model.state_dict()["stem.conv.step_size"] == torch.tensor(0.25)

@@ -43,8 +43,8 @@ def largest_eigenvalue(layer: CSCConv2d, size: tuple[int, int]) -> float:
     def squares(pixels: Tensor) -> Tensor:
         return F.conv2d(pixels, weight, stride=layer.stride, padding=layer.padding).square().sum() / 2
 
-    def apply(vector: np.ndarray) -> np.ndarray:
-        pixels = torch.as_tensor(vector).reshape(shape).requires_grad_()
+    def apply(power_vector: np.ndarray) -> np.ndarray:
+        pixels = torch.as_tensor(power_vector).reshape(shape).requires_grad_()
         return torch.autograd.grad(squares(pixels), pixels)[0].numpy().ravel()
 
     pixels = int(np.prod(shape))
@@ -54,7 +54,7 @@ def largest_eigenvalue(layer: CSCConv2d, size: tuple[int, int]) -> float:
 
 def margins(model: nn.Module, size: tuple[int, int] = SIZE) -> list[float]:
     """step times the largest eigenvalue, layer by layer."""
-    return [layer.step.item() * largest_eigenvalue(layer, size) for layer in csc_layers(model)]
+    return [layer.step_size.item() * largest_eigenvalue(layer, size) for layer in csc_layers(model)]
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -87,7 +87,7 @@ def norms_off(model: nn.Module) -> float:
 def test_a_refresh_sets_nine_tenths_of_the_inverse_eigenvalue_before_any_forward(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     layer = CSCConv2d(**{"in_channels": 3, "out_channels": 8, "kernel_size": 3, "input_size": SIZE} | options)
-    layer.step.fill_(7.0)
+    layer.step_size.fill_(7.0)
     sdnet.refresh_step_size(layer)
     assert margins(layer) == pytest.approx([0.9], rel=1e-3)
 
@@ -97,7 +97,7 @@ def test_a_refresh_touches_steps_and_vectors_alone() -> None:
     before = bits(model)
     sdnet.refresh_step_size(model)
     changed = {name for name, value in bits(model).items() if value != before[name]}
-    assert changed == {"0.step", "0.vector", "1.step", "1.vector"}
+    assert changed == {"0.step_size", "0.power_vector", "1.step_size", "1.power_vector"}
 
 
 def test_a_refresh_at_an_image_size_moves_every_grid_with_the_data() -> None:
@@ -105,11 +105,11 @@ def test_a_refresh_at_an_image_size_moves_every_grid_with_the_data() -> None:
     before = bits(model)
     sdnet.refresh_step_size(model, image_size=(14, 11))
     first, second = csc_layers(model)
-    assert first.vector.shape == (1, 3, 14, 11)
-    assert second.vector.shape == (1, 8, 14, 11)
+    assert first.power_vector.shape == (1, 3, 14, 11)
+    assert second.power_vector.shape == (1, 8, 14, 11)
     assert margins(model, (14, 11)) == pytest.approx([0.9, 0.9], rel=1e-3)
     changed = {name for name, value in bits(model).items() if value != before[name]}
-    assert changed == {"0.step", "0.vector", "1.step", "1.vector"}
+    assert changed == {"0.step_size", "0.power_vector", "1.step_size", "1.power_vector"}
     assert model.training
 
 
@@ -125,11 +125,11 @@ def test_the_grids_of_a_network_follow_the_image_size() -> None:
 
 def test_converging_the_vectors_leaves_the_steps() -> None:
     model = network()
-    steps = [layer.step.clone() for layer in csc_layers(model)]
-    sdnet.converge_vectors(model)
-    for layer, step in zip(csc_layers(model), steps, strict=True):
-        assert torch.equal(layer.step, step)
-        layer.follow()
+    steps = [layer.step_size.clone() for layer in csc_layers(model)]
+    sdnet.converge_power_vectors(model)
+    for layer, step_size in zip(csc_layers(model), steps, strict=True):
+        assert torch.equal(layer.step_size, step_size)
+        layer.update_dictionary()
     assert margins(model) == pytest.approx([0.9, 0.9], rel=1e-3)
 
 
@@ -153,7 +153,7 @@ def test_after_each_optimiser_step_the_atoms_are_on_the_sphere_and_the_step_foll
     sdnet.attach(model, optimizer)
     start = [layer.weight.detach().clone() for layer in csc_layers(model)]
     for layer in csc_layers(model):
-        layer.step.mul_(0.5)
+        layer.step_size.mul_(0.5)
     for _ in range(10):
         train(model, optimizer, 1)
         assert norms_off(model) < 1e-6
@@ -202,7 +202,7 @@ def test_several_iterations_per_step_follow_faster() -> None:
     for iterations in (1, 8):
         model = network()
         for layer in csc_layers(model):
-            layer.seed_vector()
+            layer.reset_power_vector()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
         sdnet.attach(model, optimizer, iterations=iterations)
         train(model, optimizer, 1)
@@ -219,10 +219,10 @@ def test_attach_refuses_less_than_one_iteration() -> None:
 def test_following_the_weights_asks_the_device_for_nothing() -> None:
     """On the meta device there are no values: whatever waits for one raises."""
     layer = CSCConv2d(3, 8, 3, input_size=SIZE).to("meta")
-    layer.follow()
-    assert layer.step.is_meta
+    layer.update_dictionary()
+    assert layer.step_size.is_meta
     with pytest.raises(RuntimeError, match="meta"):
-        layer.step.item()
+        layer.step_size.item()
 
 
 def test_accumulated_halves_take_the_step_of_the_whole_batch() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdnet.train.cli import Job
 from sdnet.train.data.loader import Data, Shard
+from sdnet.train.job import Job
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.trainer import Trainer

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdnet.train.cli import Job
 from sdnet.train.data.check import check_pictures
 from sdnet.train.data.dali import DaliLoader, open_pictures
 from sdnet.train.data.folder import read_image_folder
 from sdnet.train.data.loader import Shard
 from sdnet.train.data.sources import read_checked
 from sdnet.train.errors import DataError, UserError
+from sdnet.train.job import Job
 from sdnet.train.recipes import demo
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.trainer import Trainer

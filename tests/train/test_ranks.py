@@ -62,7 +62,7 @@ def test_two_ranks_with_half_the_batch_take_the_steps_of_one_with_the_whole(whol
 
 @pytest.mark.slow
 def test_step_sizes_vectors_and_weights_are_equal_on_both_ranks(halves):
-    names = [name for name in halves[0] if name.endswith((".step", ".vector"))]
+    names = [name for name in halves[0] if name.endswith((".step_size", ".power_vector"))]
     assert names
     for name, value in halves[0].items():
         assert torch.equal(value, halves[1][name]), name

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdnet.train.cli import Job, parse_job
+from sdnet.train.cli import parse_job
 from sdnet.train.errors import UserError
+from sdnet.train.job import Job
 from sdnet.train.recipes import RECIPES, Recipe, demo, imagenet_sdnet18, imagenet_sdnet18_all
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.schedule import learning_rate

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 import sdnet
 from sdnet.train import trainer as trainer_module
 from sdnet.train.checkpoint import Checkpoint
-from sdnet.train.cli import Job
 from sdnet.train.data.dali import DaliLoader, open_pictures
 from sdnet.train.data.folder import read_image_folder
 from sdnet.train.errors import NonFiniteLossError, UserError
+from sdnet.train.job import Job
 from sdnet.train.metrics import evaluate
 from sdnet.train.recipes import Recipe, demo
 from sdnet.train.run_folder import RunFolder

@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from sdnet.train.cli import Verify
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.span import Span
 from sdnet.train.errors import DataError, UserError
 from sdnet.train.files import write_atomically
+from sdnet.train.job import Verify
 
 # What Pillow may take a picture for: formats that DALI decodes too.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdnet.train.cli import BadFiles, Job, Verify
 from sdnet.train.data.archives import read_members
 from sdnet.train.data.check import FORMATS
 from sdnet.train.data.folder import ImageSet
@@ -27,6 +26,7 @@ from sdnet.train.data.mixing import Mixing
 from sdnet.train.data.resident import ResidentLoader
 from sdnet.train.data.sources import read_checked
 from sdnet.train.errors import UserError
+from sdnet.train.job import BadFiles, Job, Verify
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
-from sdnet.train.cli import Job
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.loader import DTYPES, Data, Shard
 from sdnet.train.data.mixing import Mixing
@@ -28,6 +27,7 @@ from sdnet.train.data.position import pack, unpack
 from sdnet.train.data.read_ahead import ReadAhead
 from sdnet.train.data.sources import read_checked
 from sdnet.train.errors import DataError, UserError
+from sdnet.train.job import Job
 
 Extras = Literal["none", "trivial", "rand"]
 

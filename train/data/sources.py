@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdnet.train.cli import BadFiles, Verify
 from sdnet.train.data.check import BadPicture, check_pictures, refuse
 from sdnet.train.data.folder import ImageSet, read_image_folder
 from sdnet.train.data.imagenet_download import holds_imagenet, read_imagenet
 from sdnet.train.data.shards import holds_shards, read_shards
 from sdnet.train.errors import UserError
+from sdnet.train.job import BadFiles, Verify
 
 NOT_PICTURES = "not used: hidden, nested, or not named as a picture"
 
