@@ -268,7 +268,7 @@ def layers_table(image_size: int, batch: int, n_steps: int, keep_residual: bool)
     """Header and rows: for the CSC layers of SDNet-18_all, GB moved forward + backward by each formulation."""
     header = ["layers", "shape", "x MB", "z MB", "GFLOP", *(f"{formulation} GB" for formulation in FORMULATIONS)]
     header += ["official / fused", "cudnn / fused"]
-    layers = list(csc_layers(18, image_size))
+    layers = csc_layers("sdnet18_all", image_size)
     counts = Counter(layer.geometry for layer in layers)
     rows, sums = [], [0.0] * len(FORMULATIONS)
     for layer, count in counts.items():

@@ -1,21 +1,18 @@
-"""The shapes of the CSC layers of SDNet-18 and SDNet-34: what costs are counted for and kernels are compiled for.
+"""The shapes of the CSC layers of the registered models, read from the models themselves on the meta device."""
 
-No model is built: `kernels` knows nothing of the layers above it.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
 
+import torch
+
 from sdnet.kernels.reference import Pair, codes_size
-
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-"""Basic blocks of each of the four stages."""
-
-WIDTHS = (64, 128, 256, 512)
+from sdnet.models import VARIANTS, Stem, create_model
+from sdnet.step_size import csc_layers as layers_of
 
 
 class LayerShape(NamedTuple):
-    """One CSC layer, [N, channels, *size] -> [N, atoms, *codes_size], with square atoms."""
+    """The shape of one CSC layer, [N, channels, *size] -> [N, atoms, *codes_size], with square atoms."""
 
     name: str
     channels: int
@@ -26,6 +23,7 @@ class LayerShape(NamedTuple):
 
     @property
     def padding(self) -> int:
+        """Padding on each side of the input."""
         return self.kernel_size // 2
 
     @property
@@ -36,12 +34,12 @@ class LayerShape(NamedTuple):
 
     @property
     def products(self) -> int:
-        """Pairs of a pixel of the codes and a tap that meets the image there: products that padding does not void."""
-        met = 1
-        for size, grid in zip(self.size, self.codes_size, strict=True):
-            places = (i * self.stride - self.padding + tap for i in range(grid) for tap in range(self.kernel_size))
-            met *= sum(0 <= place < size for place in places)
-        return met
+        """Number of (code pixel, tap) pairs whose tap lies inside the image, that is, without the padding."""
+        inside = 1
+        for size, codes in zip(self.size, self.codes_size, strict=True):
+            rows = (i * self.stride - self.padding + tap for i in range(codes) for tap in range(self.kernel_size))
+            inside *= sum(0 <= row < size for row in rows)
+        return inside
 
     @property
     def geometry(self) -> "LayerShape":
@@ -54,37 +52,36 @@ class LayerShape(NamedTuple):
         return f"{shape}/{self.stride} @ {height}x{width}"
 
 
-def csc_layers(depth: int = 18, image_size: int = 224, every: bool = True) -> Iterator[LayerShape]:
-    """The CSC layers of `sdnet{depth}_all`, or of `sdnet{depth}` (its stem alone) without `every`, in data's order.
+def stem_for(image_size: int) -> Stem:
+    """Return the stem that benchmarks use at an image size: CIFAR's up to 64 pixels, ImageNet's above."""
+    return "cifar" if image_size <= 64 else "imagenet"
 
-    Images of up to 64 pixels take the CIFAR stem, 3x3 with stride 1; others the ImageNet stem, 7x7 with stride 2 and a
-    second CSC layer in the place of the pooling. Names are those of the modules in `sdnet.create_model`.
-    """
-    size = (image_size, image_size)
-    if image_size <= 64:
-        stem = [LayerShape("stem.conv", 3, WIDTHS[0], 3, 1, size)]
-    else:
-        first = LayerShape("stem.conv", 3, WIDTHS[0], 7, 2, size)
-        stem = [first, LayerShape("stem.pool", WIDTHS[0], WIDTHS[0], 3, 2, first.codes_size)]
-    if not every:
-        yield stem[0]
-        return
-    yield from stem
-    size, channels = stem[-1].codes_size, WIDTHS[0]
-    for stage, (width, blocks) in enumerate(zip(WIDTHS, DEPTHS[depth], strict=True)):
-        for block in range(blocks):
-            stride = 2 if stage > 0 and block == 0 else 1
-            for name, step in (("conv1", stride), ("conv2", 1)):
-                layer = LayerShape(f"stages.{stage}.{block}.{name}", channels, width, 3, step, size)
-                yield layer
-                size, channels = layer.codes_size, width
+
+@cache
+def csc_layers(model: str = "sdnet18_all", image_size: int = 224) -> tuple[LayerShape, ...]:
+    """Return the CSC layers of a registered model, named as its modules, in the order of the data."""
+    with torch.device("meta"):
+        network = create_model(model, stem=stem_for(image_size), image_size=image_size)
+    return tuple(
+        LayerShape(name, layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0], size)
+        for name, layer in layers_of(network).items()
+        for size in [(layer.power_vector.shape[2], layer.power_vector.shape[3])]
+    )
+
+
+def csc_models() -> list[str]:
+    """Return the names of the registered models that have CSC layers."""
+    return [name for name, variant in VARIANTS.items() if variant.csc_stem]
+
+
+def distinct(layers: Iterable[LayerShape]) -> list[LayerShape]:
+    """Return the first layer of each geometry."""
+    found: dict[LayerShape, LayerShape] = {}
+    for layer in layers:
+        found.setdefault(layer.geometry, layer)
+    return list(found.values())
 
 
 def distinct_layers() -> list[LayerShape]:
-    """Every distinct geometry of SDNet-18/34(_all) at 32 and 224 px, each under the name of its first layer."""
-    found: dict[LayerShape, LayerShape] = {}
-    for image_size in (32, 224):
-        for depth in DEPTHS:
-            for layer in csc_layers(depth, image_size):
-                found.setdefault(layer.geometry, layer)
-    return list(found.values())
+    """Return one layer of each geometry of all registered models at 32 and 224 pixels."""
+    return distinct(layer for size in (32, 224) for model in csc_models() for layer in csc_layers(model, size))

@@ -18,7 +18,7 @@ from sdnet.bench import accuracy, isolation, step_operators, timing
 from sdnet.bench.ceilings import Ceilings, measure_ceilings
 from sdnet.bench.common_options import add_common_options, open_ledger
 from sdnet.bench.isolation import LostError, Workshop
-from sdnet.bench.layer_shapes import LayerShape, csc_layers
+from sdnet.bench.layer_shapes import LayerShape, csc_layers, csc_models, distinct
 from sdnet.bench.ledger import Ledger, refused
 from sdnet.bench.operators import (
     CSC,
@@ -39,14 +39,15 @@ from sdnet.train.errors import UserError
 OPERATORS = {"csc": CSC} | {
     name: Operator(layer_inputs, ("forward",), providers) for name, providers in step_operators.PROVIDERS.items()
 }
-DEPTHS = {"sdnet18": (18, False), "sdnet18_all": (18, True), "sdnet34": (34, False), "sdnet34_all": (34, True)}
 SECONDS_PER_MODE = {"cpu": 3.0, "cuda": 0.6}
 PATIENCE = 100.0
 """Seconds without a word after which a provider counts as hanging: compiling for one shape takes tens of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=DEPTHS, default="sdnet18_all", help="whose layers; default sdnet18_all")
+    parser.add_argument(
+        "--model", choices=csc_models(), default="sdnet18_all", help="whose layers; default sdnet18_all"
+    )
     parser.add_argument("--image-size", type=int, nargs="+", help="pixels; default 224 and 32, on a CPU 32")
     parser.add_argument(
         "--layer", nargs="+", metavar="C,K,k,S,H", help="given shapes instead of a model's: 64,64,3,1,32"
@@ -112,12 +113,10 @@ def layers(options: argparse.Namespace, on_gpu: bool) -> list[tuple[LayerShape, 
     usual = 256 if on_gpu else 8
     if options.layer:
         return [(parse_layer(text), usual) for text in options.layer]
-    depth, every = DEPTHS[options.model]
     found: list[tuple[LayerShape, int]] = []
     for image_size in options.image_size or ([224, 32] if on_gpu else [32]):
-        distinct = list({layer.geometry: layer for layer in csc_layers(depth, image_size, every)}.values())
         batch = 512 if on_gpu and image_size <= 32 else usual
-        found += [(layer, batch) for layer in distinct[: options.limit]]
+        found += [(layer, batch) for layer in distinct(csc_layers(options.model, image_size))[: options.limit]]
     return found
 
 

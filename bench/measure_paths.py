@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdnet.bench import environment, measure_kernels, timing
 from sdnet.bench.isolation import LostError, Workshop
+from sdnet.bench.layer_shapes import csc_models
 from sdnet.bench.operators import CSC, DTYPES, LAYOUTS, Bound, Case, Inputs, Operator, Provider, csc_by, layer_inputs
 from sdnet.kernels.triton_path import paths, tiles
 from sdnet.kernels.triton_path.hardware import arch_of
@@ -44,8 +45,9 @@ class Trial(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    models = measure_kernels.DEPTHS
-    parser.add_argument("--model", choices=models, default="sdnet18_all", help="whose layers; default sdnet18_all")
+    parser.add_argument(
+        "--model", choices=csc_models(), default="sdnet18_all", help="whose layers; default sdnet18_all"
+    )
     parser.add_argument("--image-size", type=int, nargs="+", help="pixels; default 224 and 32")
     parser.add_argument("--layer", nargs="+", metavar="C,K,k,S,H", help="given shapes instead of a model's")
     parser.add_argument("--limit", type=int, help="only so many distinct shapes of each image size, the first ones")

@@ -19,9 +19,10 @@ import torch
 from sdnet.bench import isolation
 from sdnet.bench.common_options import add_common_options, open_ledger
 from sdnet.bench.isolation import LostError, Workshop
+from sdnet.bench.layer_shapes import stem_for
 from sdnet.bench.ledger import Ledger, refused
 from sdnet.bench.operators import DTYPES, LAYOUTS
-from sdnet.bench.participants import OFFICIAL, Batches, Participant, Setting, noise, pictures, stem_for
+from sdnet.bench.participants import OFFICIAL, Batches, Participant, Setting, noise, pictures
 from sdnet.bench.tables import training_table
 from sdnet.bench.timing import Timing, fp32_products, interleave, wall_time
 from sdnet.kernels.dispatch import IMPLEMENTATIONS

@@ -178,11 +178,6 @@ def noise(setting: Setting, device: torch.device) -> Batches:
     return cycle(batches)
 
 
-def stem_for(image_size: int) -> Stem:
-    """CIFAR's stem up to 64 pixels, ImageNet's beyond."""
-    return "cifar" if image_size <= 64 else "imagenet"
-
-
 def pictures(setting: Setting, device: torch.device, data: Path, threads: int) -> Batches:
     """Training batches of an ImageFolder tree by DALI, epoch after epoch; labels modulo the model's classes."""
     from sdnet.train.data.dali import DaliLoader

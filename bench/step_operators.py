@@ -100,7 +100,7 @@ def power_iteration_reference(case: Case, inputs: Inputs) -> Bound:
 
 
 def by_triton(name: str, path: str) -> Provider:
-    """The kernel for a part, on the path "convolution" (all fused) or "cudnn".
+    """The kernel for a part, on the path "fused" (all fused) or "cudnn".
 
     Raises:
         NotImplementedError: the reason that `sdnet.kernels` gives for not using Triton here.
@@ -130,19 +130,19 @@ def by_triton(name: str, path: str) -> Provider:
 
 PROVIDERS: dict[str, dict[str, Provider]] = {
     "encode": {
-        "triton": by_triton("encode", "convolution"),
+        "triton": by_triton("encode", "fused"),
         "cudnn": by_triton("encode", "cudnn"),
         "torch": encode_torch,
         "reference": encode_reference,
     },
     "residual": {
-        "triton": by_triton("residual", "convolution"),
+        "triton": by_triton("residual", "fused"),
         "cudnn": by_triton("residual", "cudnn"),
         "torch": residual_torch,
         "reference": residual_reference,
     },
     "weight_correlation": {
-        "triton": by_triton("weight_correlation", "convolution"),
+        "triton": by_triton("weight_correlation", "fused"),
         "torch": correlation_torch,
         "reference": correlation_reference,
     },

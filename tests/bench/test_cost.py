@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdnet.bench import cost
 from sdnet.bench.cost import Operation, Total, backward, forward, total
-from sdnet.bench.layer_shapes import LayerShape, csc_layers, distinct_layers
+from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.kernels import torch_path
 
 LAYER = LayerShape("", channels=2, atoms=3, kernel_size=3, stride=1, size=(5, 4))
@@ -174,24 +174,6 @@ def test_fused_moves_least_on_every_layer(layer: LayerShape) -> None:
         return sum(total(ops, layer, 256).bytes for ops in (forward(formulation), backward(formulation)))
 
     assert moved("fused") < moved("cudnn") < moved("torch") < moved("official")
-
-
-@pytest.mark.parametrize(("depth", "image_size"), [(18, 32), (18, 224), (34, 64), (34, 96)])
-def test_layer_shapes_are_those_of_the_models(depth: int, image_size: int) -> None:
-    from sdnet import create_model
-    from sdnet.step_size import csc_layers as layers_of
-
-    stem = "cifar" if image_size <= 64 else "imagenet"
-    with torch.device("meta"):
-        model = create_model(f"sdnet{depth}_all", stem=stem, image_size=image_size)
-    shapes = list(csc_layers(depth, image_size))
-    found = layers_of(model)
-    assert list(found) == [shape.name for shape in shapes]
-    for shape, layer in zip(shapes, found.values(), strict=True):
-        assert layer.weight.shape == (shape.atoms, shape.channels, shape.kernel_size, shape.kernel_size)
-        assert (layer.stride, layer.padding) == ((shape.stride,) * 2, (shape.padding,) * 2)
-        assert layer.power_vector.shape[2:] == shape.size
-    assert [shape.name for shape in csc_layers(depth, image_size, every=False)] == ["stem.conv"]
 
 
 def test_command_needs_neither_triton_nor_rich() -> None:
