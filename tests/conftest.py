@@ -1,4 +1,10 @@
-"""Workers take the tests in any order, many in one process: each must leave its process as it found it."""
+"""Settings of every test.
+
+Tests run in any order, many in one process, so each must leave its process as it found it.
+
+Without a GPU the Triton kernels run under Triton's interpreter, which has to be selected before Triton is imported.
+With a GPU they are compiled, and the tests marked `gpu` run; set TRITON_INTERPRET=1 to interpret them there too.
+"""
 
 import os
 import sys
@@ -8,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-# Pytest's own, and where torch.compile notes its cache and its addresses.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Variables that pytest and torch.compile set themselves.
 FREE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_")
 
 
 def switches() -> dict[str, Any]:
-    """What holds for a whole process, and so for its next test."""
+    """Return the settings that hold for the whole process, and so for the next test."""
     accelerate: Any = sys.modules.get("accelerate.state")
     cudnn: Any = torch.backends.cudnn
     return {
@@ -31,6 +40,7 @@ def switches() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def process_left_as_found() -> Iterator[None]:
+    """Fail a test that leaves a changed setting of the process behind."""
     before = switches()
     yield
     assert switches() == before

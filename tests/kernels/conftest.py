@@ -1,18 +1,10 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, which must be asked for before Triton is imported.
+"""Fixtures for the tests of kernels: precision of products, poisoned memory, reads by descriptors."""
 
-With one they are compiled, and the tests marked `gpu` run; TRITON_INTERPRET=1 in the environment brings back the
-interpreter.
-"""
-
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import sdnet
 from sdnet.kernels import operators, step_sizes
 from sdnet.kernels.triton_path import step_sizes as triton_step_sizes
 
+from ..triton_interpreter.numerics import needs_interpreter
 from .cases import Case
-from .interpreter_numerics import needs_interpreter
 
 pytestmark = needs_interpreter
 

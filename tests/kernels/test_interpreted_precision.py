@@ -19,10 +19,10 @@ from sdnet.kernels.triton_path.correlation import weight_correlation
 from sdnet.kernels.triton_path.fused import Layer
 from sdnet.kernels.triton_path.pointwise import mask, shrink_step, subtract
 
+from ..triton_interpreter.numerics import convolutions_in_tf32, faithful, needs_interpreter, to_tf32
 from . import test_correlation
 from .cases import DEVICE, Case
 from .exactness import assert_as_exact_as_torch, errors
-from .interpreter_numerics import convolutions_in_tf32, faithful, needs_interpreter, to_tf32
 from .test_correlation import FLAT, POINTERS, error, expected
 
 pytestmark = needs_interpreter

@@ -18,8 +18,8 @@ from sdnet.kernels.triton_path import fused, pointwise
 from sdnet.kernels.triton_path.correlation import weight_correlation
 from sdnet.kernels.triton_path.fused import Layer
 
-from .interpreter_grid import Index, last, only
-from .interpreter_numerics import needs_interpreter
+from ..triton_interpreter.grid import Index, last, only
+from ..triton_interpreter.numerics import needs_interpreter
 from .test_correlation import DESCRIPTORS, FLAT, POINTERS
 
 pytestmark = needs_interpreter

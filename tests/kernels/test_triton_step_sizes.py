@@ -11,8 +11,8 @@ from sdnet.kernels.reference import Pair
 from sdnet.kernels.step_sizes import DictionaryState, initial_power_vector
 from sdnet.kernels.triton_path import step_sizes as triton_step_sizes
 
+from ..triton_interpreter.numerics import convolutions_in_tf32, faithful, needs_interpreter
 from .cases import DEVICE
-from .interpreter_numerics import convolutions_in_tf32, faithful, needs_interpreter
 
 # (weight's shape, the image's size, stride, padding, whether channels lie last)
 SHAPES: dict[str, tuple[tuple[int, int, int, int], Pair, Pair, Pair, bool]] = {

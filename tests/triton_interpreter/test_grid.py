@@ -1,4 +1,4 @@
-"""`only`: the chosen programs run and no others, and what they may not do is an error."""
+"""Tests of `only`: exactly the chosen programs run, and accesses or integers out of range are errors."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .interpreter_grid import Index, last, only
-from .interpreter_numerics import faithful, interpreter, needs_interpreter
+from .grid import Index, last, only
+from .numerics import faithful, interpreter, needs_interpreter
 
 pytestmark = needs_interpreter
 
@@ -41,7 +41,7 @@ def read(shift: int, limit: int, factor: int = 1) -> Tensor:
     return out
 
 
-def test_the_last_programs_see_the_grid_as_it_is() -> None:
+def test_the_last_programs_run_and_see_the_original_grid() -> None:
     with only(last(2)):
         found = written()
     torch.testing.assert_close(found[:, 0].tolist(), [0, 0, 0, 305, 405])
@@ -49,7 +49,7 @@ def test_the_last_programs_see_the_grid_as_it_is() -> None:
     assert written().all()
 
 
-def test_any_programs_by_kernel_and_grid() -> None:
+def test_programs_can_be_chosen_by_kernel_and_grid() -> None:
     def select(kernel: str, grid: Index) -> list[Index]:
         assert (kernel, grid) == ("write_kernel", (5, 2, 1))
         return [(1, 1, 0), (0, 0, 0)]
@@ -59,11 +59,11 @@ def test_any_programs_by_kernel_and_grid() -> None:
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_an_access_outside_of_the_tensors_is_an_error(shift: int) -> None:
-    read(shift, 4)  # the neighbours in memory
+def test_an_access_outside_the_tensors_is_an_error(shift: int) -> None:
+    read(shift, 4)  # without `only`, neighbouring memory is read
     with only(last(1)):
         assert read(1, 3).tolist() == [5, 6, 7, 0]
-        with pytest.raises(interpreter.InterpreterError, match="an access outside of the launch's tensors"):
+        with pytest.raises(interpreter.InterpreterError, match="an access outside the tensors of the launch"):
             read(shift, 4)
 
 
@@ -72,7 +72,7 @@ def test_an_integer_past_32_bits_is_an_error() -> None:
         read(2**16, 0, factor=2**15)
 
 
-def test_goes_together_with_faithful_numerics() -> None:
+def test_only_and_faithful_can_be_combined() -> None:
     for first, second in ((faithful(), only(last(2))), (only(last(2)), faithful())):
         with first, second:
             found = torch.zeros(5, 2, dtype=torch.bfloat16)
@@ -80,7 +80,7 @@ def test_goes_together_with_faithful_numerics() -> None:
         assert found[:, 0].tolist() == [0, 0, 0, 304, 404]  # 305 and 405 rounded
 
 
-def test_everything_is_as_before_afterwards() -> None:
+def test_only_restores_the_interpreter() -> None:
     builder = interpreter.interpreter_builder
     before = type(builder), builder.options, interpreter.GridExecutor.__call__
     with only(last(1)):

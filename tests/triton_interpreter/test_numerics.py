@@ -1,6 +1,6 @@
-"""`faithful()` against torch's own bf16, feature by feature, and what the interpreter makes of each without it.
+"""Tests of `faithful()`: each feature against torch's bfloat16, with the patches and without them.
 
-Where the second half fails, Triton has mended its interpreter, and the patch can shrink.
+`test_the_interpreter_alone_is_wrong` fails once Triton corrects its interpreter: then the patches can be reduced.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sdnet.kernels import dispatch
 
-from .interpreter_numerics import TF32_BITS, faithful, interpreter, needs_interpreter, rounded
+from .numerics import (
+    TESTED_TRITON,
+    TF32_BITS,
+    faithful,
+    interpreter,
+    needs_interpreter,
+    refuse_untested_version,
+    rounded,
+)
 
 pytestmark = needs_interpreter
 
@@ -185,8 +193,16 @@ def run(feature: Feature, *operands: Tensor) -> Tensor:
     return out
 
 
+def test_an_untested_version_of_triton_is_refused() -> None:
+    refuse_untested_version()  # the installed one
+    for version in TESTED_TRITON:
+        refuse_untested_version(version)
+    with pytest.raises(RuntimeError, match=r"was tested with Triton 3\.6\.0 and 3\.7\.1, not with 3\.9\.0"):
+        refuse_untested_version("3.9.0")
+
+
 @pytest.mark.parametrize("name", FEATURES)
-def test_bf16_as_torch_has_it(name: str) -> None:
+def test_bf16_equals_that_of_torch(name: str) -> None:
     feature = FEATURES[name]
     x, y = operands(feature)
     with faithful():
@@ -197,7 +213,7 @@ def test_bf16_as_torch_has_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_interpreter_by_itself_gets_it_wrong(name: str) -> None:
+def test_the_interpreter_alone_is_wrong(name: str) -> None:
     feature = FEATURES[name]
     x, y = operands(feature)
     try:
@@ -229,13 +245,13 @@ def test_a_dot_in_tf32_rounds_its_operands(precision: str, least: float, most: f
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_tf32_is_fp32_to_the_interpreter_by_itself(patched: bool) -> None:
+def test_the_interpreter_alone_treats_tf32_as_fp32(patched: bool) -> None:
     x, y = torch.randn(2, N, N, generator=torch.Generator().manual_seed(0))
     with faithful() if patched else nullcontext():
         assert torch.equal(product(x, y, "tf32"), product(x, y, "ieee")) != patched
 
 
-def test_tf32_keeps_ten_bits_of_mantissa_and_its_ties_go_to_even() -> None:
+def test_tf32_keeps_ten_bits_of_mantissa_with_ties_to_even() -> None:
     unit = 2.0**-10
     values = [1 + unit, 1 + unit / 2, 1 + 1.5 * unit, 1 + 0.5001 * unit, -1 - unit / 2, 0.0, np.inf, np.nan]
     found = rounded(np.array(values), TF32_BITS)
@@ -247,7 +263,7 @@ def test_bf16_rounds_as_torch_does() -> None:
     torch.testing.assert_close(torch.from_numpy(rounded(values.numpy(), 16)), values.bfloat16().float(), rtol=0, atol=0)
 
 
-def test_everything_is_as_before_afterwards() -> None:
+def test_faithful_restores_the_interpreter() -> None:
     x = torch.empty(1, 1, 1, 1, dtype=torch.bfloat16)
     parts = [
         lambda: interpreter.TensorHandle.__post_init__,
@@ -276,7 +292,7 @@ def truncate_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
 
 
 @pytest.mark.parametrize("kernel", [atomic_kernel, truncate_kernel], ids=["atomics", "truncation"])
-def test_what_is_not_covered_is_refused(kernel: Any) -> None:
+def test_uncovered_operations_are_refused(kernel: Any) -> None:
     feature = Feature(kernel, lambda x, _: x)
     with faithful(), pytest.raises(interpreter.InterpreterError, match="with bfloat16 under the interpreter"):
         run(feature, *operands(feature))

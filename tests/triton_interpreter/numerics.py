@@ -1,18 +1,19 @@
-"""Triton's interpreter, made true to bf16 and tf32 for the time of a test.
+"""bfloat16 and tf32 arithmetic under Triton's interpreter, for the duration of a test.
 
-The interpreters of Triton 3.6 and 3.7 keep bf16 as uint16 and compute with these integers, and their dot takes tf32
-for fp32. Within `faithful()`
+The interpreters of Triton 3.6 and 3.7 store bfloat16 as uint16 and compute with these integers, and their `tl.dot`
+treats tf32 as fp32. Inside `faithful()`
 
-  * a bf16 value is held as the fp32 of the same value from its load to its store, so that NumPy computes with values;
-    what becomes a TensorHandle of type bf16 is rounded there, to nearest, ties to even: one seam for every operator;
-  * a dot of bf16 has exact products and fp32 sums, as on tensor cores;
-  * a dot of fp32 with input_precision "tf32" rounds its operands to 10 bits of mantissa, here to nearest, ties to even.
-    GPUs round or truncate, as the instruction has it;
-  * `csc_encode` takes bf16 with impl="triton", which it refuses under the interpreter otherwise.
+  * a bfloat16 value is held as an fp32 array of the same value between its load and its store, so that NumPy computes
+    with values; every TensorHandle of type bfloat16 is rounded when it is created, to nearest, ties to even, which
+    covers all operators in one place;
+  * a dot of bfloat16 operands has exact products and fp32 sums, as on tensor cores;
+  * a dot of fp32 operands with input_precision "tf32" rounds its operands to 10 bits of mantissa, here to nearest, ties
+    to even; GPUs round or truncate, depending on the instruction;
+  * `csc_encode` accepts bfloat16 with impl="triton", which it otherwise refuses under the interpreter.
 
-Atomics, fp8 beside bf16, and rounding to bf16 in other ways than to nearest are refused.
+Atomics, fp8 together with bfloat16, and conversions to bfloat16 with another rounding mode are refused.
 
-`convolutions_in_tf32()` has torch's convolutions round likewise, as cuDNN's do and the CPU's do not.
+`convolutions_in_tf32()` rounds the operands of torch's convolutions likewise, as cuDNN does and the CPU does not.
 """
 
 import os
@@ -26,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
@@ -35,18 +37,35 @@ from triton.runtime import interpreter as installed
 from sdnet.kernels import dispatch, reference, torch_path
 from sdnet.kernels.triton_path import cudnn
 
-interpreter: Any = installed  # its insides are beyond a type checker
+interpreter: Any = installed  # its private parts have no type hints
+
+TESTED_TRITON = ("3.6.0", "3.7.1")
+"""The versions of Triton whose interpreter these patches were tested with."""
 
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs interpreted kernels, not compiled ones"
 )
 
 TF32_BITS, BF16_BITS = 13, 16
-"""How many bits of mantissa they have less than fp32."""
+"""Number of mantissa bits that tf32 and bfloat16 have fewer than fp32."""
+
+
+def refuse_untested_version(version: str = triton.__version__) -> None:
+    """Raise if the interpreter of this version of Triton was not tested: the patches replace private functions.
+
+    Raises:
+        RuntimeError: If the version is not in `TESTED_TRITON`.
+    """
+    if version not in TESTED_TRITON:
+        raise RuntimeError(
+            f"tests/triton_interpreter patches private functions of Triton's interpreter and was tested with Triton "
+            f"{' and '.join(TESTED_TRITON)}, not with {version}: add the version to TESTED_TRITON in numerics.py, and "
+            "run the tests of that folder."
+        )
 
 
 def rounded(data: NDArray[Any], bits: int) -> NDArray[np.float32]:
-    """fp32 without the last bits of its mantissa, to nearest, ties to even."""
+    """Round fp32 to nearest, ties to even, such that the last `bits` bits of the mantissa are zero."""
     data = np.asarray(data, dtype=np.float32)
     pattern = data.view(np.uint32)
     up = ((pattern >> np.uint32(bits)) & np.uint32(1)) + np.uint32((1 << (bits - 1)) - 1)
@@ -55,27 +74,28 @@ def rounded(data: NDArray[Any], bits: int) -> NDArray[np.float32]:
 
 
 def packed(data: NDArray[Any]) -> NDArray[np.uint16]:
-    """The memory of bf16 values held as fp32."""
+    """Return the bfloat16 memory (uint16) of values held as fp32."""
     return (np.asarray(data, dtype=np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
 
 
 def unpacked(memory: NDArray[Any]) -> NDArray[np.float32]:
-    """The values of bf16 memory."""
+    """Return the values of bfloat16 memory (uint16) as fp32."""
     return (memory.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def is_bf16(handle: Any) -> bool:
-    """Whether it holds bf16. A comparison's result bears its operands' type, and holds booleans."""
+    """Return whether a handle holds bfloat16 values. The result of a comparison has that type, but holds booleans."""
     return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype != np.bool_
 
 
 def refuse(what: str, *handles: Any) -> None:
+    """Raise NotImplementedError if one of the handles holds bfloat16."""
     if any(is_bf16(handle) for handle in handles):
         raise NotImplementedError(f"{what} with bfloat16 under the interpreter")
 
 
 class FaithfulBuilder(interpreter.InterpreterBuilder):
-    """The operations that look at the bits of a value, or at its memory. All others compute with what handles hold."""
+    """Override the operations that read the bits or the memory of a value; the others compute with values."""
 
     def get_bf16(self, value: float) -> Any:
         return interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.bfloat16)
@@ -129,7 +149,7 @@ class FaithfulBuilder(interpreter.InterpreterBuilder):
 
 @contextmanager
 def builder_with(methods: type) -> Iterator[None]:
-    """The interpreter's builder has these methods before its own."""
+    """Put the methods of a class before those of the interpreter's builder."""
     builder = interpreter.interpreter_builder
     before = builder.__class__
     builder.__class__ = type(methods.__name__, (methods, before), {})
@@ -141,13 +161,18 @@ def builder_with(methods: type) -> Iterator[None]:
 
 @contextmanager
 def faithful() -> Iterator[None]:
-    """The installed interpreter behaves as the docstring above says, and afterwards as before."""
+    """Make the interpreter compute with bfloat16 and tf32 as the head of this file says.
+
+    Raises:
+        RuntimeError: If the installed version of Triton was not tested.
+    """
+    refuse_untested_version()
     handle, np_dtype, obstacle = interpreter.TensorHandle, interpreter._get_np_dtype, dispatch.obstacle_to_triton
     validate = handle.__post_init__
 
     def hold(self: Any) -> None:
         if is_bf16(self):
-            assert np.issubdtype(self.data.dtype, np.floating), "the memory of a bf16 value, not the value"
+            assert np.issubdtype(self.data.dtype, np.floating), "a bfloat16 handle holds memory (uint16), not values"
             self.data = rounded(self.data, BF16_BITS)
         else:
             validate(self)
@@ -168,14 +193,14 @@ def faithful() -> Iterator[None]:
 
 
 def to_tf32(argument: Any) -> Any:
-    """An fp32 tensor rounded to tf32, anything else as it is."""
+    """Round an fp32 tensor to tf32; return anything else unchanged."""
     if not isinstance(argument, Tensor) or argument.dtype != torch.float32:
         return argument
     return torch.from_numpy(rounded(argument.detach().cpu().numpy(), TF32_BITS)).to(argument.device)
 
 
 def in_tf32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function of rounded tensors."""
+    """Return a function that rounds its fp32 tensors to tf32 and calls the given one."""
 
     def of_rounded(*arguments: Any, **options: Any) -> Tensor:
         return function(*map(to_tf32, arguments), **options)
@@ -185,7 +210,7 @@ def in_tf32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def convolutions_in_tf32() -> Iterator[None]:
-    """The convolutions that `kernels/` asks torch for round fp32 operands to tf32; fp64 ones stay exact."""
+    """Round the fp32 operands of the convolutions in `sdnet.kernels` to tf32; fp64 operands stay exact."""
     functional = SimpleNamespace(conv2d=in_tf32(F.conv2d), conv_transpose2d=in_tf32(F.conv_transpose2d))
     with (
         patch.object(reference, "F", functional),

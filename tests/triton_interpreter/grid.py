@@ -1,10 +1,10 @@
-"""Some programs of a launch alone, under Triton's interpreter, with an eye on their addresses.
+"""Run a few programs of a launch under Triton's interpreter, and check the addresses that they access.
 
-What a kernel does at the far end of a tensor of billions of elements shows in its last programs, and memory that nobody
-touches costs nothing. Within `only(select)` a launch runs the programs that `select` takes from its grid, which they
-see as it is: the executor is given a grid of as many programs, and the builder translates their indices. Integers that
-leave their 32 bits are an error, as is an access outside of the launch's tensors, which would otherwise be read, or
-kill the process. Tensors lie on the CPU.
+An overflow of 32-bit offsets in a tensor of more than 2^31 elements shows in the last programs of a launch, and memory
+that no program touches costs nothing. Inside `only(select)` a launch runs the programs that `select` chooses from its
+grid. They see the original grid: the executor receives a grid of as many programs as were chosen, and the builder
+translates their indices. An integer that leaves 32 bits is an error, and so is an access outside the tensors of the
+launch, which would otherwise read other memory or end the process. Tensors must be on the CPU.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +17,15 @@ import numpy as np
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .interpreter_numerics import builder_with, interpreter
+from .numerics import builder_with, interpreter, refuse_untested_version
 
 Index = tuple[int, int, int]
 Select = Callable[[str, Index], Sequence[Index]]
-"""The programs to run, from a kernel's name and its grid."""
+"""Chooses the programs to run, given the name of a kernel and its grid."""
 
 
 def last(programs: int) -> Select:
-    """The last programs along the first axis of the grid, in all its other places."""
+    """Choose the last programs along the first axis of the grid, at every position of the other axes."""
 
     def select(_: str, grid: Index) -> list[Index]:
         first = max(0, grid[0] - programs)
@@ -35,13 +35,13 @@ def last(programs: int) -> Select:
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """The first address of a tensor's memory and the one after its last."""
+    """Return the first address of a tensor and the address after its last element."""
     elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.itemsize
 
 
 class ChosenPrograms(interpreter.InterpreterBuilder):
-    """The indices of the chosen programs, and the addresses they may touch."""
+    """Give the chosen programs their original indices, and check every address that they access."""
 
     grid: Index
     chosen: Sequence[Index]
@@ -66,12 +66,17 @@ class ChosenPrograms(interpreter.InterpreterBuilder):
         known = np.zeros(addresses.shape, dtype=bool)
         for first, end in self.extents:
             known |= (addresses >= first) & (addresses < end)
-        assert known.all(), "an access outside of the launch's tensors"
+        assert known.all(), "an access outside the tensors of the launch"
 
 
 @contextmanager
 def only(select: Select) -> Iterator[None]:
-    """Launches run the chosen programs, as the docstring above says; afterwards all, as before."""
+    """Restrict every launch to the chosen programs, as the head of this file says.
+
+    Raises:
+        RuntimeError: If the installed version of Triton was not tested.
+    """
+    refuse_untested_version()
     builder, run = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
 
     def run_chosen(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,10 +88,10 @@ def only(select: Select) -> Iterator[None]:
         executor.grid = (len(chosen.chosen),)
         return run(executor, *args, **kwargs)
 
-    watching = replace(builder.options, debug=True)  # in which integers are watched
+    checking = replace(builder.options, debug=True)  # checks integers for overflow
     with (
         builder_with(ChosenPrograms),
         patch.object(interpreter.GridExecutor, "__call__", run_chosen),
-        patch.object(builder, "options", watching),
+        patch.object(builder, "options", checking),
     ):
         yield
