@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from itertools import islice
 
@@ -188,7 +189,8 @@ class Trainer:
                 self.run.create(self.job.recipe)
             self.run.keep_metrics(self.epoch)
             self.run.note_left_out(self.data.left_out)
-            self.run.add_environment(describe_environment(self.accelerator.device, self.accelerator.num_processes))
+            facts = {"command": sys.argv, "processes": self.accelerator.num_processes}
+            self.run.add_environment(facts | describe_environment(self.accelerator.device))
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
 
     def _save(self, names: list[str]) -> None:

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from sdnet.train import environment
 from sdnet.train.checkpoint import Checkpoint
-from sdnet.train.environment import describe_environment
+from sdnet.train.environment import describe_environment, package_version
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
 from sdnet.train.recipes import demo
@@ -104,8 +105,14 @@ def test_a_checkpoint_belongs_to_its_data_and_processes(checkpoint):
         checkpoint.check("digest", 1)
 
 
-def test_environment_names_versions_and_device():
-    facts = describe_environment(torch.device("cpu"), 1)
+def test_environment_names_versions_device_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = describe_environment(torch.device("cpu"))
     assert facts["packages"]["torch"] == torch.__version__
-    assert facts["processes"] == 1
-    json.dumps(facts)
+    assert facts["packages"]["sdnet"] == package_version("sdnet")
+    assert package_version("no-such-package") is None
+    assert facts["device_type"] == "cpu"
+    assert json.loads(json.dumps(facts)) == facts
+    monkeypatch.setattr(environment, "git", lambda *_: None)  # as outside a checkout
+    monkeypatch.setenv("SDNET_COMMIT", "0123abc")
+    facts = describe_environment(torch.device("cpu"))
+    assert (facts["commit"], facts["dirty"]) == ("0123abc", None)
