@@ -99,16 +99,6 @@ def test_tested_set_satisfies_every_floor() -> None:
             assert requirement.specifier.contains(version), f"{requirement} against {version}"
 
 
-def test_links_in_the_docs_lead_somewhere() -> None:
-    broken = []
-    for page in (path for path in tracked() if path.suffix == ".md"):
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", page.read_text()):
-            link = target[0] or target[1]
-            if "://" not in link and not link.startswith("mailto:") and not (page.parent / link).exists():
-                broken.append(f"{page.relative_to(ROOT)}: {link}")
-    assert not broken
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel built from the sdist of a copy of the checkout and a table of measured paths, without network."""
