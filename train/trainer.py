@@ -13,7 +13,7 @@ from accelerate.utils import broadcast, gather_object
 
 import sdnet
 from sdnet.train.checkpoint import Checkpoint
-from sdnet.train.data.loader import Data, Shard
+from sdnet.train.data.loader import Data, Rank
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import NonFiniteLossError, UserError
 from sdnet.train.interrupt import Interrupt
@@ -24,7 +24,7 @@ from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.schedule import learning_rate
 
-OpenData = Callable[[Job, Shard, torch.device], Data]
+OpenData = Callable[[Job, Rank, torch.device], Data]
 
 
 class Trainer:
@@ -44,9 +44,9 @@ class Trainer:
     def __init__(self, job: Job, open_data: OpenData) -> None:
         self.job, self.run, recipe = job, job.run, job.recipe
         self.accelerator = make_accelerator(recipe, job.run)
-        shard = Shard(self.accelerator.process_index, self.accelerator.num_processes)
+        rank = Rank(self.accelerator.process_index, self.accelerator.num_processes)
         with self.accelerator.local_main_process_first():  # the others find what it has found out about the files
-            self.data = open_data(job, shard, self.accelerator.device)
+            self.data = open_data(job, rank, self.accelerator.device)
         if len(set(gather_object([self.data.digest]))) > 1:
             raise UserError("The processes do not see the same training pictures.")
         self.steps_per_epoch = len(self.data.train) // recipe.accumulate

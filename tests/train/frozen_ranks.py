@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdnet.train.data.loader import Data, Shard
+from sdnet.train.data.loader import Data, Rank
 from sdnet.train.job import Job
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
@@ -21,8 +21,8 @@ from sdnet.train.trainer import Trainer
 class TensorLoader:
     """Every world-th picture of a fixed order, in batches; the last may be short."""
 
-    def __init__(self, images: Tensor, labels: Tensor, batch: int, shard: Shard) -> None:
-        self.images, self.labels = images[shard.rank :: shard.world], labels[shard.rank :: shard.world]
+    def __init__(self, images: Tensor, labels: Tensor, batch: int, rank: Rank) -> None:
+        self.images, self.labels = images[rank.index :: rank.world], labels[rank.index :: rank.world]
         self.batch = batch
 
     def __len__(self) -> int:
@@ -41,14 +41,14 @@ class TensorLoader:
     def close(self) -> None: ...
 
 
-def open_noise(job: Job, shard: Shard, device: torch.device) -> Data:
+def open_noise(job: Job, rank: Rank, device: torch.device) -> Data:
     """24 pictures to train on, and 9 to evaluate: 3 batches for one of two ranks, 2 for the other."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(33, 3, 32, 32, generator=generator).to(device)
     labels = torch.randint(5, (33,), generator=generator).to(device)
-    batch = job.recipe.local_batch(shard.world)
-    train = TensorLoader(images[:24], labels[:24], batch, shard)
-    return Data(train, TensorLoader(images[24:], labels[24:], 2, shard), 9, tuple("abcde"), "noise")
+    batch = job.recipe.local_batch(rank.world)
+    train = TensorLoader(images[:24], labels[:24], batch, rank)
+    return Data(train, TensorLoader(images[24:], labels[24:], 2, rank), 9, tuple("abcde"), "noise")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from sdnet.train.data.check import check_pictures
 from sdnet.train.data.dali import DaliLoader, open_pictures
 from sdnet.train.data.folder import read_image_folder
-from sdnet.train.data.loader import Shard
+from sdnet.train.data.loader import Rank
 from sdnet.train.data.sources import read_checked
 from sdnet.train.errors import DataError, UserError
 from sdnet.train.job import Job
@@ -159,8 +159,8 @@ def test_a_run_that_meets_a_broken_file_keeps_its_checkpoint(make_tree, tmp_path
 
 def test_more_ranks_than_pictures_and_a_single_picture(make_tree):
     train, val = read_image_folder(make_tree([1], [1]))
-    with pytest.raises(UserError, match="1 pictures, fewer than the 2 processes"):
-        DaliLoader(train, batch=1, size=32, augment=True, shard=Shard(0, 2))
+    with pytest.raises(UserError, match="1 images, fewer than the 2 processes"):
+        DaliLoader(train, batch=1, size=32, augment=True, rank=Rank(0, 2))
     for images, augment in ((train, True), (val, False)):
         loader = DaliLoader(images, batch=1, size=32, resize=32, augment=augment, threads=1)
         assert [len(labels) for _, labels in loader] == [1]

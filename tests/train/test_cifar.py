@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdnet.train.cifar import main
 from sdnet.train.data.cifar import load_restricted, read_small_pictures
-from sdnet.train.data.loader import Shard
+from sdnet.train.data.loader import Rank
 from sdnet.train.data.mixing import Mixing
 from sdnet.train.data.resident import MEAN, STD, ResidentLoader
 from sdnet.train.errors import UserError
@@ -28,7 +28,7 @@ def pixels(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
 
 def loader(count: int = 23, rank: int = 0, world: int = 1, side: int = 32, **options) -> ResidentLoader:
     """Every picture is a class of its own."""
-    fixed = {"batch": 4, "augment": True, "name": "The set", "digest": "d", "shard": Shard(rank, world)}
+    fixed = {"batch": 4, "augment": True, "name": "The set", "digest": "d", "rank": Rank(rank, world)}
     return ResidentLoader(pixels(count, side), np.arange(count), **fixed | options)
 
 
@@ -225,7 +225,7 @@ def loader_at(epoch: int) -> ResidentLoader:
     [
         ({"batch": 5}, "batch: 5, not 4"),
         ({"seed": 1}, "seed: 1, not 0"),
-        ({"digest": "e"}, "pictures: e, not d"),
+        ({"digest": "e"}, "images: e, not d"),
         ({"world": 2}, "processes: 2, not 1"),
     ],
 )
@@ -257,7 +257,7 @@ def test_mixed_pictures_come_with_targets_to_match(mixup, cutmix):
 
 
 def test_fewer_pictures_than_ranks():
-    with pytest.raises(UserError, match="The set has 2 pictures, fewer than the 3 processes"):
+    with pytest.raises(UserError, match="The set has 2 images, fewer than the 3 processes"):
         loader(2, 0, 3)
 
 

@@ -7,14 +7,14 @@ from PIL import Image
 
 from sdnet.train.data.dali import DaliLoader
 from sdnet.train.data.folder import ImageSet, read_image_folder
-from sdnet.train.data.loader import Shard
+from sdnet.train.data.loader import Rank
 from sdnet.train.data.pipeline import MEAN, STD
 from sdnet.train.errors import UserError
 
 
 def training(images: ImageSet, rank: int = 0, world: int = 1, **options) -> DaliLoader:
     return DaliLoader(
-        images, **{"batch": 4, "size": 32, "augment": True, "threads": 1, "shard": Shard(rank, world)} | options
+        images, **{"batch": 4, "size": 32, "augment": True, "threads": 1, "rank": Rank(rank, world)} | options
     )
 
 
@@ -150,5 +150,5 @@ def test_channels_last_changes_strides_alone(pictures, make):
 @pytest.mark.parametrize("make", [training, evaluation])
 def test_fewer_pictures_than_ranks(make_tree, make):
     train, _ = read_image_folder(make_tree([1, 1], [1, 1]))
-    with pytest.raises(UserError, match="has 2 pictures, fewer than the 3 processes"):
+    with pytest.raises(UserError, match="has 2 images, fewer than the 3 processes"):
         make(train, 0, 3)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdnet.train.data.dali import DaliLoader
 from sdnet.train.data.folder import ImageSet, read_image_folder
-from sdnet.train.data.loader import Shard
+from sdnet.train.data.loader import Rank
 from sdnet.train.data.mixing import Mixing
 from sdnet.train.data.pipeline import MEAN, STD
 from sdnet.train.data.shards import read_shards
@@ -20,7 +20,7 @@ from sdnet.train.prepare import prepare
 
 
 def training(images: ImageSet, rank: int = 0, world: int = 1, **options) -> DaliLoader:
-    fixed = {"batch": 4, "size": 32, "augment": True, "threads": 1, "shard": Shard(rank, world)}
+    fixed = {"batch": 4, "size": 32, "augment": True, "threads": 1, "rank": Rank(rank, world)}
     return DaliLoader(images, **fixed | options)
 
 
@@ -86,7 +86,7 @@ def test_a_second_iteration_goes_on_where_the_first_was_left(shards):
         ({"seed": 1}, "seed: 1, not 0"),
         ({"rank": 1}, "rank: 1, not 0"),
         ({"world": 3}, "processes: 3, not 2"),
-        ({"files": 1}, "pictures: "),
+        ({"files": 1}, "images: "),
         ({"epoch": 1}, "epoch: 1, not 0"),
     ],
 )

@@ -20,9 +20,10 @@ from PIL import Image
 
 from sdnet.train.data.archives import read_members
 from sdnet.train.data.check import FORMATS
+from sdnet.train.data.epochs import loader_options
 from sdnet.train.data.folder import ImageSet
-from sdnet.train.data.loader import DTYPES, Data, Shard
-from sdnet.train.data.mixing import Mixing
+from sdnet.train.data.loader import Data, Rank
+from sdnet.train.data.mixing import mixing_of
 from sdnet.train.data.resident import ResidentLoader
 from sdnet.train.data.sources import read_checked
 from sdnet.train.errors import UserError
@@ -82,7 +83,7 @@ LAYOUTS = (
 )
 
 
-def open_small_pictures(job: Job, shard: Shard, device: torch.device) -> Data:
+def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     """The loaders of one rank, with all pictures on the device.
 
     Raises:
@@ -94,20 +95,19 @@ def open_small_pictures(job: Job, shard: Shard, device: torch.device) -> Data:
     height, width = train.images.shape[2:]
     if (height, width) != (recipe.image_size, recipe.image_size):
         raise UserError(f"The pictures are {width} x {height}: pass --image-size, or train with train/imagenet.py.")
-    options: dict[str, Any] = {
-        "batch": recipe.local_batch(shard.world),
-        "shard": shard,
-        "device": device,
-        "seed": recipe.seed,
-        "channels_last": recipe.channels_last,
-        "dtype": DTYPES[recipe.input_dtype],
-    }
+    options = loader_options(job, rank, device)
     digest = train.digest()
-    mixing = Mixing(recipe.mixup, recipe.cutmix, len(found.classes)) if recipe.mixup or recipe.cutmix else None
-    augmented: dict[str, Any] = {"augment": True, "padding": recipe.crop_padding, "mixing": mixing}
-    name = f"The training set in {job.data}"
     return Data(
-        train=ResidentLoader(train.images, train.labels, name=name, digest=digest, **augmented, **options),
+        train=ResidentLoader(
+            train.images,
+            train.labels,
+            name=f"The training set in {job.data}",
+            digest=digest,
+            augment=True,
+            padding=recipe.crop_padding,
+            mixing=mixing_of(recipe, len(found.classes)),
+            **options,
+        ),
         val=ResidentLoader(
             val.images, val.labels, name=f"The test set in {job.data}", digest=val.digest(), augment=False, **options
         ),

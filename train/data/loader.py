@@ -1,37 +1,38 @@
-"""What the trainer asks of a loader, whatever stands behind it."""
+"""The interface between the trainer and a loader of batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Shard:
+class Rank:
     """Which of how many processes a loader feeds."""
 
-    rank: int = 0
+    index: int = 0
     world: int = 1
 
 
 class Loader(Protocol):
-    """Batches of one rank: images [B, 3, S, S], normalised, fp32 or as asked for, and labels [B] int64, or targets
-    [B, classes] fp32 where pictures are mixed; on the loader's device.
+    """Batches of images and labels for one rank.
 
-    A batch is a pure function of (seed, epoch, rank, step): a loader rebuilt with the same arguments and
-    `set_epoch` gives the same batches, and `load_state` resumes in the midst of an epoch.
+    A batch is a pure function of (seed, epoch, rank, step): a loader that is built again with the same arguments gives
+    the same batches after `set_epoch`, and `load_state` resumes in the middle of an epoch.
+    `sdnet.train.data.epochs.EpochLoader` implements all of it except the iteration.
+
+    Shape:
+        - images: [B, 3, S, S], normalised, fp32 or the type that was asked for, on the loader's device.
+        - labels: [B] int64, or targets [B, classes] fp32 where images are mixed.
     """
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches of a whole epoch."""
         ...
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of the epoch that are left; afterwards the epoch is over and a new iteration starts it anew."""
+        """Yield the remaining batches of the epoch; a later iteration starts the same epoch from its beginning."""
         ...
 
     def set_epoch(self, epoch: int) -> None:
@@ -39,14 +40,14 @@ class Loader(Protocol):
         ...
 
     def state(self) -> Tensor:
-        """The place within the epoch as bytes [K] uint8."""
+        """Return the position within the epoch as bytes [K] uint8."""
         ...
 
     def load_state(self, state: Tensor) -> None:
         """Let the next iteration of the chosen epoch start where `state` was taken.
 
         Raises:
-            UserError: it was taken with another batch, number of ranks, seed, epoch or list of pictures.
+            UserError: The state was taken with another batch, number of ranks, seed, epoch or list of images.
         """
         ...
 
@@ -57,10 +58,16 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by.
+    """The training and validation data of a run.
 
-    `val_size` is the number of validation pictures over all ranks; `digest` fingerprints the training set; `notes` are
-    sentences that the user should read before the training; `left_out` are (file, reason) of what is not used.
+    Attributes:
+        train: The loader of training batches.
+        val: The loader of validation batches.
+        val_size: The number of validation images over all ranks.
+        classes: The names of the classes, in the order of the labels.
+        digest: A fingerprint of the training set.
+        notes: Sentences that the user should read before the training.
+        left_out: (file, reason) for everything in the data folder that is not used.
     """
 
     train: Loader

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: two pictures of a batch in one, and a target to match."""
+"""Mixup and CutMix: two images of a batch become one, with a target to match."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdnet.train.recipes import Recipe
+
 
 @dataclass(frozen=True)
 class Mixing:
-    """How batches are mixed: by Mixup with lambda ~ Beta(mixup, mixup), by CutMix likewise, by either at random if
-    both are above 0. The partner of a picture is its neighbour in the batch."""
+    """Mixup with a share of Beta(mixup, mixup), or CutMix likewise; one of them at random if both are above 0.
+
+    The partner of an image is its neighbour in the batch.
+
+    Attributes:
+        mixup: alpha of Mixup, 0 for none.
+        cutmix: alpha of CutMix, 0 for none.
+        classes: The number of classes.
+    """
 
     mixup: float
     cutmix: float
     classes: int
 
     def __call__(self, images: Tensor, labels: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W], labels [B] -> mixed images, and targets [B, classes] fp32 whose rows sum to 1."""
+        """Mix a batch.
+
+        Shape:
+            - images: [B, 3, H, W]
+            - labels: [B]
+            - output: mixed images [B, 3, H, W], and targets [B, classes] fp32 whose rows sum to 1
+        """
         cut = self.cutmix > 0 and (self.mixup == 0 or generator.random() < 0.5)
         alpha = self.cutmix if cut else self.mixup
         share = float(generator.beta(alpha, alpha))
@@ -31,8 +46,13 @@ class Mixing:
         return images, torch.lerp(targets.roll(1, 0), targets, share)
 
 
+def mixing_of(recipe: Recipe, classes: int) -> Mixing | None:
+    """Return the mixing that a recipe asks for; None if it asks for none."""
+    return Mixing(recipe.mixup, recipe.cutmix, classes) if recipe.mixup or recipe.cutmix else None
+
+
 def _paste(images: Tensor, partner: Tensor, share: float, generator: np.random.Generator) -> tuple[float, Tensor]:
-    """A box of 1 - share of the area from the partner, about a random centre; the share left, and the images."""
+    """Paste a box of 1 - share of the area from the partner around a random centre; return the share that is left."""
     height, width = images.shape[-2:]
     half = np.sqrt(1 - share) / 2
     y, x = generator.integers(height), generator.integers(width)

@@ -1,4 +1,4 @@
-"""A loader's place within an epoch, as bytes that only fit the loader they were taken from."""
+"""The position of a loader within an epoch, as bytes that fit only the loader they were taken from."""
 
 import json
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ from sdnet.train.errors import UserError
 
 
 def pack(facts: Mapping[str, object], step: int, rest: bytes = b"") -> Tensor:
-    """Bytes [K] uint8 of what the loader was made with, its step, and anything else that it needs."""
+    """Return bytes [K] uint8: the facts that the loader was made with, its step, and anything else that it needs."""
     line = json.dumps({"step": step, **facts}).encode() + b"\n"
     return torch.frombuffer(bytearray(line + rest), dtype=torch.uint8)
 
 
 def unpack(state: Tensor, facts: Mapping[str, object]) -> tuple[int, bytes]:
-    """The step and the rest of what `pack` was given.
+    """Return the step and the rest of what `pack` was given.
 
     Raises:
-        UserError: the loader was made with other facts; it names them.
+        UserError: The loader was made with other facts; the message names them.
     """
     line, _, rest = bytes(state.tolist()).partition(b"\n")
     try:
@@ -32,5 +32,5 @@ def unpack(state: Tensor, facts: Mapping[str, object]) -> tuple[int, bytes]:
         f"{name}: {facts.get(name)}, not {stored.get(name)}" for name in names if facts.get(name) != stored.get(name)
     ]
     if differences:
-        raise UserError(f"The loader cannot go on in the midst of the epoch; {'; '.join(differences)}.")
+        raise UserError(f"The loader cannot resume within the epoch; {'; '.join(differences)}.")
     return step, rest
