@@ -1,24 +1,24 @@
-# SDNet. `make` lists the verbs; each sets up .venv by itself the first time.
+# SDNet. `make` lists the commands; each creates .venv first if there is none.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test demo bench gpu-check
+.PHONY: help setup lint types test test-all demo bench gpu-check
 
 BIN := .venv/bin
 READY := .venv/.ready
-# Any Python >= 3.11 does; 3.11 is the one that constraints.txt is tested with. Choose: make setup PYTHON=python3.13
+# Python 3.11 or later; constraints.txt is tested with 3.11. To choose one: make setup PYTHON=python3.13
 PYTHON :=
 PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
 
-help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' Makefile
 
-setup: $(READY) ## make .venv and install SDNet with everything the other verbs need
+setup: $(READY) ## create .venv with SDNet and everything that the other commands need
 	@echo "Ready: $$($(BIN)/python -c 'import platform, torch; \
 	  gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"; \
 	  print(f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}")')"
 
-# On PyPI `torch` is the CUDA build for Linux: what a machine with an NVIDIA GPU wants.
+# On PyPI `torch` for Linux is the CUDA build, which also runs without a GPU.
 $(READY): pyproject.toml constraints.txt
 	@if ! $(BIN)/python -m pip --version > /dev/null 2>&1; then \
 	  for python in $(or $(PYTHON),$(PYTHONS)); do \
@@ -43,18 +43,24 @@ lint: $(READY) ## ruff: rules and format
 types: $(READY) ## Pyright
 	$(BIN)/pyright
 
-# One thread per process: the tests' convolutions are too small to share out among cores, the tests are not.
-test: lint types ## lint, types and tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+# Tests run in parallel with one thread each, because the convolutions in tests are too small for several threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-demo: $(READY) ## train SDNet-18 on photographs that the installation brings (minutes on two cores)
+test: lint types ## lint, type checks and all tests that are not marked slow
+	$(PYTEST) -m 'not slow'
+
+test-all: test ## also the slow tests, and every Triton kernel compiled for every supported GPU (hours)
+	$(PYTEST) -m slow
+	$(BIN)/python -m sdnet.bench.compile_check
+
+demo: $(READY) ## train SDNet-18 on photographs from scikit-image (minutes on two cores)
 	$(BIN)/python -m sdnet.train.demo_data demo/data
 	rm -rf runs/demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	  train/imagenet.py --recipe demo --data demo/data --out runs/demo
 
 bench gpu-check: OUT ?= runs/$@
-bench: $(READY) ## what this machine can do, in five minutes: operators, training, loaders; into OUT=runs/bench
+bench: $(READY) ## measure operators, training and data loaders in five minutes; results in OUT=runs/bench
 	$(BIN)/python -m sdnet.train.demo_data $(OUT)/data
 	$(BIN)/python -m sdnet.bench kernels --operator csc --limit 3 --budget 90 --out $(OUT)
 	$(BIN)/python -m sdnet.bench train --batch 8 --seconds 45 --budget 30 --out $(OUT)
@@ -62,5 +68,5 @@ bench: $(READY) ## what this machine can do, in five minutes: operators, trainin
 	$(BIN)/python -m sdnet.bench profile --image-size 64 --batch 32 --traces $(OUT) --out $(OUT)
 	$(BIN)/python -m sdnet.bench report --results $(OUT) --whole $(OUT)/report.md
 
-gpu-check: $(READY) ## on a GPU, within ten minutes: its tests, operators and training; into OUT=runs/gpu-check
+gpu-check: $(READY) ## test and measure on a GPU within ten minutes; results in OUT=runs/gpu-check
 	$(BIN)/python -m sdnet.bench gpu-check --out $(OUT)

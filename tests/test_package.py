@@ -1,11 +1,13 @@
-"""The package as a whole: what it needs, what it ships, and the rules that no linter knows."""
+"""Tests of the package as a whole: its dependencies, its wheel, and the rules that no linter checks."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -26,15 +28,15 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def tracked() -> list[Path]:
-    """What git tracks, and what it would if told to; symlinks and deleted files left out."""
+    """Return the files that git tracks or would add, without symlinks and deleted files."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0")
     return [path for path in (ROOT / name for name in listed if name) if path.is_file() and not path.is_symlink()]
 
 
-def test_library_needs_torch_and_einops_alone() -> None:
-    """With everything else absent, numpy included, a model is made, runs and learns."""
+def test_library_needs_only_torch_and_einops() -> None:
+    """Without any other package, numpy included, a model can be created, run and trained."""
     run(
         sys.executable,
         "-W",
@@ -54,6 +56,58 @@ model(torch.randn(2, 3, 16, 16)).sum().backward()
 optimizer.step()
 """,
     )
+
+
+def test_import_takes_less_than_a_third_of_a_second() -> None:
+    """`import sdnet` adds less than 0.3 s of processor time to `import torch`, in the quickest of three processes."""
+    program = "import time, torch; start = time.process_time(); import sdnet; print(time.process_time() - start)"
+    assert min(float(run(sys.executable, "-c", program)) for _ in range(3)) < 0.3
+
+
+LEVELS = {"kernels": 0, "sdnet": 1, "train": 2, "bench": 3}
+"""A folder imports from its own level and from the levels below."""
+
+
+def sdnet_imports(path: Path) -> Iterator[str]:
+    """Yield the folders of the package that a file imports from, at any depth of its code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "sdnet" else [node.module]
+            )
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            modules = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        else:
+            continue
+        for parts in (str(module).split(".") for module in modules):
+            if parts[0] == "sdnet":
+                yield parts[1] if len(parts) > 1 and parts[1] in LEVELS else "sdnet"
+
+
+@pytest.mark.parametrize("folder", LEVELS)
+def test_imports_point_downwards(folder: str) -> None:
+    upwards = []
+    for path in sorted((ROOT / folder).glob("**/*.py")):
+        if folder == "sdnet" and path.relative_to(ROOT).parts[1] in SHARED_FOLDERS:
+            continue
+        upwards += [
+            f"{path.relative_to(ROOT)} imports {other}"
+            for other in sdnet_imports(path)
+            if LEVELS[other] > LEVELS[folder]
+        ]
+    assert upwards == []
+
+
+def test_an_import_of_a_higher_folder_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text(
+        "import torch\nfrom sdnet.kernels import csc_encode\n"
+        "def late() -> None:\n    from sdnet import train\n    import sdnet.layers\n"
+        "    import_module('sdnet.bench.ledger')\n"
+    )
+    assert set(sdnet_imports(file)) == {"kernels", "train", "bench", "sdnet"}
 
 
 @pytest.mark.parametrize("name", SHARED_FOLDERS)
@@ -107,7 +161,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    measured = source / "kernels" / "fused" / "measured" / MEASURED
+    measured = source / "kernels" / "triton_path" / "measured" / MEASURED
     measured.parent.mkdir(exist_ok=True)
     measured.write_text("{}")
     for name in SHARED_FOLDERS:
@@ -122,7 +176,7 @@ def test_wheel_ships_every_module(wheel: Path) -> None:
     expected = {str(path) for path in modules if path.parts[0] == "sdnet"}
     expected |= {str("sdnet" / path) for path in modules if path.parts[0] in SHARED_FOLDERS}
     tables = {path.name for path in tracked() if path.parent.name == "measured"} | {MEASURED}
-    expected |= {f"sdnet/kernels/fused/measured/{name}" for name in tables}
+    expected |= {f"sdnet/kernels/triton_path/measured/{name}" for name in tables}
     assert shipped == expected | {"sdnet/py.typed"}
 
 
