@@ -160,7 +160,12 @@ def make_model(setting: Setting) -> nn.Module:
         known = ", ".join([*sdnet.list_models(), *OFFICIAL])
         raise UserError(f"model is {setting.model!r}; it must be one of {known}.")
     return sdnet.create_model(
-        setting.model, classes, setting.stem, setting.image_size, n_steps=setting.n_steps, impl=setting.impl
+        setting.model,
+        classes,
+        stem=setting.stem,
+        image_size=setting.image_size,
+        n_steps=setting.n_steps,
+        impl=setting.impl,
     )
 
 

@@ -13,22 +13,14 @@ from torch.nn.grad import conv2d_weight
 
 from sdnet.bench.operators import LAYOUTS, Bound, Case, Inputs, Provider
 from sdnet.kernels import reference, step_sizes, torch_path
+from sdnet.kernels.coding import Coding
 from sdnet.kernels.dispatch import obstacle_to_triton
 
 
 def problem_of(case: Case, inputs: Inputs) -> torch_path.Problem:
     """The published problem: two steps, non-negative codes."""
     return torch_path.Problem(
-        step_size=inputs["step_size"],
-        lam=inputs["lam"],
-        mu=0.0,
-        n_steps=2,
-        stride=case.geometry["stride"],
-        padding=case.geometry["padding"],
-        nonnegative=True,
-        solver="sdnet",
-        data_term="squared",
-        n_dict=1,
+        step_size=inputs["step_size"], lam=inputs["lam"], coding=Coding(solver="sdnet"), **case.geometry
     )
 
 

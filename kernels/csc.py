@@ -1,123 +1,139 @@
 """The public operator `csc_encode`: it checks its arguments and calls the implementation that is asked for."""
 
 import os
-from typing import get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdnet.kernels import reference
+from sdnet.kernels import checks, reference
+from sdnet.kernels.coding import Coding, coding_of, takes_coding
 from sdnet.kernels.dispatch import choose, requested
-from sdnet.kernels.operators import csc_forward, memory_format_of
-from sdnet.kernels.reference import DataTerm, Pair, Solver
+from sdnet.kernels.operators import memory_format_of
+from sdnet.kernels.reference import Pair
 
 KEEP_RESIDUALS = "SDNET_KEEP_RESIDUALS"
 
 
+@takes_coding
 def csc_encode(
     x: Tensor,
     weight: Tensor,
     step_size: float | Tensor,
     lam: float | Tensor,
-    mu: float = 0.0,
-    n_steps: int = 2,
+    *,
     stride: int | Pair = 1,
     padding: int | Pair = 0,
-    nonnegative: bool = True,
-    solver: Solver = "fista",
-    data_term: DataTerm = "squared",
-    n_dict: int = 1,
+    impl: str = "auto",
+    keep_residuals: bool | None = None,
+    **coding: Any,
+) -> Tensor:
+    """Return the sparse codes of x, by unrolled proximal gradient steps.
+
+    The codes approximate argmin_z lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2 (with z >= 0 if nonnegative), where A z is
+    the transposed convolution of z with `weight` and A' its adjoint:
+
+        z_1 = P(step_size A'x),   z_{k+1} = P(y_k + step_size A'(x - A p_k)),
+        P(v) = shrink(v, step_size lam) / (1 + step_size mu).
+
+    Args:
+        x: the input.
+        weight: the dictionary. Atoms of unit norm make lam comparable between layers.
+        step_size: a float or a 0-d tensor (which is not read on the host); below 2 / (largest eigenvalue of A'A), 0.9
+            of its inverse as a rule (`sdnet.kernels.step_sizes`). It carries no gradient.
+        lam: the weight of |z|_1: a float, a 0-d tensor, or one value per sample, [N] or [N, 1, 1, 1].
+        stride: of the convolution, an int or a (vertical, horizontal) pair.
+        padding: of the convolution, an int or a (vertical, horizontal) pair.
+        impl: "auto", "torch", "reference" (undecorated, for torch.export and higher derivatives) or "triton"
+            (`explain` says what a call would take).
+        keep_residuals: whether the forward pass keeps the residuals for the backward pass, n_steps - 1 tensors of the
+            size of n_dict x, instead of computing them again, a transposed convolution each. None reads the
+            environment variable SDNET_KEEP_RESIDUALS, "1" for yes and "0" for no, and without it keeps them on a CPU,
+            where memory is cheaper than convolutions.
+        **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
+
+    Shape:
+        - x: [N, C, H, W]
+        - weight: [K, n_dict C, kh, kw]
+        - Output: the codes [N, K, h, w] in x's dtype (autocast's under autocast), channels_last if x or weight is.
+
+    Gradients reach x, weight and lam, once; use impl="reference" for higher derivatives.
+
+    Raises:
+        ValueError: an argument has a wrong type, shape or value.
+        NotImplementedError: the Triton kernels are asked for and cannot compute this call.
+    """
+    return encode(x, weight, step_size, lam, coding_of(csc_encode, coding), stride, padding, impl, keep_residuals)
+
+
+def encode(
+    x: Tensor,
+    weight: Tensor,
+    step_size: float | Tensor,
+    lam: float | Tensor,
+    coding: Coding,
+    stride: int | Pair,
+    padding: int | Pair,
     impl: str = "auto",
     keep_residuals: bool | None = None,
 ) -> Tensor:
-    """Sparse codes of x by unrolled proximal steps.
-
-    Approximates argmin_z lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2 (z >= 0 if nonnegative), with A z the transposed
-    convolution of z with `weight` and A' its adjoint:
-
-        z_1 = P(step A'x),   z_{k+1} = P(y_k + step A'(x - A p_k)),   P(v) = shrink(v, step lam) / (1 + step mu).
-
-    Args:
-        x: the input [N, C, H, W].
-        weight: the dictionary [K, n_dict C, kh, kw]; atoms of unit norm make lam comparable between layers.
-        step: the step size, a float or 0-d tensor (no host sync); below 2 / (largest eigenvalue of A'A), 0.9 of its
-            inverse as a rule (`sdnet.kernels.step_sizes`). Carries no gradient.
-        lam: the weight of |z|_1: a float, a 0-d tensor, or one per sample, [N] or [N, 1, 1, 1].
-        mu: the weight of 1/2 |z|^2.
-        n_steps: the number of unrolled steps.
-        stride, padding: of the convolution, an int or a (vertical, horizontal) pair.
-        nonnegative: one-sided shrinkage, codes >= 0.
-        solver: "ista"; "fista", the gradient at the extrapolated point (Beck and Teboulle 2009); or "sdnet", the
-            official loop, the gradient at the last codes. They agree up to two steps.
-        data_term: "squared", or "norm", the official SQUARE_NOISE: False: from the second step on the residual is
-            multiplied by 1/2 / |x - A p|, per sample, without gradient through the norm.
-        n_dict: how many reconstructions one code has, each compared with x (the official EXPANSION_FACTOR).
-        impl: "auto", "torch", "reference" (undecorated, for torch.export and higher derivatives) or "triton"
-            (`explain` says what a call would take).
-        keep_residuals: whether the backward pass finds the residuals, n_steps - 1 tensors of the size of n_dict x, kept
-            by the forward pass instead of computing them again, a transposed convolution each. None asks the
-            environment variable SDNET_KEEP_RESIDUALS, "1" for yes and "0" for no, and without it keeps them on a CPU,
-            where memory is cheaper than convolutions.
-
-    Returns:
-        The codes [N, K, h, w] in x's dtype (autocast's under autocast), channels_last if x or weight is.
-
-    Gradients reach x, weight and lam, once; use impl="reference" for higher derivatives.
-    """
-    stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
-    _check(x, weight, mu, n_steps, padding, solver, data_term, n_dict)
-    step_size = _scalar_or_per_sample("step_size", step_size, x, per_sample=False)
-    lam = _scalar_or_per_sample("lam", lam, x, per_sample=True)
-    x, weight = _autocast(x, weight)
+    """Compute `csc_encode` for a `Coding`."""
+    x, weight, step_size, lam, stride, padding = prepared(x, weight, step_size, lam, coding, stride, padding)
     impl, _ = requested(impl)
     if impl == "reference":
-        return reference.csc_encode(
-            x, weight, step_size, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict
-        )
+        return reference.csc_encode(x, weight, step_size, lam, coding, stride, padding)
     if keep_residuals is None:
         keep_residuals = _keeps_residuals(x)
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or lam.requires_grad)
-    return csc_forward(
-        x,
-        weight,
-        step_size,
-        lam,
-        mu,
-        n_steps,
-        stride,
-        padding,
-        nonnegative,
-        solver,
-        data_term,
-        n_dict,
-        impl,
-        keep_residuals,
-        needs_gradient,
-    )[-1]
+    options = (*coding.values(), stride, padding, impl, keep_residuals, needs_gradient)
+    return torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *options)[-1]
 
 
+class Prepared(NamedTuple):
+    """The checked arguments of a call: tensors of one type, step_size 0-d, lam 0-d or [N, 1, 1, 1], pairs."""
+
+    x: Tensor
+    weight: Tensor
+    step_size: Tensor
+    lam: Tensor
+    stride: Pair
+    padding: Pair
+
+
+def prepared(
+    x: Tensor,
+    weight: Tensor,
+    step_size: float | Tensor,
+    lam: float | Tensor,
+    coding: Coding,
+    stride: int | Pair,
+    padding: int | Pair,
+) -> Prepared:
+    """Return the checked arguments of a call, in the form that the implementations take."""
+    stride, padding = checks.pair("stride", stride, 1), checks.pair("padding", padding, 0)
+    _check(x, weight, padding, coding.n_dict)
+    step_size = _scalar_or_per_sample("step_size", step_size, x, per_sample=False)
+    lam = _scalar_or_per_sample("lam", lam, x, per_sample=True)
+    x, weight = _autocast(x, weight)
+    return Prepared(x, weight, step_size, lam, stride, padding)
+
+
+@takes_coding
 def explain(
     x: Tensor,
     weight: Tensor,
     step_size: float | Tensor,
     lam: float | Tensor,
-    mu: float = 0.0,
-    n_steps: int = 2,
+    *,
     stride: int | Pair = 1,
     padding: int | Pair = 0,
-    nonnegative: bool = True,
-    solver: Solver = "fista",
-    data_term: DataTerm = "squared",
-    n_dict: int = 1,
     impl: str = "auto",
     keep_residuals: bool | None = None,
+    **coding: Any,
 ) -> str:
-    """Which implementation `csc_encode` takes for these arguments, and why; it raises what `csc_encode` would raise."""
-    stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
-    _check(x, weight, mu, n_steps, padding, solver, data_term, n_dict)
-    _scalar_or_per_sample("step_size", step_size, x, per_sample=False)
-    _scalar_or_per_sample("lam", lam, x, per_sample=True)
-    x, weight = _autocast(x, weight)
+    """Return which implementation `csc_encode` takes for these arguments, and why; raise what it would raise."""
+    options = coding_of(explain, coding)
+    x, weight, _, _, stride, padding = prepared(x, weight, step_size, lam, options, stride, padding)
     choice = choose(impl, x, weight)
     if choice.impl != "triton":
         return f"{choice.impl}: {choice.reason}."
@@ -127,13 +143,6 @@ def explain(
     path = loop.path_of(layer)
     tiles = f"; A' in tiles of {layer.tiles.analysis}, A of {layer.tiles.synthesis}" if path.fused else ""
     return f"triton: {choice.reason}; {path.reason}{tiles}."
-
-
-def _pair(name: str, value: int | Pair, least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
-        raise ValueError(f"{name} is {value}; it must be an int or a pair of ints of at least {least}.")
-    return pair[0], pair[1]
 
 
 def _scalar_or_per_sample(name: str, value: float | Tensor, x: Tensor, per_sample: bool) -> Tensor:
@@ -158,16 +167,12 @@ def _keeps_residuals(x: Tensor) -> bool:
     return x.device.type == "cpu" if asked is None else asked == "1"
 
 
-def _check(
-    x: Tensor, weight: Tensor, mu: float, n_steps: int, padding: Pair, solver: str, data_term: str, n_dict: int
-) -> None:
+def _check(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) -> None:
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError(
             f"x has shape {list(x.shape)} and weight {list(weight.shape)}; "
             "they must be [N, C, H, W] and [K, n_dict C, kh, kw]."
         )
-    if n_dict < 1:
-        raise ValueError(f"n_dict is {n_dict}; it must be at least 1.")
     if weight.shape[1] != n_dict * x.shape[1]:
         raise ValueError(
             f"x has {x.shape[1]} channels and n_dict is {n_dict}, so the atoms of weight must have "
@@ -180,14 +185,6 @@ def _check(
     padded = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
     if any(n < k for n, k in zip(padded, weight.shape[2:], strict=True)):
         raise ValueError(f"x padded to {padded} is smaller than the atoms of weight, {list(weight.shape[2:])}.")
-    if n_steps < 1:
-        raise ValueError(f"n_steps is {n_steps}; it must be at least 1.")
-    if not 0 <= mu < float("inf"):
-        raise ValueError(f"mu is {mu}; it must be a finite number of at least 0.")
-    if solver not in get_args(Solver):
-        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(get_args(Solver))}.")
-    if data_term not in get_args(DataTerm):
-        raise ValueError(f"data_term is {data_term!r}; it must be one of {', '.join(get_args(DataTerm))}.")
 
 
 def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

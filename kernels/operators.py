@@ -5,17 +5,22 @@ plain: step and lam are always tensors. What autograd keeps for a layer is x, we
 residuals if asked to. Which implementation runs is chosen here, on real tensors: no compiler traces the choice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from dataclasses import fields
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from sdnet.kernels import torch_path
+from sdnet.kernels.coding import Coding
 from sdnet.kernels.dispatch import choose
-from sdnet.kernels.reference import DataTerm, Pair, Solver, codes_size
+from sdnet.kernels.reference import codes_size
+
+SCHEMA_TYPES: dict[Any, str] = {int: "int", float: "float", bool: "bool"}
+"""The schema's name of a field's type; a `Literal` is a str."""
 
 
 def memory_format_of(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -26,37 +31,16 @@ def memory_format_of(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def pair(values: Sequence[int]) -> Pair:
-    """The two values of a schema's int[]."""
-    first, second = values
-    return first, second
+def problem_of(step_size: Tensor, lam: Tensor, options: tuple[Any, ...]) -> torch_path.Problem:
+    """Return the problem of a schema's arguments; `options` are those of `OPTIONS`, in its order."""
+    *coding, (stride_h, stride_w), (padding_h, padding_w) = options
+    return torch_path.Problem(step_size, lam, cached_coding(*coding), (stride_h, stride_w), (padding_h, padding_w))
 
 
-def problem_of(
-    step_size: Tensor,
-    lam: Tensor,
-    mu: float,
-    n_steps: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    nonnegative: bool,
-    solver: str,
-    data_term: str,
-    n_dict: int,
-) -> torch_path.Problem:
-    """The schema's arguments under their names."""
-    return torch_path.Problem(
-        step_size=step_size,
-        lam=lam,
-        mu=mu,
-        n_steps=n_steps,
-        stride=pair(stride),
-        padding=pair(padding),
-        nonnegative=nonnegative,
-        solver=cast(Solver, solver),
-        data_term=cast(DataTerm, data_term),
-        n_dict=n_dict,
-    )
+@cache
+def cached_coding(*values: Any) -> Coding:
+    """Return the `Coding` of its fields' values."""
+    return Coding(*values)
 
 
 @contextmanager
@@ -67,26 +51,10 @@ def quietly_on(x: Tensor) -> Iterator[None]:
         yield
 
 
-@custom_op("sdnet::csc_forward", mutates_args=())
-def csc_forward(
-    x: Tensor,
-    weight: Tensor,
-    step_size: Tensor,
-    lam: Tensor,
-    mu: float,
-    n_steps: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    nonnegative: bool,
-    solver: str,
-    data_term: str,
-    n_dict: int,
-    impl: str,
-    keep_residuals: bool,
-    keep_all: bool,
-) -> list[Tensor]:
-    """[z_1, ..., z_n], before them [r_1, ..., r_{n-1}] if keep_residuals; [z_n] alone unless keep_all."""
-    problem = problem_of(step_size, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict)
+def csc_forward(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *options: Any) -> list[Tensor]:
+    """Return [z_1, ..., z_n], before them [r_1, ..., r_{n-1}] if keep_residuals; [z_n] alone unless keep_all."""
+    impl, keep_residuals, keep_all = options[-3:]
+    problem = problem_of(step_size, lam, options[:-3])
     layout = memory_format_of(x, weight)
     keep_residuals = keep_residuals and keep_all
     with quietly_on(x):
@@ -101,60 +69,32 @@ def csc_forward(
     return [tensor.contiguous(memory_format=layout) for tensor in kept]
 
 
-@csc_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    step_size: Tensor,
-    lam: Tensor,
-    mu: float,
-    n_steps: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    nonnegative: bool,
-    solver: str,
-    data_term: str,
-    n_dict: int,
-    impl: str,
-    keep_residuals: bool,
-    keep_all: bool,
-) -> list[Tensor]:
-    kernel_size = pair(weight.shape[2:])
-    codes = (x.shape[0], weight.shape[0], *codes_size(pair(x.shape[2:]), kernel_size, pair(stride), pair(padding)))
+def csc_forward_fake(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *options: Any) -> list[Tensor]:
+    """Return what `csc_forward` would return, without values."""
+    keep_residuals, keep_all = options[-2:]
+    _, _, coding, stride, padding = problem_of(step_size, lam, options[:-3])
+    (height, width), (kernel_h, kernel_w) = x.shape[2:], weight.shape[2:]
+    codes = (x.shape[0], weight.shape[0], *codes_size((height, width), (kernel_h, kernel_w), stride, padding))
     residual = (x.shape[0], weight.shape[1], *x.shape[2:])
-    shapes = [codes] * (n_steps if keep_all else 1)
+    shapes = [codes] * (coding.n_steps if keep_all else 1)
     if keep_residuals and keep_all:
-        shapes = [residual] * (n_steps - 1) + shapes
+        shapes = [residual] * (coding.n_steps - 1) + shapes
     layout = memory_format_of(x, weight)
     return [x.new_empty(shape).to(memory_format=layout) for shape in shapes]
 
 
-@custom_op("sdnet::csc_backward", mutates_args=())
 def csc_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    step_size: Tensor,
-    lam: Tensor,
-    kept: Sequence[Tensor],
-    mu: float,
-    n_steps: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    nonnegative: bool,
-    solver: str,
-    data_term: str,
-    n_dict: int,
-    impl: str,
-    needs: Sequence[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, kept: list[Tensor], *options: Any
 ) -> list[Tensor]:
-    """The gradients for x, weight and lam that `needs` asks for, in this order, from grad = dL/dz_n.
+    """Return the gradients for x, weight and lam that `needs` asks for, in this order, from grad = dL/dz_n.
 
     `kept` is what csc_forward returned.
     """
-    problem = problem_of(step_size, lam, mu, n_steps, stride, padding, nonnegative, solver, data_term, n_dict)
+    impl, needs = options[-2:]
+    problem = problem_of(step_size, lam, options[:-2])
+    n_steps = problem.coding.n_steps
     layout = memory_format_of(x, weight)
-    residuals, codes = list(kept[:-n_steps]), list(kept[-n_steps:])
+    residuals, codes = kept[:-n_steps], kept[-n_steps:]
     wanted = torch_path.Needs(*needs)
     with quietly_on(x):
         x, grad = (tensor.contiguous(memory_format=layout) for tensor in (x, grad))
@@ -172,25 +112,11 @@ def csc_backward(
     ]
 
 
-@csc_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    step_size: Tensor,
-    lam: Tensor,
-    kept: Sequence[Tensor],
-    mu: float,
-    n_steps: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    nonnegative: bool,
-    solver: str,
-    data_term: str,
-    n_dict: int,
-    impl: str,
-    needs: Sequence[bool],
+def csc_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, kept: list[Tensor], *options: Any
 ) -> list[Tensor]:
+    """Return what `csc_backward` would return, without values."""
+    needs = options[-1]
     layouts = memory_format_of(x, weight), memory_format_of(weight, weight), torch.contiguous_format
     return [
         torch.empty_like(tensor, memory_format=layout)
@@ -215,9 +141,41 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     untouched = (None,) * (len(ctx.options) + 2)
     if grads[-1] is None:
         return None, None, None, None, *untouched
-    wanted = iter(csc_backward(grads[-1], x, weight, step_size, lam, kept, *ctx.options, needs))
+    wanted = iter(torch.ops.sdnet.csc_backward(grads[-1], x, weight, step_size, lam, kept, *ctx.options, needs))
     d_x, d_weight, d_lam = (next(wanted) if needed else None for needed in needs)
     return d_x, d_weight, None, d_lam, *untouched
 
 
-csc_forward.register_autograd(_backward, setup_context=_setup_context)
+OPTIONS = ", ".join(
+    [
+        *(f"{SCHEMA_TYPES.get(field.type, 'str')} {field.name}" for field in fields(Coding)),
+        "int[2] stride",
+        "int[2] padding",
+    ]
+)
+"""The options of both operators, as their schemas name them."""
+
+library = torch.library.Library("sdnet", "DEF")
+
+
+def define(schema: str, function: Callable[..., list[Tensor]], fake: Callable[..., list[Tensor]]) -> None:
+    """Register an operator of this namespace for all devices, and its shapes for the compiler."""
+    library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    name = schema.partition("(")[0]
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sdnet::{name}", fake, lib=library)
+
+
+define(
+    f"csc_forward(Tensor x, Tensor weight, Tensor step_size, Tensor lam, {OPTIONS}, "
+    "str impl, bool keep_residuals, bool keep_all) -> Tensor[]",
+    csc_forward,
+    csc_forward_fake,
+)
+define(
+    f"csc_backward(Tensor grad, Tensor x, Tensor weight, Tensor step_size, Tensor lam, Tensor[] kept, {OPTIONS}, "
+    "str impl, bool[] needs) -> Tensor[]",
+    csc_backward,
+    csc_backward_fake,
+)
+torch.library.register_autograd("sdnet::csc_forward", _backward, setup_context=_setup_context, lib=library)

@@ -16,14 +16,12 @@ The gradient point p_k tells the solvers apart: "ista" has beta = 0 and p = z; "
 p = y (Beck and Teboulle 2009); "sdnet" is the official loop with p = z. For two steps beta_1 = 0 and all three agree.
 """
 
-from typing import Literal
-
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-Solver = Literal["ista", "fista", "sdnet"]
-DataTerm = Literal["squared", "norm"]
+from sdnet.kernels.coding import Coding, DataTerm, Solver
+
 Pair = tuple[int, int]
 
 NORM_FLOOR = 1e-12
@@ -92,14 +90,9 @@ def csc_encode(
     weight: Tensor,
     step_size: Tensor,
     lam: Tensor,
-    mu: float,
-    n_steps: int,
+    coding: Coding,
     stride: Pair,
     padding: Pair,
-    nonnegative: bool,
-    solver: Solver,
-    data_term: DataTerm,
-    n_dict: int,
 ) -> Tensor:
     """Codes [N, K, h, w] of an input [N, C, H, W] over a dictionary [K, n_dict C, kh, kw], by autograd's own rules.
 
@@ -108,15 +101,16 @@ def csc_encode(
     """
     step_size = step_size.detach().to(x.dtype)
     lam = lam.to(x.dtype)
-    target = repeat(x, "n c h w -> n (d c) h w", d=n_dict)
+    mu, nonnegative = coding.mu, coding.nonnegative
+    target = repeat(x, "n c h w -> n (d c) h w", d=coding.n_dict)
     size = (x.shape[2], x.shape[3])
     codes = proximal(step_size * analysis(target, weight, stride, padding), step_size, lam, mu, nonnegative)
     previous = codes
-    for beta in momentum(n_steps, solver)[1:]:
+    for beta in momentum(coding.n_steps, coding.solver)[1:]:
         extrapolated = codes + beta * (codes - previous)
-        gradient_point = extrapolated if solver == "fista" else codes
+        gradient_point = extrapolated if coding.solver == "fista" else codes
         residual = target - synthesis(gradient_point, weight, size, stride, padding)
-        scale = residual_scale(residual, data_term)
+        scale = residual_scale(residual, coding.data_term)
         if scale is not None:
             residual = residual * scale
         previous = codes
@@ -126,15 +120,13 @@ def csc_encode(
     return codes
 
 
-def objective(
-    x: Tensor, codes: Tensor, reconstruction: Tensor, lam: Tensor, mu: float, data_term: DataTerm, n_dict: int
-) -> Tensor:
+def objective(x: Tensor, codes: Tensor, reconstruction: Tensor, lam: Tensor, coding: Coding) -> Tensor:
     """The objective of each sample, [N]: lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2, or |x - A z| for the norm.
 
     The official steps descend the norm with half its gradient.
     """
-    target = repeat(x, "n c h w -> n (d c) h w", d=n_dict)
+    target = repeat(x, "n c h w -> n (d c) h w", d=coding.n_dict)
     squares = reduce((target - reconstruction).square(), "n c h w -> n", "sum")
-    data = 0.5 * squares if data_term == "squared" else squares.sqrt()
+    data = 0.5 * squares if coding.data_term == "squared" else squares.sqrt()
     sparsity = rearrange(lam.expand(x.shape[0], 1, 1, 1), "n 1 1 1 -> n") * reduce(codes.abs(), "n k h w -> n", "sum")
-    return sparsity + 0.5 * mu * reduce(codes.square(), "n k h w -> n", "sum") + data
+    return sparsity + 0.5 * coding.mu * reduce(codes.square(), "n k h w -> n", "sum") + data

@@ -25,15 +25,8 @@ import torch.nn.functional as F
 from einops import reduce, repeat
 from torch import Tensor
 
-from sdnet.kernels.reference import (
-    DataTerm,
-    Pair,
-    Solver,
-    analysis,
-    momentum,
-    residual_scale,
-    synthesis,
-)
+from sdnet.kernels.coding import Coding
+from sdnet.kernels.reference import Pair, analysis, momentum, residual_scale, synthesis
 
 
 class Problem(NamedTuple):
@@ -41,19 +34,14 @@ class Problem(NamedTuple):
 
     step_size: Tensor
     lam: Tensor
-    mu: float
-    n_steps: int
+    coding: Coding
     stride: Pair
     padding: Pair
-    nonnegative: bool
-    solver: Solver
-    data_term: DataTerm
-    n_dict: int
 
     @property
     def damping(self) -> Tensor:
         """1 / (1 + step mu)."""
-        return 1 / (1 + self.step_size * self.mu)
+        return 1 / (1 + self.step_size * self.coding.mu)
 
     @property
     def gamma(self) -> Tensor:
@@ -79,7 +67,7 @@ def residual_of(x: Tensor, gradient_point: Tensor, weight: Tensor, problem: Prob
     """r = x - A p [N, n_dict C, H, W]."""
     size = (x.shape[2], x.shape[3])
     reconstruction = synthesis(gradient_point, weight, size, problem.stride, problem.padding)
-    return torch.sub(copies_of(x, problem.n_dict), reconstruction, out=reconstruction)
+    return torch.sub(copies_of(x, problem.coding.n_dict), reconstruction, out=reconstruction)
 
 
 def rescaled(residual: Tensor, scale: Tensor | None, in_place: bool) -> Tensor:
@@ -94,14 +82,14 @@ def shrink_step(y: Tensor | None, residual: Tensor, scaled_weight: Tensor, probl
     """shrink(y / (1 + step mu) + conv(r, gamma W), gamma lam); y = None stands for zero."""
     threshold = problem.gamma * problem.lam
     bias = None
-    if problem.nonnegative and threshold.ndim == 0:
+    if problem.coding.nonnegative and threshold.ndim == 0:
         bias = (-threshold).to(residual.dtype).expand(scaled_weight.shape[0])
     v = F.conv2d(residual, scaled_weight, bias, problem.stride, problem.padding)
-    if y is not None and problem.mu:
+    if y is not None and problem.coding.mu:
         v.addcmul_(y, problem.damping.to(v.dtype))
     elif y is not None:
         v.add_(y)
-    if problem.nonnegative:
+    if problem.coding.nonnegative:
         if bias is None:
             v.sub_(threshold.to(v.dtype))
         return v.clamp_min_(0)
@@ -113,18 +101,18 @@ def forward(
     x: Tensor, weight: Tensor, problem: Problem, keep_residuals: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """All codes [z_1, ..., z_n], each [N, K, h, w]; the residuals [r_1, ..., r_{n-1}] if kept, else none."""
-    scaled = problem.scaled(weight)
+    scaled, n_dict = problem.scaled(weight), problem.coding.n_dict
     # The n_dict copies of x meet the sum of their dictionaries in the first step.
-    first = reduce(scaled, "k (d c) h w -> k c h w", "sum", d=problem.n_dict) if problem.n_dict > 1 else scaled
+    first = reduce(scaled, "k (d c) h w -> k c h w", "sum", d=n_dict) if n_dict > 1 else scaled
     codes = [shrink_step(None, x, first, problem)]
     residuals: list[Tensor] = []
-    for beta in momentum(problem.n_steps, problem.solver)[1:]:
+    for beta in momentum(problem.coding.n_steps, problem.coding.solver)[1:]:
         extrapolated = problem.extrapolated(codes[-1], codes[-2], beta) if beta else codes[-1]
-        gradient_point = extrapolated if problem.solver == "fista" else codes[-1]
+        gradient_point = extrapolated if problem.coding.solver == "fista" else codes[-1]
         residual = residual_of(x, gradient_point, weight, problem)
         if keep_residuals:
             residuals.append(residual)
-        residual = rescaled(residual, residual_scale(residual, problem.data_term), in_place=not keep_residuals)
+        residual = rescaled(residual, residual_scale(residual, problem.coding.data_term), in_place=not keep_residuals)
         codes.append(shrink_step(extrapolated, residual, scaled, problem))
     return codes, residuals
 
@@ -145,7 +133,7 @@ def masked(grad: Tensor, codes: Tensor, nonnegative: bool) -> Tensor:
 
 def lam_correlation(m: Tensor, codes: Tensor, problem: Problem) -> Tensor:
     """sum m sign(z), in lam's shape and dtype."""
-    products = m if problem.nonnegative else m * codes.sign()
+    products = m if problem.coding.nonnegative else m * codes.sign()
     if problem.lam.ndim == 0:
         return products.sum(dtype=problem.lam.dtype)
     return products.sum(dim=(1, 2, 3), keepdim=True, dtype=problem.lam.dtype)
@@ -187,23 +175,23 @@ def backward(
     """
     size, stride, padding = (x.shape[2], x.shape[3]), problem.stride, problem.padding
     scaled = problem.scaled(weight)
-    betas = momentum(problem.n_steps, problem.solver)
+    betas = momentum(problem.coding.n_steps, problem.coding.solver)
     d_target = d_lam = None  # d_target: for the n_dict copies of x
     analysis_correlation = synthesis_correlation = None  # dW = gamma analysis - synthesis
 
-    d_codes: list[Tensor | None] = [None] * (problem.n_steps - 1) + [grad]
-    for k in range(problem.n_steps - 1, 0, -1):
+    d_codes: list[Tensor | None] = [None] * (problem.coding.n_steps - 1) + [grad]
+    for k in range(problem.coding.n_steps - 1, 0, -1):
         z, beta = codes[k - 1], betas[k]
         y = problem.extrapolated(z, codes[k - 2], beta) if beta else z
-        point = y if problem.solver == "fista" else z
+        point = y if problem.coding.solver == "fista" else z
 
-        m = masked(taken(d_codes, k), codes[k], problem.nonnegative)
+        m = masked(taken(d_codes, k), codes[k], problem.coding.nonnegative)
         if needs.lam:
             d_lam = accumulate(d_lam, lam_correlation(m, codes[k], problem))
         d_residual = synthesis(m, scaled, size, stride, padding)
-        if needs.weight or problem.data_term == "norm":
+        if needs.weight or problem.coding.data_term == "norm":
             residual = residuals[k - 1] if residuals else residual_of(x, point, weight, problem)
-            scale = residual_scale(residual, problem.data_term)
+            scale = residual_scale(residual, problem.coding.data_term)
             residual = rescaled(residual, scale, in_place=not residuals)
             d_residual = rescaled(d_residual, scale, in_place=True)
             if needs.weight:
@@ -215,8 +203,8 @@ def backward(
         if needs.x:
             d_target = accumulate(d_target, d_residual)
 
-        d_y = m.mul_(problem.damping.to(m.dtype)) if problem.mu else m
-        if problem.solver == "fista":
+        d_y = m.mul_(problem.damping.to(m.dtype)) if problem.coding.mu else m
+        if problem.coding.solver == "fista":
             d_y.add_(d_point)
             d_point = None
         if beta:
@@ -225,17 +213,17 @@ def backward(
         d_z = d_y if d_point is None else d_y.add_(d_point)
         d_codes[k - 1] = accumulate(d_codes[k - 1], d_z)
 
-    m = masked(taken(d_codes, 0), codes[0], problem.nonnegative)
+    m = masked(taken(d_codes, 0), codes[0], problem.coding.nonnegative)
     if needs.lam:
         d_lam = accumulate(d_lam, lam_correlation(m, codes[0], problem))
     if needs.x:
         d_target = accumulate(d_target, synthesis(m, scaled, size, stride, padding))
     if needs.weight:
-        term = weight_correlation(copies_of(x, problem.n_dict), m, weight, problem)
+        term = weight_correlation(copies_of(x, problem.coding.n_dict), m, weight, problem)
         analysis_correlation = accumulate(analysis_correlation, term)
 
-    if d_target is not None and problem.n_dict > 1:
-        d_target = reduce(d_target, "n (d c) h w -> n c h w", "sum", d=problem.n_dict)
+    if d_target is not None and problem.coding.n_dict > 1:
+        d_target = reduce(d_target, "n (d c) h w -> n c h w", "sum", d=problem.coding.n_dict)
     if d_lam is not None:
         d_lam = -problem.gamma * d_lam
     return Gradients(d_target, weight_gradient(analysis_correlation, synthesis_correlation, problem), d_lam)

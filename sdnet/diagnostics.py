@@ -48,14 +48,14 @@ class Recording:
         diagnostics = {}
         for name, (x, codes) in self._batches.items():
             layer = self._layers[name]
-            target = repeat(x, "n c h w -> n (d c) h w", d=layer.n_dict)
+            target = repeat(x, "n c h w -> n (d c) h w", d=layer.coding.n_dict)
             error = target - layer.reconstruct(codes, (x.shape[2], x.shape[3]))
             squares = reduce(error.square(), "n c h w -> n", "sum")
             norm = reduce(target.square(), "n c h w -> n", "sum").sqrt().clamp_min(1e-12)
             diagnostics[name] = LayerDiagnostics(
                 objective=layer.objective(x, codes),
                 sparsity=reduce((codes == 0).to(codes.dtype), "n k h w -> n", "mean"),
-                residual=squares / layer.n_dict,
+                residual=squares / layer.coding.n_dict,
                 relative_residual=squares.sqrt() / norm,
             )
         return diagnostics

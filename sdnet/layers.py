@@ -1,14 +1,17 @@
 """The CSC layer: a drop-in for a convolution whose output is the sparse code of its input."""
 
 from collections.abc import Callable
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdnet.kernels import csc_encode, reference, step_sizes
+from sdnet.kernels import checks, reference, step_sizes
+from sdnet.kernels.coding import CODING_FIELDS, Coding, coding_of, takes_coding
+from sdnet.kernels.csc import encode
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
-from sdnet.kernels.reference import DataTerm, Pair, Solver, codes_size
+from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.step_sizes import DictionaryState
 
 DEFAULT_INPUT_SIZE = 32
@@ -28,29 +31,28 @@ class CSCConv2d(nn.Module):
     Args:
         in_channels, out_channels: C and the number of atoms K.
         kernel_size, stride, padding: of the convolution, ints or pairs; padding None is kernel_size // 2.
-        n_steps: unrolled steps, at least 1.
-        lam, mu: the weights of |z|_1 and 1/2 |z|^2, at least 0.
-        nonnegative: codes >= 0.
-        solver: "fista", "ista" or "sdnet"; they agree up to two steps (`sdnet.kernels.csc_encode`).
-        data_term: "squared" or "norm".
-        n_dict: reconstructions per code.
+        lam: the weight of |z|_1, at least 0.
         adaptive_lam: multiply lam once by numel(x) / numel(z), at the input size below.
         input_size: height and width (int or pair) on which the step size is estimated; 32 unless told. The forward
             takes other sizes with the step as it is.
         impl: which implementation computes the codes, see `sdnet.kernels.csc_encode`.
+        **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
 
     Attributes:
+        coding: the `Coding` in force. Its fields are attributes of the layer too: `layer.n_steps = 50` replaces it.
         weight: the dictionary [K, n_dict C, kh, kw], a parameter.
         step: the step size in force, 0-d, 0.9 / (largest eigenvalue of A'A); a buffer, always fp32.
         vector: the power iteration's unit vector [1, n_dict C, H, W]; a buffer, always fp32.
         lam: lambda in force, fp32, 0-d or [N, 1, 1, 1]; assign a float or a tensor. Not saved.
     """
 
+    coding: Coding
     weight: nn.Parameter
     step_size: Tensor
     power_vector: Tensor
     _lam: Tensor
 
+    @takes_coding
     def __init__(
         self,
         in_channels: int,
@@ -58,30 +60,24 @@ class CSCConv2d(nn.Module):
         kernel_size: int | Pair,
         stride: int | Pair = 1,
         padding: int | Pair | None = None,
-        n_steps: int = 2,
+        *,
         lam: float = 0.1,
-        mu: float = 0.0,
-        nonnegative: bool = True,
-        solver: Solver = "fista",
-        data_term: DataTerm = "squared",
-        n_dict: int = 1,
         adaptive_lam: bool = False,
         input_size: int | Pair | None = None,
         impl: str = "auto",
+        **coding: Any,
     ) -> None:
         super().__init__()
-        _check_at_least_one(in_channels=in_channels, out_channels=out_channels)
-        check_coding(lam, mu, n_steps, solver, data_term, n_dict, impl)
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1)
+        self.in_channels = checks.integer("in_channels", in_channels, 1)
+        self.out_channels = checks.integer("out_channels", out_channels, 1)
+        self.kernel_size, self.stride = checks.pair("kernel_size", kernel_size, 1), checks.pair("stride", stride, 1)
         half = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
-        self.padding = half if padding is None else _pair("padding", padding, 0)
-        self.n_steps, self.mu, self.nonnegative = n_steps, mu, nonnegative
-        self.solver: Solver = solver
-        self.data_term: DataTerm = data_term
-        self.n_dict, self.impl = n_dict, impl
+        self.padding = half if padding is None else checks.pair("padding", padding, 0)
+        self.coding = coding_of(type(self).__init__, coding)
+        self.impl = checks.choice("impl", impl, IMPLEMENTATIONS)
+        lam, n_dict = checks.number("lam", lam), self.coding.n_dict
 
-        size = _pair("input_size", DEFAULT_INPUT_SIZE if input_size is None else input_size, 1)
+        size = checks.pair("input_size", DEFAULT_INPUT_SIZE if input_size is None else input_size, 1)
         out_size = self.codes_size(size)
         if min(out_size) < 1:
             raise ValueError(f"input_size is {list(size)}, too small for atoms of {list(self.kernel_size)}.")
@@ -103,21 +99,8 @@ class CSCConv2d(nn.Module):
 
     def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
         """Codes [N, K, h, w] of x [N, C, H, W]; `lam` (float, 0-d, [N] or [N, 1, 1, 1]) takes the place of self.lam."""
-        return csc_encode(
-            x,
-            self.weight,
-            self.step_size,
-            self.lam if lam is None else lam,
-            self.mu,
-            self.n_steps,
-            self.stride,
-            self.padding,
-            self.nonnegative,
-            self.solver,
-            self.data_term,
-            self.n_dict,
-            self.impl,
-        )
+        lam = self.lam if lam is None else lam
+        return encode(x, self.weight, self.step_size, lam, self.coding, self.stride, self.padding, self.impl)
 
     def reconstruct(self, codes: Tensor, size: Pair | None = None) -> Tensor:
         """A z [N, n_dict C, H, W] of codes [N, K, h, w], for an input of `size`; None: stride times the codes' size."""
@@ -137,7 +120,7 @@ class CSCConv2d(nn.Module):
     def objective(self, x: Tensor, codes: Tensor) -> Tensor:
         """lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2 of each sample, [N]; |x - A z| for the norm data term."""
         reconstruction = self.reconstruct(codes, (x.shape[2], x.shape[3]))
-        return reference.objective(x, codes, reconstruction, self.lam, self.mu, self.data_term, self.n_dict)
+        return reference.objective(x, codes, reconstruction, self.lam, self.coding)
 
     def codes_size(self, size: Pair) -> Pair:
         """Height and width of the codes of an input of height and width `size`."""
@@ -186,10 +169,10 @@ class CSCConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         lam = f"{float(self.lam):.4g}" if self.lam.ndim == 0 else f"per sample [{self.lam.shape[0]}]"
+        coding = ", ".join(f"{name}={value!r}" for name, value in vars(self.coding).items())
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, n_steps={self.n_steps}, lam={lam}, mu={self.mu}, nonnegative={self.nonnegative}, "
-            f"solver={self.solver!r}, data_term={self.data_term!r}, n_dict={self.n_dict}"
+            f"padding={self.padding}, lam={lam}, {coding}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CSCConv2d":
@@ -211,30 +194,17 @@ def _take_over_grid(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
         module.power_vector = module.power_vector.new_empty(saved.shape)
 
 
-def _pair(name: str, value: int | Pair, least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
-        raise ValueError(f"{name} is {value}; it must be an int or a pair of ints of at least {least}.")
-    return pair[0], pair[1]
+def _coding_attribute(name: str) -> property:
+    """A field of the layer's `Coding` as an attribute: an assignment checks the value and replaces `coding`."""
+
+    def get(layer: CSCConv2d) -> Any:
+        return getattr(layer.coding, name)
+
+    def assign(layer: CSCConv2d, value: Any) -> None:
+        layer.coding = replace(layer.coding, **{name: value})
+
+    return property(get, assign)
 
 
-def check_coding(lam: float, mu: float, n_steps: int, solver: str, data_term: str, n_dict: int, impl: str) -> None:
-    """Raises a ValueError that names the first of these options of a `CSCConv2d` that it does not take."""
-    for name, weight in {"lam": lam, "mu": mu}.items():
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{name} is {weight}; it must be a finite number of at least 0.")
-    _check_at_least_one(n_steps=n_steps, n_dict=n_dict)
-    _check_choice("solver", solver, get_args(Solver))
-    _check_choice("data_term", data_term, get_args(DataTerm))
-    _check_choice("impl", impl, IMPLEMENTATIONS)
-
-
-def _check_at_least_one(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; it must be at least 1.")
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+for _name in CODING_FIELDS:
+    setattr(CSCConv2d, _name, _coding_attribute(_name))

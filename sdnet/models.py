@@ -16,8 +16,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdnet.kernels.reference import DataTerm, Pair, Solver, codes_size
-from sdnet.layers import CSCConv2d, check_coding
+from sdnet.kernels import checks
+from sdnet.kernels.coding import Coding, coding_of, takes_coding
+from sdnet.kernels.dispatch import IMPLEMENTATIONS
+from sdnet.kernels.reference import Pair, codes_size
+from sdnet.layers import CSCConv2d
 
 Stem = Literal["imagenet", "cifar"]
 Convolution = Callable[..., nn.Module]
@@ -49,20 +52,17 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
+@takes_coding
 def create_model(
     name: str,
     num_classes: int = 1000,
+    *,
     stem: Stem = "imagenet",
     image_size: int | Pair | None = None,
     shortcut: bool = True,
-    n_steps: int = 2,
     lam: float = 0.1,
-    mu: float = 0.0,
-    nonnegative: bool = True,
-    solver: Solver = "fista",
-    data_term: DataTerm = "squared",
-    n_dict: int = 1,
     impl: str = "auto",
+    **coding: Any,
 ) -> "SDNet":
     """A freshly initialised network that maps images [N, 3, H, W] to logits [N, num_classes].
 
@@ -88,18 +88,9 @@ def create_model(
     if min(size) < 1:
         raise ValueError(f"image_size is {image_size}; it must be at least 1.")
 
-    check_coding(lam, mu, n_steps, solver, data_term, n_dict, impl)
-    options = {
-        "n_steps": n_steps,
-        "lam": lam,
-        "mu": mu,
-        "nonnegative": nonnegative,
-        "solver": solver,
-        "data_term": data_term,
-        "n_dict": n_dict,
-        "impl": impl,
-    }
-    csc = csc_convolution(options)
+    options = coding_of(create_model, coding)
+    lam, impl = checks.number("lam", lam), checks.choice("impl", impl, IMPLEMENTATIONS)
+    csc = csc_convolution(options, lam, impl)
     return SDNet(
         blocks=variant.blocks,
         num_classes=num_classes,
@@ -119,11 +110,13 @@ def plain_convolution(
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
-def csc_convolution(options: dict[str, Any]) -> Convolution:
+def csc_convolution(coding: Coding, lam: float, impl: str) -> Convolution:
     """A maker of CSC layers with the given options."""
 
     def make(in_channels: int, out_channels: int, kernel_size: int, stride: int, input_size: Pair) -> nn.Module:
-        return CSCConv2d(in_channels, out_channels, kernel_size, stride, input_size=input_size, **options)
+        return CSCConv2d(
+            in_channels, out_channels, kernel_size, stride, lam=lam, input_size=input_size, impl=impl, **vars(coding)
+        )
 
     return make
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from sdnet.kernels.coding import CODING_FIELDS, Coding
 from sdnet.train.errors import UserError
 
 
@@ -80,6 +81,15 @@ class Recipe:
             raise UserError(f"eval_resize is {self.eval_resize}, less than image_size, {self.image_size}.")
         if self.input_dtype not in ("fp32", self.mixed_precision):
             raise UserError(f"input_dtype {self.input_dtype} needs mixed_precision {self.input_dtype}.")
+
+    @property
+    def coding(self) -> Coding:
+        """The options of the sparse coding.
+
+        Raises:
+            ValueError: an option has a wrong type or value.
+        """
+        return Coding(**{name: getattr(self, name) for name in CODING_FIELDS})
 
     def local_batch(self, processes: int) -> int:
         """Pictures of one batch of one process.

@@ -292,14 +292,9 @@ def make_model(recipe: Recipe, num_classes: int, device: torch.device) -> torch.
             stem=recipe.stem,
             image_size=recipe.image_size,
             shortcut=recipe.shortcut,
-            n_steps=recipe.n_steps,
             lam=recipe.lam,
-            mu=recipe.mu,
-            nonnegative=recipe.nonnegative,
-            solver=recipe.solver,
-            data_term=recipe.data_term,
-            n_dict=recipe.n_dict,
             impl=recipe.impl,
+            **vars(recipe.coding),
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -44,11 +44,11 @@ def backstep(
     """m' and, if keep_dy, d_y. `later` is d_y', or the m that d_y' is damping times of if not at_y."""
     v = F.conv2d(dr, layer.weight, stride=layer.stride, padding=layer.padding)
     damping = problem.damping.to(m.dtype)
-    direct = m * damping if problem.mu else m
+    direct = m * damping if problem.coding.mu else m
     if not beta and later is None:
         return mask(direct, z, minus=v), None
     if later is not None:
-        later = next_beta * (later if at_y or not problem.mu else later * damping)
+        later = next_beta * (later if at_y or not problem.coding.mu else later * damping)
     if at_y:
         d_y = direct - v
         return mask(d_y * (1 + beta), z, minus=later), d_y if keep_dy else None
@@ -59,7 +59,7 @@ def backstep(
 def residual(layer: Layer, x: Tensor, point: Tensor, problem: Problem) -> Tensor:
     """x - A point, [N, n_dict C, H, W] for x [N, C, H, W]."""
     reconstruction = reference.synthesis(point, layer.weight, layer.size, layer.stride, layer.padding)
-    return subtract(x, reconstruction, problem.n_dict, in_place=True)
+    return subtract(x, reconstruction, problem.coding.n_dict, in_place=True)
 
 
 def spread(layer: Layer, m: Tensor, problem: Problem, scale: Tensor | None = None, add: Tensor | None = None) -> Tensor:

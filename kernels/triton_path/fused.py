@@ -265,8 +265,8 @@ def encode(
         encode_kernel[analysis_grid(layer.shape, tile)](
             layer.boxes(aligned(r), tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
             *(layer.boxes(t, tile, tile.channels) for t in (z, previous if beta else None, codes, extrapolated)),
-            problem.step_size, problem.lam, scale, problem.mu, beta, next_beta,
-            **layer.arguments(tile, ONE_SIDED=problem.nonnegative, PER_SAMPLE=problem.lam.ndim > 0),
+            problem.step_size, problem.lam, scale, problem.coding.mu, beta, next_beta,
+            **layer.arguments(tile, ONE_SIDED=problem.coding.nonnegative, PER_SAMPLE=problem.lam.ndim > 0),
         )  # fmt: skip
     return codes, extrapolated
 
@@ -291,7 +291,7 @@ def backstep(
         backstep_kernel[analysis_grid(layer.shape, tile)](
             layer.boxes(dr, tile, tile.reduction), layer.dictionary(tile, tile.channels, tile.reduction),
             *(layer.boxes(t, tile, tile.channels) for t in (m, z, later, masked, d_y)),
-            problem.step_size, problem.mu, beta, next_beta,
+            problem.step_size, problem.coding.mu, beta, next_beta,
             **layer.arguments(tile, AT_Y=at_y),
         )  # fmt: skip
     return masked, d_y
@@ -320,7 +320,7 @@ def _synthesis(
         tile = layer.tiles.synthesis
         synthesis_kernel[synthesis_grid(layer.shape, tile)](
             layer.boxes(codes, tile, tile.reduction), layer.dictionary(tile, tile.reduction, tile.channels),
-            x, add, image, problem.step_size, scale, problem.mu,
+            x, add, image, problem.step_size, scale, problem.coding.mu,
             **layer.arguments(tile, X=layer.weight.shape[1] if x is None else x.shape[1]),
         )  # fmt: skip
     return image

@@ -42,7 +42,7 @@ def steps_for(layer: Layer) -> ModuleType:
 
 def residual_scale(residual: Tensor, problem: Problem) -> Tensor | None:
     """1/2 / |r| of each sample in fp32, [N, 1, 1, 1], for the norm data term; None stands for one."""
-    if problem.data_term == "squared":
+    if problem.coding.data_term == "squared":
         return None
     norm = torch.linalg.vector_norm(residual, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
     return 0.5 / norm.clamp_min(NORM_FLOOR)
@@ -54,23 +54,23 @@ def forward(
     """All codes [z_1, ..., z_n], each [N, K, h, w]; the residuals [r_1, ..., r_{n-1}] if kept, else none."""
     layer = layer_of(x, weight, problem.stride, problem.padding, layout)
     steps = steps_for(layer)
-    betas = [*momentum(problem.n_steps, problem.solver), 0.0]
-    fista = problem.solver == "fista"
+    betas = [*momentum(problem.coding.n_steps, problem.coding.solver), 0.0]
+    fista = problem.coding.solver == "fista"
 
     first = layer
-    if problem.n_dict > 1:  # the copies of x meet the sum of their dictionaries
-        summed = reduce(weight.float(), "k (d c) h w -> k c h w", "sum", d=problem.n_dict).to(weight.dtype)
+    if problem.coding.n_dict > 1:  # the copies of x meet the sum of their dictionaries
+        summed = reduce(weight.float(), "k (d c) h w -> k c h w", "sum", d=problem.coding.n_dict).to(weight.dtype)
         first = replace(layer, weight=summed)
     z, _ = steps.encode(first, x, problem)
     codes, y = [z], None
     residuals: list[Tensor] = []
-    for k in range(1, problem.n_steps):
+    for k in range(1, problem.coding.n_steps):
         beta, next_beta = betas[k], betas[k + 1]
         residual = steps.residual(layer, x, z if y is None else y, problem)
         if keep_residuals:
             residuals.append(residual)
         scale = residual_scale(residual, problem)
-        keep_next = fista and next_beta != 0 and k + 1 < problem.n_steps
+        keep_next = fista and next_beta != 0 and k + 1 < problem.coding.n_steps
         previous = codes[-2] if beta else None
         z, y = steps.encode(layer, residual, problem, z, previous, beta, scale, next_beta, keep_next)
         codes.append(z)
@@ -90,13 +90,13 @@ def backward(
     """The gradients for x, weight and lam from grad = dL/dz_n. `residuals` may be empty: then they are recomputed."""
     layer = layer_of(x, weight, problem.stride, problem.padding, layout)
     steps = steps_for(layer)
-    betas = [*momentum(problem.n_steps, problem.solver), 0.0]
-    fista, norm = problem.solver == "fista", problem.data_term == "norm"
+    betas = [*momentum(problem.coding.n_steps, problem.coding.solver), 0.0]
+    fista, norm = problem.coding.solver == "fista", problem.coding.data_term == "norm"
     d_weight, gamma = WeightGradient(layer), problem.gamma
     d_target = d_lam = later = None
 
     m = mask(grad, codes[-1])
-    for k in range(problem.n_steps - 1, 0, -1):
+    for k in range(problem.coding.n_steps - 1, 0, -1):
         z, beta, next_beta = codes[k - 1], betas[k], betas[k + 1]
         kept = residuals[k - 1] if residuals else None
         point, scale = z, None
@@ -125,10 +125,10 @@ def backward(
         d_lam = accumulate(d_lam, lam_correlation(m, codes[0], problem))
     if needs.x:
         d_target = steps.spread(layer, m, problem, add=d_target)
-        if problem.n_dict > 1:
-            d_target = reduce(d_target, "n (d c) h w -> n c h w", "sum", d=problem.n_dict)
+        if problem.coding.n_dict > 1:
+            d_target = reduce(d_target, "n (d c) h w -> n c h w", "sum", d=problem.coding.n_dict)
     if needs.weight:
-        d_weight.add(copies_of(x, problem.n_dict).contiguous(memory_format=layout), m, gamma)
+        d_weight.add(copies_of(x, problem.coding.n_dict).contiguous(memory_format=layout), m, gamma)
     if d_lam is not None:
         d_lam = -gamma * d_lam
     return Gradients(d_target, d_weight.total() if needs.weight else None, d_lam)

@@ -116,8 +116,8 @@ def shrink_step(
         return out
     shrink_step_kernel[programs(v.numel())](
         dense, z_dense, previous_dense, problem.step_size, problem.lam.contiguous(), out,
-        v.numel(), v[0].numel(), beta, problem.mu,
-        CODES=z is not None, MOMENTUM=momentum, PER_SAMPLE=problem.lam.ndim > 0, NONNEGATIVE=problem.nonnegative,
+        v.numel(), v[0].numel(), beta, problem.coding.mu,
+        CODES=z is not None, MOMENTUM=momentum, PER_SAMPLE=problem.lam.ndim > 0, NONNEGATIVE=problem.coding.nonnegative,
         BLOCK=BLOCK,
     )  # fmt: skip
     return out

@@ -15,6 +15,7 @@ from sdnet.bench import cost
 from sdnet.bench.cost import Operation, Total, backward, forward, total
 from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.kernels import torch_path
+from sdnet.kernels.coding import Coding
 
 LAYER = LayerShape("", channels=2, atoms=3, kernel_size=3, stride=1, size=(5, 4))
 BATCH = 2
@@ -105,7 +106,7 @@ def test_official_counts_are_the_dispatchers(n_steps: int) -> None:
 def test_torch_counts_are_the_dispatchers(n_steps: int) -> None:
     x, weight = (leaf.detach() for leaf in leaves())
     step_size, lam = torch.tensor([0.1, 0.15], dtype=x.dtype).unbind()
-    problem = torch_path.Problem(step_size, lam, 0.0, n_steps, (1, 1), (1, 1), True, "ista", "squared", 1)
+    problem = torch_path.Problem(step_size, lam, Coding(n_steps, solver="ista"), (1, 1), (1, 1))
     with PassCounter() as seen:
         codes, residuals = torch_path.forward(x, weight, problem, keep_residuals=True)
     assert passes(seen) == counted(forward("torch", n_steps))[:2]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sdnet.bench.layer_shapes import LayerShape
 from sdnet.kernels import csc_encode, torch_path
-from sdnet.kernels.reference import DataTerm, Pair, Solver
+from sdnet.kernels.coding import CODING_FIELDS, Coding, DataTerm, Solver
+from sdnet.kernels.reference import Pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,11 +60,21 @@ class Case(Named):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
-    def options(self) -> dict[str, Any]:
-        """In the order of the custom operators' arguments."""
-        height, width = self.kernel_size
-        names = ("mu", "n_steps", "stride", "padding", "nonnegative", "solver", "data_term", "n_dict")
-        return {name: getattr(self, name, (height // 2, width // 2)) for name in names}
+    def padding(self) -> Pair:
+        return self.kernel_size[0] // 2, self.kernel_size[1] // 2
+
+    @property
+    def coding(self) -> Coding:
+        return Coding(**{name: getattr(self, name) for name in CODING_FIELDS})
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The options of the custom operators."""
+        return *self.coding.values(), self.stride, self.padding
+
+    def problem(self, step_size: Tensor, lam: Tensor) -> torch_path.Problem:
+        """The problem of the loops below `csc_encode`."""
+        return torch_path.Problem(step_size, lam, self.coding, self.stride, self.padding)
 
     def leaves(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """x, weight with atoms of unit norm, lam in fp32."""
@@ -77,7 +88,8 @@ class Case(Named):
         return x.requires_grad_(), weight.requires_grad_(), lam.to(DEVICE).requires_grad_()
 
     def encode(self, x: Tensor, weight: Tensor, lam: Tensor, impl: str = "triton") -> Tensor:
-        return csc_encode(x, weight, self.step_size, lam, impl=impl, keep_residuals=self.keep_residuals, **self.options)
+        options = {"stride": self.stride, "padding": self.padding, "keep_residuals": self.keep_residuals}
+        return csc_encode(x, weight, self.step_size, lam, impl=impl, **options, **vars(self.coding))
 
     def grad(self, codes: Tensor) -> Tensor:
         """A fixed random dL/dcodes, in their type."""
@@ -98,9 +110,9 @@ class Case(Named):
         """
         x, weight, lam = (leaf.detach() for leaf in leaves)
         step_size = torch.tensor(self.step_size, device=DEVICE)
-        options = (*self.options.values(), impl, False, True)
+        options = (*self.options, impl, False, True)
         codes = [z.double() for z in torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *options)]
-        problem = torch_path.Problem(step_size.double(), lam.double(), **self.options)
+        problem = self.problem(step_size.double(), lam.double())
         needs = torch_path.Needs(True, True, True)
         found = torch_path.backward(grad.double(), x.double(), weight.double(), codes, [], problem, needs)
         return [gradient for gradient in found if gradient is not None]

@@ -13,7 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from sdnet.kernels import csc_encode
-from sdnet.kernels.reference import DataTerm, Pair, Solver
+from sdnet.kernels.coding import CODING_FIELDS, Coding, DataTerm, Solver
+from sdnet.kernels.reference import Pair
 
 from .cases import Named
 
@@ -38,9 +39,14 @@ class Case(Named):
     atoms: int = 4
 
     @property
-    def options(self) -> dict[str, Any]:
-        names = ("mu", "n_steps", "stride", "padding", "nonnegative", "solver", "data_term", "n_dict")
-        return {name: getattr(self, name) for name in names}
+    def coding(self) -> Coding:
+        return Coding(**{name: getattr(self, name) for name in CODING_FIELDS})
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The options of the custom operators."""
+        stride, padding = (n if isinstance(n, tuple) else (n, n) for n in (self.stride, self.padding))
+        return *self.coding.values(), stride, padding
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, weight with atoms of unit norm, step, lam: leaves, all but the step with gradients."""
@@ -56,7 +62,8 @@ class Case(Named):
         return x, weight, torch.tensor(0.15, dtype=torch.float64), lam
 
     def encode(self, x: Tensor, weight: Tensor, step_size: float | Tensor, lam: float | Tensor, impl: str) -> Tensor:
-        return csc_encode(x, weight, step_size, lam, impl=impl, **self.options)
+        geometry = {"stride": self.stride, "padding": self.padding}
+        return csc_encode(x, weight, step_size, lam, impl=impl, **geometry, **vars(self.coding))
 
     def gradients(self, impl: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """The codes, and the gradients of a weighted sum of them for x, weight and lam."""
@@ -274,9 +281,7 @@ def test_autograd_keeps_the_input_the_dictionary_the_codes_and_on_a_cpu_the_resi
 @some_cases
 def test_both_operators_pass_opcheck(case: Case) -> None:
     x, weight, step_size, lam = case.tensors()
-    options = tuple(case.options.values())
-    stride, padding = (n if isinstance(n, tuple) else (n, n) for n in (case.stride, case.padding))
-    options = (case.mu, case.n_steps, stride, padding, *options[4:], "torch")
+    options = (*case.options, "torch")
     torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step_size, lam, *options, False, True))
     leaves = [tensor.detach() for tensor in (x, weight, step_size, lam)]
     torch.library.opcheck(torch.ops.sdnet.csc_forward, (*leaves, *options, False, False))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdnet.bench.layer_shapes import distinct_layers
 from sdnet.kernels import reference
+from sdnet.kernels.coding import Coding
 from sdnet.kernels.reference import Pair
 from sdnet.kernels.torch_path import Problem
 from sdnet.kernels.triton_path import fused, paths, tiles
@@ -124,9 +125,7 @@ every_case = pytest.mark.parametrize("case", FORMS, ids=str)
 def problem(nonnegative: bool = True, samples: int = 0) -> Problem:
     """mu > 0; one lambda for all, or one for each of so many samples."""
     lam = torch.linspace(1.5, 4.0, samples).view(-1, 1, 1, 1) if samples else torch.tensor(0.8)
-    return Problem(
-        torch.tensor(STEP, device=DEVICE), lam.to(DEVICE), MU, 3, (1, 1), (0, 0), nonnegative, "fista", "squared", 1
-    )
+    return Problem(torch.tensor(STEP, device=DEVICE), lam.to(DEVICE), Coding(3, MU, nonnegative), (1, 1), (0, 0))
 
 
 def assert_near(actual: Tensor | None, expected: Tensor) -> None:

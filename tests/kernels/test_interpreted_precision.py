@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdnet.kernels import reference
+from sdnet.kernels.coding import Coding
 from sdnet.kernels.torch_path import Problem
 from sdnet.kernels.triton_path import fused
 from sdnet.kernels.triton_path.correlation import weight_correlation
@@ -113,7 +114,7 @@ def test_a_fused_step_rounds_its_result_alone(form: str, descriptor_reads: list[
     z, previous, m, later = map(codes, range(4))
     ends = (0.7, 1.9), (0.1, 0.4)
     scale, lam = (torch.linspace(*each, case.batch, device=DEVICE).view(-1, 1, 1, 1) for each in ends)
-    p = Problem(torch.tensor(0.3, device=DEVICE), lam, 0.5, 3, strides, padding, True, "fista", "squared", 1)
+    p = Problem(torch.tensor(0.3, device=DEVICE), lam, Coding(n_steps=3, mu=0.5), strides, padding)
     exact = p._replace(step_size=p.step_size.double(), lam=lam.double())
     wide = weight.double()
     through = reference.analysis(x.double(), wide, strides, padding)
@@ -144,9 +145,9 @@ def assert_rounded_once(actual: Tensor | None, right: Tensor) -> None:
 def test_a_pointwise_kernel_rounds_its_result_alone(nonnegative: bool) -> None:
     v, z, previous = torch.randn(3, 2, 31, 7, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     step_size, lam = (torch.tensor(value, device=DEVICE) for value in (0.7, 0.5))
-    p = Problem(step_size, lam, 0.3, 3, (1, 1), (0, 0), nonnegative, "fista", "squared", 1)
+    p = Problem(step_size, lam, Coding(3, 0.3, nonnegative), (1, 1), (0, 0))
     u = 1.4 * z.double() - 0.4 * previous.double() + p.step_size.double() * v.double()
-    right = reference.proximal(u, p.step_size.double(), p.lam.double(), p.mu, nonnegative)
+    right = reference.proximal(u, p.step_size.double(), p.lam.double(), p.coding.mu, nonnegative)
     assert_rounded_once(shrink_step(v, p, z, previous, 0.4), right)
     assert_rounded_once(subtract(v, z), v.double() - z.double())
     codes = z.relu()

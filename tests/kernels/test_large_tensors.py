@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdnet.kernels.coding import Coding
 from sdnet.kernels.reference import Pair
 from sdnet.kernels.torch_path import Problem
 from sdnet.kernels.triton_path import fused, pointwise
@@ -126,7 +127,7 @@ def end(tensor: Tensor) -> Tensor:
 def assert_the_end_as_alone(case: Case, step: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor) -> None:
     """`step` of a layer, a problem with one lambda for each sample, and the tensors."""
     lam, strides = torch.linspace(0.1, 0.9, case.batch).view(-1, 1, 1, 1), (case.stride, case.stride)
-    problem = Problem(torch.tensor(0.3), lam, 0.5, 3, strides, case.padding, True, "fista", "squared", 1)
+    problem = Problem(torch.tensor(0.3), lam, Coding(n_steps=3, mu=0.5), strides, case.padding)
     with only(last(case.programs)):
         large = step(case.layer(case.batch), problem, *tensors)
     alone = step(case.layer(TAIL), problem._replace(lam=end(lam)), *map(end, tensors))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdnet.kernels.coding import Coding
 from sdnet.kernels.reference import proximal
 from sdnet.kernels.torch_path import Problem
 from sdnet.kernels.triton_path.pointwise import BLOCK, mask, shrink_step, subtract
@@ -58,9 +59,8 @@ def random(*shape: int, seed: int, layout: str = "contiguous", dtype: str = "fp3
 def problem_of(case: Case) -> Problem:
     lam = torch.linspace(0.2, 0.8, SHAPE[0]).view(-1, 1, 1, 1) if case.per_sample else torch.tensor(0.5)
     step_size = torch.tensor(0.7, device=DEVICE)
-    return Problem(
-        step_size, lam.to(DEVICE), case.mu, 2, (1, 1), (1, 1), case.nonnegative, "fista", "squared", n_dict=1
-    )  # fmt: skip
+    coding = Coding(mu=case.mu, nonnegative=case.nonnegative)
+    return Problem(step_size, lam.to(DEVICE), coding, (1, 1), (1, 1))
 
 
 def error(actual: Tensor, wanted: Tensor) -> float:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sdnet.bench.official import DictConv2d, OfficialConfig
 from sdnet.kernels import reference
-from sdnet.kernels.reference import DataTerm, Pair, Solver
+from sdnet.kernels.coding import Coding, DataTerm, Solver
+from sdnet.kernels.reference import Pair
 
 SIZE = (6, 5)
 CHANNELS, ATOMS = 2, 4
@@ -62,9 +63,8 @@ def encode(
 ) -> Tensor:
     """The reference with this file's defaults; padding (1, 1)."""
     lam = torch.as_tensor(lam, dtype=torch.float64)
-    return reference.csc_encode(
-        x, weight, step_size, lam, mu, n_steps, stride, (1, 1), nonnegative, solver, data_term, n_dict
-    )
+    coding = Coding(n_steps, mu, nonnegative, solver, data_term, n_dict)
+    return reference.csc_encode(x, weight, step_size, lam, coding, stride, (1, 1))
 
 
 def assert_active(codes: Tensor, least: float = 0.05, most: float = 0.95) -> None:
@@ -192,7 +192,7 @@ def objective_along(solver: Solver, n_steps: int, mu: float = 0.2) -> list[float
     for n in range(1, n_steps + 1):
         codes = encode(x, weight, step_size, n, mu=mu, solver=solver)
         pixels = reference.synthesis(codes, weight, SIZE, (1, 1), (1, 1))
-        values.append(reference.objective(x, codes, pixels, torch.tensor(LAM), mu, "squared", 1).item())
+        values.append(reference.objective(x, codes, pixels, torch.tensor(LAM), Coding(mu=mu)).item())
     return values
 
 
@@ -290,6 +290,6 @@ def test_the_step_carries_no_gradient() -> None:
 def test_the_objective_is_its_formula(data_term: DataTerm) -> None:
     x, codes = torch.full((2, 1, 1, 2), 3.0), torch.tensor([[[[1.0, -2.0]]], [[[0.0, 0.0]]]])
     pixels = torch.zeros(2, 2, 1, 2)  # two reconstructions of x: four differences of 3
-    values = reference.objective(x, codes, pixels, torch.tensor(0.5), 0.2, data_term, n_dict=2)
+    values = reference.objective(x, codes, pixels, torch.tensor(0.5), Coding(mu=0.2, data_term=data_term, n_dict=2))
     data = 18.0 if data_term == "squared" else 6.0
     torch.testing.assert_close(values, torch.tensor([0.5 * 3 + 0.1 * 5 + data, data]))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sdnet
+from sdnet.kernels.coding import Coding
 from sdnet.kernels.reference import Pair
 
 from . import cases
@@ -228,7 +229,7 @@ def test_both_operators_pass_opcheck() -> None:
     case = Case(kernel_size=(1, 1), size=(4, 3))
     x, weight, lam = case.leaves()
     step_size = torch.tensor(case.step_size, device=DEVICE)
-    options = (0.5, 2, (1, 1), (0, 0), True, "fista", "squared", 1, "triton")
+    options = (*Coding(mu=0.5).values(), (1, 1), (0, 0), "triton")
     torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step_size, lam, *options, True, True))
     leaves = [tensor.detach() for tensor in (x, weight, step_size, lam)]
     kept = torch.ops.sdnet.csc_forward(*leaves, *options, True, True)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from sdnet import CSCConv2d
 from sdnet.bench.official import DictConv2d, OfficialConfig
 from sdnet.kernels import csc_encode
+from sdnet.kernels.coding import Coding
 
 
 def images(batch: int = 2, channels: int = 3, size: tuple[int, int] = (9, 8)) -> Tensor:
@@ -42,7 +43,17 @@ def test_forward_is_the_operator_with_the_layers_own_state() -> None:
     x = images()
     codes = csc(x)
     expected = csc_encode(
-        x, csc.weight, csc.step_size, 0.2, 0.3, 3, (2, 1), (0, 1), nonnegative=False, solver="ista", n_dict=2
+        x,
+        csc.weight,
+        csc.step_size,
+        0.2,
+        stride=(2, 1),
+        padding=(0, 1),
+        n_steps=3,
+        mu=0.3,
+        nonnegative=False,
+        solver="ista",
+        n_dict=2,
     )
     torch.testing.assert_close(codes, expected, rtol=0, atol=0)
     assert 0.1 < (codes != 0).float().mean() < 0.99
@@ -62,7 +73,7 @@ def test_a_fresh_layer_has_unit_atoms_and_a_safe_step(options: dict[str, Any]) -
     norms = csc.weight.flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
     assert 0.9 <= csc.step_size.item() * largest_eigenvalue(csc, (9, 8)) < 1.05
-    assert csc.power_vector.shape == (1, csc.n_dict * 3, 9, 8)
+    assert csc.power_vector.shape == (1, csc.coding.n_dict * 3, 9, 8)
     assert csc.power_vector.norm().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -163,7 +174,7 @@ def test_more_steps_lower_the_objective() -> None:
     x, csc = images(), layer(solver="ista")
     values = []
     for n_steps in (1, 2, 5, 20):
-        csc.n_steps = n_steps
+        csc.coding = Coding(n_steps)
         values.append(csc.objective(x, csc(x)).sum().item())
     assert values == sorted(values, reverse=True)
     assert values[-1] < 0.9 * values[0]
@@ -196,10 +207,10 @@ def test_adaptive_lambda_scales_with_the_number_of_pixels_per_code(kernel_size: 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"in_channels": 0}, "in_channels is 0; it must be at least 1"),
-        ({"out_channels": -1}, "out_channels is -1; it must be at least 1"),
-        ({"n_steps": 0}, "n_steps is 0; it must be at least 1"),
-        ({"n_dict": 0}, "n_dict is 0; it must be at least 1"),
+        ({"in_channels": 0}, "in_channels is 0; it must be an int of at least 1"),
+        ({"out_channels": -1}, "out_channels is -1; it must be an int of at least 1"),
+        ({"n_steps": 0}, "n_steps is 0; it must be an int of at least 1"),
+        ({"n_dict": 0}, "n_dict is 0; it must be an int of at least 1"),
         ({"lam": -0.1}, "lam is -0.1; it must be a finite number of at least 0"),
         ({"lam": float("inf")}, "lam is inf; it must be a finite number"),
         ({"mu": -0.1}, "mu is -0.1; it must be a finite number of at least 0"),

@@ -1,0 +1,64 @@
+"""Checks of arguments. Each returns the value in its plain Python type, or raises one sentence that names the argument.
+
+They are shared by the operator, the layer and the models, so that one fault has one message.
+"""
+
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """Return `value` as an int of at least `least`. NumPy integers are accepted; bools and floats are not.
+
+    Raises:
+        ValueError: `value` is not such an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be an int of at least {least}.")
+    return int(value)
+
+
+def number(name: str, value: Any) -> float:
+    """Return `value` as a finite float of at least 0. NumPy numbers are accepted; bools, strings and tensors are not.
+
+    Raises:
+        ValueError: `value` is not such a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)) or not 0 <= float(value) < float("inf"):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0.")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return `value` as a bool. NumPy bools are accepted.
+
+    Raises:
+        ValueError: `value` is no bool.
+    """
+    if not isinstance(value, bool) and str(getattr(value, "dtype", None)) != "bool":
+        raise ValueError(f"{name} is {value!r}; it must be True or False.")
+    return bool(value)
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    """Return `value`, one of the strings in `allowed`.
+
+    Raises:
+        ValueError: `value` is not among them.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+    return value
+
+
+def pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    """Return `value`, an int or a (vertical, horizontal) pair of ints of at least `least`, as a pair.
+
+    Raises:
+        ValueError: `value` is neither.
+    """
+    values = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value, value)
+    if len(values) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, Integral)) or n < least for n in values):
+        raise ValueError(f"{name} is {value!r}; it must be an int or a pair of ints of at least {least}.")
+    return int(values[0]), int(values[1])
