@@ -7,6 +7,8 @@ from unittest import SkipTest
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from sybil import Document
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
@@ -97,3 +99,29 @@ def test_readme_has_its_sections_in_order() -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     order = "Install, Two commands, Quickstart, Training, Results, Status, Documentation, Citation"
     assert headings == order.split(", ")
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """Return the cells of the table under a heading, without the head of the table."""
+    section = re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE)
+    rows = [line for part in section if part.startswith(heading) for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_every_dependency_has_its_reason_in_the_design() -> None:
+    reasons = {
+        (package.strip(), extra)
+        for packages, reason, extras in table("docs/design.md", "Dependencies")
+        for package in packages.split(",")
+        for extra in re.findall(r"\w+", extras) or [""]
+        if reason
+    }
+    groups = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+    required = {(canonicalize_name(Requirement(line).name), extra) for extra in groups for line in groups[extra]}
+    assert {(package.removesuffix("-cuda130"), extra) for package, extra in required} - {("sdnet", "dev")} == reasons
+
+
+def test_every_environment_variable_is_in_the_design() -> None:
+    sources = [path for folder in ("kernels", "sdnet", "train", "bench") for path in (ROOT / folder).glob("**/*.py")]
+    used = {name for path in sources for name in re.findall(r"[\"'](SDNET_[A-Z_]+)[\"']", path.read_text())}
+    assert used == {name.strip("`") for name, *_ in table("docs/design.md", "Environment variables")}
