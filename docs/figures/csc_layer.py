@@ -2,8 +2,8 @@
 
     python docs/figures/csc_layer.py
 
-Needs matplotlib alone: it brings numpy, pillow and the portrait of Grace Hopper in its sample data.
-The dictionary is a fixed bank of oriented edges and bars, each with both signs; a trained layer learns its own.
+The script needs only matplotlib, which installs numpy and pillow and has the portrait of Grace Hopper in its sample
+data. The dictionary is a fixed bank of oriented edges and bars, each with both signs; a trained layer learns its own.
 """
 
 import io
@@ -25,7 +25,7 @@ SHOWN = (1, 2, 8, 64)  # steps
 
 
 def photograph() -> np.ndarray:
-    """A grey crop with values around 0, [SIZE, SIZE]."""
+    """Return a grey crop with mean 0, [SIZE, SIZE]."""
     rgb = plt.imread(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) / 255.0
     grey = rgb[30:390, 76:436].mean(axis=2)
     grey = grey.reshape(SIZE, 3, SIZE, 3).mean(axis=(1, 3))
@@ -33,7 +33,7 @@ def photograph() -> np.ndarray:
 
 
 def dictionary(angles: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Unit-norm atoms [C, ATOM, ATOM] and the angle of each, in [0, 1)."""
+    """Return unit-norm atoms [C, ATOM, ATOM] and their angles in [0, 1)."""
     t = np.arange(ATOM) - ATOM // 2
     v, u = np.meshgrid(t, t, indexing="ij")
     atoms, angle = [], []
@@ -47,7 +47,7 @@ def dictionary(angles: int = 8) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fista(x: np.ndarray, atoms: np.ndarray, steps: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Codes [C, H, W] and their reconstructions [H, W] after each step, by circular convolution."""
+    """Return the codes [C, H, W] and their reconstructions [H, W] after each step, with circular convolutions."""
     kernel = np.zeros((len(atoms), *x.shape))
     kernel[:, :ATOM, :ATOM] = atoms
     spectrum = np.fft.rfft2(np.roll(kernel, (-(ATOM // 2), -(ATOM // 2)), axis=(1, 2)))
@@ -72,19 +72,20 @@ def fista(x: np.ndarray, atoms: np.ndarray, steps: int) -> tuple[list[np.ndarray
 
 
 def coloured(z: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """The strongest code at each place, in the colour of its angle, on white."""
+    """Return the largest code at each pixel in the colour of its angle, on white."""
     best = z.argmax(axis=0)
     strength = np.clip(z.max(axis=0) / np.quantile(z.max(axis=0), 0.99), 0, 1)[..., None]
     return 1 - strength * (1 - hue(angle[best]))
 
 
 def hue(angle: np.ndarray) -> np.ndarray:
-    """A colour per angle: cyclic, as angles are."""
+    """Return a colour for each angle, cyclic like the angles."""
     phase = 2 * np.pi * (np.asarray(angle)[..., None] - np.array([0, 1, 2]) / 3)
     return 0.5 + 0.42 * np.cos(phase)
 
 
 def main() -> None:
+    """Draw the figure and print how many codes are active after each number of steps."""
     x = photograph()
     atoms, angle = dictionary()
     codes, pictures = fista(x, atoms, max(SHOWN))
