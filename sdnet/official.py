@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sdnet.step_size import converge_power_vectors
 
 UNIT_NORM_TOLERANCE = 1e-5
-"""Atoms nearer to unit norm than this are taken as they are: normalising twice would change their bits."""
+"""Atoms closer to unit norm than this are copied unchanged: to normalise twice would change their last bits."""
 
 _RENAMES = (
     (r"^stem\.conv\.", r"layer0.0.dn."),
@@ -25,24 +25,35 @@ _RENAMES = (
 
 
 def load_official_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Copy an official checkpoint into `model`, a network of `sdnet.create_model` with the same architecture.
+    """Copy a checkpoint of the official SDNet code into a model of the same architecture.
 
-    Reads `model_best.pth.tar`, a state dict, and `checkpoint.pth.tar`, which has one inside under "state_dict", with or
-    without the `module.` prefix of `nn.DataParallel`. The stored step sizes are kept. Atoms are projected onto the unit
-    sphere where they are off it by more than `UNIT_NORM_TOLERANCE`. The official files do not hold the vectors of the
-    power iterations, so these are converged on the loaded dictionaries, which leaves the steps alone.
+    The function reads `model_best.pth.tar`, which is a state dict, and `checkpoint.pth.tar`, which has one under
+    "state_dict", with or without the prefix `module.` of `nn.DataParallel`. The stored step sizes are kept. Atoms whose
+    norm differs from 1 by more than `UNIT_NORM_TOLERANCE` are projected onto the unit sphere. The official files hold
+    no power vectors, so these are converged on the loaded dictionaries, which does not change the step sizes.
 
-    lambda, mu, the number of steps and the data term lie in the official configuration file, not in the checkpoint:
+    lambda, mu, the number of steps and the data term are in the official configuration file, not in the checkpoint:
     give them to `create_model`.
+
+    Args:
+        model: a network of `sdnet.create_model`.
+        path: the checkpoint. Nothing in it is executed.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
-        ValueError: the file is no checkpoint, needs code to be executed to be read, or is of another architecture; the
-            message names every missing, unexpected and misshapen key. `model` is as it was.
+        ValueError: the file is no checkpoint, cannot be read without executing code, is of another architecture (the
+            message names every missing, unexpected and misshapen key) or holds values that are not finite; or `model`
+            is no network, or is on the meta device. `model` is unchanged.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is of type {type(model).__name__}; it must be a network of sdnet.create_model.")
+    if not isinstance(path, (str, PathLike)):
+        raise ValueError(f"path is {path!r}; it must be a path of a file.")
     source = Path(path)
     state = _state_dict(_read(source), source)
     target = model.state_dict()
+    if any(tensor.is_meta for tensor in target.values()):
+        raise ValueError('model is on the meta device; give it memory first, with model.to_empty(device="cpu").')
     names = _official_names(target)
     _check(state, target, names, source)
     for official, ours in names.items():
@@ -52,7 +63,7 @@ def load_official_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Non
 
 
 class _Ignored:
-    """Stands for a NumPy scalar or dtype in a checkpoint: takes what the pickle gives it and keeps nothing."""
+    """A placeholder for a NumPy scalar or dtype in a checkpoint. It accepts any state and stores nothing."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -65,7 +76,7 @@ _NUMPY_SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def _read(source: Path) -> object:
-    """What the file holds; tensors and plain containers only, NumPy scalars as `_Ignored`."""
+    """Return the content of the file: tensors and plain containers only, NumPy scalars as `_Ignored`."""
     if not source.is_file():
         raise FileNotFoundError(f"There is no checkpoint file at '{fspath(source)}'.")
     try:
@@ -79,14 +90,14 @@ def _read(source: Path) -> object:
 
 
 def _refusal(error: Exception) -> str:
-    """The one line of torch's explanation that tells the user something."""
+    """Return the line of torch's error message that names the cause."""
     message = str(error)
     refused = re.search(r"GLOBAL (\S+)", message)
     return f"it refers to {refused[1]}." if refused else (message.splitlines() or ["it is empty."])[0]
 
 
 def _state_dict(content: object, source: Path) -> dict[str, Tensor]:
-    """The state dict in a file's content, keys without `module.`."""
+    """Return the state dict in the content of a file, with keys without `module.`."""
     if isinstance(content, Mapping) and "state_dict" in content:
         content = content["state_dict"]
     if not (isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())):
@@ -95,7 +106,7 @@ def _state_dict(content: object, source: Path) -> dict[str, Tensor]:
 
 
 def _official_names(target: Mapping[str, Tensor]) -> dict[str, str]:
-    """The official name of every entry of our state dict, but the vectors: {official: ours}."""
+    """Return the official name of every entry of our state dict, as {official: ours}; power vectors have none."""
     all_layers = any(re.search(r"^stages\..*\.step_size$", key) for key in target)
     names = {}
     for ours in target:
@@ -112,7 +123,7 @@ def _official_names(target: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _check(state: Mapping[str, Tensor], target: Mapping[str, Tensor], names: Mapping[str, str], source: Path) -> None:
-    """Raise a ValueError that names all that keeps `state` from being loaded."""
+    """Raise a ValueError that names everything that prevents `state` from being loaded."""
     faults = [f"missing {official} (here {ours})" for official, ours in names.items() if official not in state]
     faults += [f"unexpected {key}" for key in state if key not in names]
     for official, ours in names.items():
@@ -124,15 +135,24 @@ def _check(state: Mapping[str, Tensor], target: Mapping[str, Tensor], names: Map
             faults.append(f"misshapen {official}: {list(theirs)} in the file, {list(shape)} in the model (here {ours})")
     if faults:
         raise ValueError(f"'{source}' is of another architecture than the model: {'; '.join(faults)}.")
+    broken = [
+        f"{official} (here {ours})"
+        for official, ours in names.items()
+        if not state[official].isfinite().all() or (ours.endswith(".step_size") and not (state[official] > 0).all())
+    ]
+    if broken:
+        raise ValueError(
+            f"'{source}' holds values that are not finite, or a step size that is not above 0: {', '.join(broken)}."
+        )
 
 
 def _is_dictionary(ours: str, target: Mapping[str, Tensor]) -> bool:
-    """Whether an entry is the weight of a CSC layer: such a layer has a step beside it."""
+    """Return whether an entry is the weight of a CSC layer, which has a step size beside it."""
     return ours.endswith(".weight") and f"{ours.removesuffix('weight')}step_size" in target
 
 
 def _on_unit_sphere(weight: Tensor) -> Tensor:
-    """The atoms [K, C, kh, kw] with those off unit norm by more than the tolerance divided by their norm."""
+    """Return the atoms [K, C, kh, kw], those whose norm differs from 1 by more than the tolerance normalised."""
     norm = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
     off = (norm - 1).abs() > UNIT_NORM_TOLERANCE
     return torch.where(off, weight / norm.clamp_min(1e-12), weight)

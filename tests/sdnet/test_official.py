@@ -106,7 +106,7 @@ def test_the_numpy_names_are_allowed_only_while_reading(official: StateDict, mod
     before = torch.serialization.get_safe_globals()
     torch.save(training_state(official), path)
     load_official_checkpoint(model, path)
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
 class Hostile:
@@ -120,7 +120,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
-def test_a_pickle_that_wants_to_run_is_refused_and_does_not(
+def test_a_pickle_that_executes_code_is_refused_unexecuted(
     new_format: bool, official: StateDict, model: nn.Module, path: Path, tmp_path: Path
 ) -> None:
     trace = tmp_path / "executed"
@@ -236,6 +236,35 @@ def test_the_stored_step_stays_and_the_power_iteration_is_converged(
     _, estimate = step_sizes.power_iteration(weight, power_vector, (1, 1), (1, 1))
     _, eigenvalue = step_sizes.largest_eigenvalue(weight, power_vector, (1, 1), (1, 1), tolerance=1e-8)
     assert estimate.item() == pytest.approx(eigenvalue.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layer0.0.dn.weight", float("nan")),
+        ("layer0.0.dn.step_size", float("inf")),
+        ("layer0.0.dn.step_size", 0.0),
+        ("layer2.0.bn1.running_var", float("nan")),
+    ],
+)
+def test_values_that_cannot_be_used_are_named_and_nothing_is_loaded(
+    key: str, value: float, official: StateDict, model: nn.Module, path: Path
+) -> None:
+    broken = official[key].clone()
+    broken.view(-1)[0] = value
+    torch.save({**official, key: broken}, path)
+    before = bits(model)
+    with pytest.raises(ValueError, match=rf"not finite, or a step size that is not above 0: {key} \(here "):
+        load_official_checkpoint(model, path)
+    assert bits(model) == before
+
+
+def test_a_model_on_the_meta_device_is_refused(official: StateDict, path: Path) -> None:
+    torch.save(official, path)
+    with torch.device("meta"):
+        model = sdnet.create_model("sdnet18", num_classes=10, stem="cifar", image_size=8)
+    with pytest.raises(ValueError, match="model is on the meta device"):
+        load_official_checkpoint(model, path)
 
 
 def test_a_step_of_one_element_is_a_step(official: StateDict, model: nn.Module, path: Path) -> None:
