@@ -128,7 +128,9 @@ def csc_backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weight, step_size, lam, *options, _, keep_all = inputs
     assert keep_all, "a gradient needs all codes"
-    ctx.save_for_backward(x, weight, step_size, lam, *output)
+    # The backward pass does not read lambda's value. A lambda without a gradient is not saved, so that it may change in
+    # place between the two passes.
+    ctx.save_for_backward(x, weight, step_size, lam if lam.requires_grad else step_size, *output)
     ctx.options = options
     ctx.set_materialize_grads(False)
 

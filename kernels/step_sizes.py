@@ -40,7 +40,7 @@ FLOOR = 1e-12
 
 def initial_power_vector(shape: tuple[int, ...]) -> Tensor:
     """A random unit vector that is the same in every process, whatever its random state; fp32, on the CPU."""
-    power_vector = torch.randn(shape, generator=torch.Generator().manual_seed(SEED), device="cpu")
+    power_vector = torch.randn(shape, generator=torch.Generator().manual_seed(SEED), device="cpu", dtype=torch.float32)
     return power_vector / torch.linalg.vector_norm(power_vector)
 
 

@@ -1,10 +1,10 @@
-"""Convolutional sparse-coding networks: layers, models, official checkpoints, diagnostics, robust inference."""
+"""Convolutional sparse-coding networks: layers, models, official checkpoints, diagnostics and robust inference."""
 
 from sdnet.diagnostics import LayerDiagnostics, Recording, diagnose, record
 from sdnet.layers import CSCConv2d
 from sdnet.models import SDNet, create_model, list_models
 from sdnet.official import load_official_checkpoint
-from sdnet.robust import set_lambda
+from sdnet.settings import check_lambda, set_impl, set_lambda
 from sdnet.step_size import attach, converge_power_vectors, refresh_step_size, step_margins
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "Recording",
     "SDNet",
     "attach",
+    "check_lambda",
     "converge_power_vectors",
     "create_model",
     "diagnose",
@@ -22,6 +23,7 @@ __all__ = [
     "load_official_checkpoint",
     "record",
     "refresh_step_size",
+    "set_impl",
     "set_lambda",
     "step_margins",
 ]

@@ -1,21 +1,30 @@
-"""What the CSC layers of a network did with a batch: objective, sparsity, residual."""
+"""What the CSC layers of a network did with a batch: objective, sparsity and residual."""
 
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
+from sdnet.layers import CSCConv2d, Recorder, at_least_single
 from sdnet.step_size import csc_layers
+
+NORM_FLOOR = 1e-12
+"""The least norm of an input that a relative residual is divided by."""
 
 
 class LayerDiagnostics(NamedTuple):
-    """Of one CSC layer, one value per sample, [N]; differentiable if the forward was.
+    """The diagnostics of one CSC layer, one value per sample.
 
-    objective: lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2 (its mean over the batch serves as a reconstruction loss).
-    sparsity: the share of codes that are zero, in [0, 1].
-    residual: |x - A z|^2 / n_dict, the squared error of one reconstruction.
-    relative_residual: |x - A z| / |x|, 0 for a perfect reconstruction; 1 is what codes of zero leave.
+    They are computed in fp32 or better, with the lambda that the forward used, and are differentiable if the forward
+    was.
+
+    Attributes:
+        objective: lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2, [N]. Its mean over the batch is a reconstruction loss.
+        sparsity: the fraction of codes that are zero, in [0, 1], [N].
+        residual: |x - A z|^2 / n_dict, the squared error of one reconstruction, [N].
+        relative_residual: |x - A z| / |x|, [N]: 0 for an exact reconstruction, 1 for codes of zero.
     """
 
     objective: Tensor
@@ -25,61 +34,94 @@ class LayerDiagnostics(NamedTuple):
 
 
 class Recording:
-    """Keeps input and codes of the last batch of every CSC layer, from `record` on until `remove`.
+    """Keep a copy of the input, the codes and lambda of the last batch of every CSC layer, until `remove`.
 
-    A context manager too: `with sdnet.record(model) as recording: logits = model(x)`.
+    A recording is a context manager: `with sdnet.record(model) as recording: logits = model(x)`. A compiled model is
+    compiled once more for recording.
+
+    Args:
+        model: a network with CSC layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = csc_layers(model)
-        self._batches: dict[str, tuple[Tensor, Tensor]] = {}
-        self._handles = [layer.register_forward_hook(self._keep(name)) for name, layer in self._layers.items()]
-
-    def _keep(self, name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], codes: Tensor) -> None:
-            self._batches[name] = (inputs[0], codes)
-
-        return hook
+        self._recorders = {name: Recorder() for name in self._layers}
+        for name, layer in self._layers.items():
+            layer.add_recorder(self._recorders[name])
 
     def diagnose(self) -> dict[str, LayerDiagnostics]:
-        """The diagnostics of the last batch by layer. RuntimeError before the first."""
-        if self._layers and not self._batches:
+        """Compute the diagnostics of the last batch.
+
+        Returns:
+            The diagnostics of every CSC layer that the batch went through, by the name of the layer.
+
+        Raises:
+            RuntimeError: no batch has gone through the model yet.
+        """
+        recorded = {name: recorder.last for name, recorder in self._recorders.items() if recorder.last is not None}
+        if self._layers and not recorded:
             raise RuntimeError("no batch has gone through the model since record().")
-        diagnostics = {}
-        for name, (x, codes) in self._batches.items():
-            layer = self._layers[name]
-            target = repeat(x, "n c h w -> n (d c) h w", d=layer.coding.n_dict)
-            error = target - layer.reconstruct(codes, (x.shape[2], x.shape[3]))
-            squares = reduce(error.square(), "n c h w -> n", "sum")
-            norm = reduce(target.square(), "n c h w -> n", "sum").sqrt().clamp_min(1e-12)
-            diagnostics[name] = LayerDiagnostics(
-                objective=layer.objective(x, codes),
-                sparsity=reduce((codes == 0).to(codes.dtype), "n k h w -> n", "mean"),
-                residual=squares / layer.coding.n_dict,
-                relative_residual=squares.sqrt() / norm,
-            )
-        return diagnostics
+        return {name: _diagnostics(self._layers[name], *last) for name, last in recorded.items()}
 
     def remove(self) -> None:
-        """Stops recording and forgets the batch."""
-        for handle in self._handles:
-            handle.remove()
-        self._batches.clear()
+        """Stop recording and forget the batch."""
+        for name, layer in self._layers.items():
+            layer.remove_recorder(self._recorders[name])
+            self._recorders[name].last = None
 
     def __enter__(self) -> "Recording":
+        """Return the recording itself."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Stop recording."""
         self.remove()
 
 
 def record(model: nn.Module) -> Recording:
-    """Starts to keep the last batch of every CSC layer of `model`; ask it with `.diagnose()`."""
+    """Start to keep the last batch of every CSC layer, for `Recording.diagnose`.
+
+    Args:
+        model: a network with CSC layers, compiled or not.
+
+    Returns:
+        The recording, a context manager. `.remove()` ends it.
+
+    Example:
+        >>> with sdnet.record(model) as recording:
+        ...     logits = model(images)
+        ...     sparsity = recording.diagnose()["stem.conv"].sparsity
+    """
     return Recording(model)
 
 
 def diagnose(model: nn.Module, x: Tensor) -> dict[str, LayerDiagnostics]:
-    """The diagnostics of every CSC layer for a batch x, by one forward of `model` in the mode that it is in."""
+    """Compute the diagnostics of every CSC layer for one batch, by one forward of `model` in its present mode.
+
+    Args:
+        model: a network with CSC layers.
+        x: a batch, as `model` takes it.
+
+    Returns:
+        The diagnostics by the name of the layer; empty for a model without CSC layers.
+    """
     with record(model) as recording:
         model(x)
         return recording.diagnose()
+
+
+def _diagnostics(layer: CSCConv2d, x: Tensor, codes: Tensor, lam: float | Tensor) -> LayerDiagnostics:
+    """Compute the diagnostics of one call of a layer."""
+    n_dict = layer.coding.n_dict
+    with torch.autocast(x.device.type, enabled=False):
+        x, codes = at_least_single(x), at_least_single(codes)
+        target = repeat(x, "n c h w -> n (d c) h w", d=n_dict)
+        error = target - layer.reconstruct(codes, (x.shape[2], x.shape[3]))
+        squares = reduce(error.square(), "n c h w -> n", "sum")
+        norm = reduce(target.square(), "n c h w -> n", "sum").sqrt().clamp_min(NORM_FLOOR)
+        return LayerDiagnostics(
+            objective=layer.objective(x, codes, lam),
+            sparsity=reduce((codes == 0).to(codes.dtype), "n k h w -> n", "mean"),
+            residual=squares / n_dict,
+            relative_residual=squares.sqrt() / norm,
+        )

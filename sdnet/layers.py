@@ -1,6 +1,6 @@
-"""The CSC layer: a drop-in for a convolution whose output is the sparse code of its input."""
+"""`CSCConv2d`: a layer whose output is the convolutional sparse code of its input."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,44 +13,91 @@ from sdnet.kernels.csc import encode
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.step_sizes import DictionaryState
+from sdnet.state import CodingState, checked_lambda, persistent_state
 
 DEFAULT_INPUT_SIZE = 32
 FIRST_ITERATIONS = 10
-"""Power iterations at construction: enough for a safe first step (0.9 leaves room for a low estimate)."""
+"""Power iterations at construction: enough for a safe first step size (0.9 leaves room for a low estimate)."""
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+CONVOLUTION_ONLY = {
+    "bias": "codes have no bias, because the shrinkage defines what a code of zero means; "
+    "leave it out, and add a bias after the layer if you need one",
+    "groups": "every atom spans all input channels; use one layer per group of channels instead",
+    "dilation": "the atoms are dense, and the step size is estimated for dense atoms; use a larger kernel_size instead",
+    "padding_mode": "the input is padded with zeros, the only padding whose adjoint is a transposed convolution; "
+    "pad the input before the layer instead",
+}
+"""Arguments of `nn.Conv2d` that `CSCConv2d` does not take, and why."""
 
 
-class CSCConv2d(nn.Module):
-    """Convolutional sparse coding: x [N, C, H, W] -> codes [N, K, h, w].
+class CSCConv2d(CodingState):
+    """Compute convolutional sparse codes of the input.
 
-    The codes approximate argmin_z lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2 by `n_steps` proximal steps from zero, where
-    A z = conv_transpose2d(z, weight) and the atoms weight[k] have unit norm. One step shrinks by lam * step.
+    The codes approximate
 
-    A forward changes nothing. The atoms are projected and the step size follows the dictionary when an optimiser takes
-    a step, once `sdnet.attach(model, optimizer)` has been called; `sdnet.refresh_step_size(model)` converges it.
+        argmin_z lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2,   A z = conv_transpose2d(z, weight),
+
+    by `n_steps` proximal gradient steps from zero. The atoms weight[k] have unit norm.
+
+    A forward changes no state, in training or in evaluation. After `sdnet.attach(model, optimizer)`, every step of the
+    optimizer is followed by the projection of the atoms and an update of the step size.
+    `sdnet.refresh_step_size(model)` makes the step size exact.
+
+    What differs from `nn.Conv2d`:
+
+    | | `nn.Conv2d` | `CSCConv2d` |
+    |---|---|---|
+    | positional arguments | up to dilation, groups, bias, ... | up to stride, padding; others by keyword |
+    | padding | 0 unless given; also "same", "valid" | kernel_size // 2 unless given; ints and pairs |
+    | bias, groups, dilation, padding_mode | taken | refused, with the reason |
+    | weight | any, [out, in / groups, kh, kw] | atoms of unit norm, [out, n_dict in, kh, kw] |
+    | input | [N, C, H, W] or [C, H, W] | [N, C, H, W] |
+    | output | linear in the input | sparse, not linear; at least 0 if nonnegative |
+    | state dict | weight, bias | weight, step_size, power_vector |
+    | training loop | | needs `sdnet.attach(model, optimizer)` |
+    | isinstance(layer, nn.Conv2d) | yes | no |
 
     Args:
-        in_channels, out_channels: C and the number of atoms K.
-        kernel_size, stride, padding: of the convolution, ints or pairs; padding None is kernel_size // 2.
+        in_channels: the number of input channels, C.
+        out_channels: the number of atoms, K.
+        kernel_size: height and width of the atoms, an int or a pair.
+        stride: the stride of the convolution, an int or a pair.
+        padding: the zero padding on both sides, an int or a pair. None is kernel_size // 2.
         lam: the weight of |z|_1, at least 0.
-        adaptive_lam: multiply lam once by numel(x) / numel(z), at the input size below.
-        input_size: height and width (int or pair) on which the step size is estimated; 32 unless told. The forward
-            takes other sizes with the step as it is.
-        impl: which implementation computes the codes, see `sdnet.kernels.csc_encode`.
+        adaptive_lam: multiply lam once by numel(x) / numel(z), for inputs of `input_size`.
+        input_size: the height and width of the inputs on which the step size is estimated, an int or a pair. None
+            is 32. The forward takes inputs of other sizes with the same step size.
+        impl: the implementation that computes the codes, see `sdnet.kernels.csc_encode`.
+        device: the device of the weight and the state.
+        dtype: the floating-point type of the weight. The state stays fp32.
         **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
 
+    Shape:
+        - Input: [N, C, H, W].
+        - Output: [N, K, h, w] with h = (H + 2 padding - kernel_size) // stride + 1, and w likewise.
+
     Attributes:
-        coding: the `Coding` in force. Its fields are attributes of the layer too: `layer.n_steps = 50` replaces it.
+        coding: the `Coding` in use. Its fields are attributes of the layer too: `layer.n_steps = 50` replaces it.
         weight: the dictionary [K, n_dict C, kh, kw], a parameter.
-        step: the step size in force, 0-d, 0.9 / (largest eigenvalue of A'A); a buffer, always fp32.
-        vector: the power iteration's unit vector [1, n_dict C, H, W]; a buffer, always fp32.
-        lam: lambda in force, fp32, 0-d or [N, 1, 1, 1]; assign a float or a tensor. Not saved.
+        step_size: the step size, 0-d, 0.9 / (largest eigenvalue of A'A); a buffer, always fp32.
+        power_vector: the unit vector [1, n_dict C, H, W] of the eigenvalue estimate, always fp32. It is saved in the
+            state dict, is as large as one input of the layer (600 kB for a 3-channel input of 224 pixels), and can be
+            made again by `sdnet.refresh_step_size`.
+        lam: lambda, 0-d or [N, 1, 1, 1], fp32 or, in a double layer, fp64. It is not saved in the state dict.
+
+    Raises:
+        ValueError: an argument has a wrong type or value.
+        TypeError: there is no such argument.
+
+    Example:
+        >>> layer = CSCConv2d(3, 64, kernel_size=3, lam=0.1, n_steps=2)
+        >>> layer(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 64, 32, 32])
     """
 
     coding: Coding
-    weight: nn.Parameter
-    step_size: Tensor
-    power_vector: Tensor
-    _lam: Tensor
 
     @takes_coding
     def __init__(
@@ -65,9 +112,12 @@ class CSCConv2d(nn.Module):
         adaptive_lam: bool = False,
         input_size: int | Pair | None = None,
         impl: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         **coding: Any,
     ) -> None:
         super().__init__()
+        refuse_convolution_only(coding)
         self.in_channels = checks.integer("in_channels", in_channels, 1)
         self.out_channels = checks.integer("out_channels", out_channels, 1)
         self.kernel_size, self.stride = checks.pair("kernel_size", kernel_size, 1), checks.pair("stride", stride, 1)
@@ -75,92 +125,147 @@ class CSCConv2d(nn.Module):
         self.padding = half if padding is None else checks.pair("padding", padding, 0)
         self.coding = coding_of(type(self).__init__, coding)
         self.impl = checks.choice("impl", impl, IMPLEMENTATIONS)
-        lam, n_dict = checks.number("lam", lam), self.coding.n_dict
+        lam = checks.number("lam", lam)
+        if dtype is not None and dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(str, WEIGHT_DTYPES))}.")
 
         size = checks.pair("input_size", DEFAULT_INPUT_SIZE if input_size is None else input_size, 1)
         out_size = self.codes_size(size)
         if min(out_size) < 1:
             raise ValueError(f"input_size is {list(size)}, too small for atoms of {list(self.kernel_size)}.")
-        if adaptive_lam:
-            lam = lam * (in_channels * size[0] * size[1]) / (out_channels * out_size[0] * out_size[1])
-        self.weight = nn.Parameter(torch.empty(out_channels, n_dict * in_channels, *self.kernel_size))
-        self.register_buffer("step_size", torch.zeros(()))
-        self.register_buffer("power_vector", torch.empty(1, n_dict * in_channels, *size))
-        self.register_buffer("_lam", torch.zeros(()), persistent=False)
-        self.lam = lam
-        self.register_load_state_dict_pre_hook(_take_over_grid)
-        self.reset_parameters()
+        if checks.flag("adaptive_lam", adaptive_lam):
+            pixels, codes = self.in_channels * size[0] * size[1], self.out_channels * out_size[0] * out_size[1]
+            lam = lam * pixels / codes
+        channels = self.coding.n_dict * self.in_channels
+        self._recorders: tuple[Recorder, ...] = ()
+        with persistent_state():
+            empty = torch.empty(self.out_channels, channels, *self.kernel_size, device=device, dtype=dtype)
+            self.weight = nn.Parameter(empty)
+            self.create_state(lam, channels, size)
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-uniform atoms of unit norm, a seeded vector and a first step size."""
+        """Initialise the atoms (Kaiming uniform, then unit norm), the power vector and the step size.
+
+        lambda and the options stay as they are. On the meta device nothing can be computed: call this method after
+        `to_empty`, or load a state dict.
+        """
         nn.init.kaiming_uniform_(self.weight)
         self.reset_power_vector()
-        self.update_dictionary(FIRST_ITERATIONS)
+        if not self.weight.is_meta:
+            self.update_dictionary(FIRST_ITERATIONS)
 
     def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
-        """Codes [N, K, h, w] of x [N, C, H, W]; `lam` (float, 0-d, [N] or [N, 1, 1, 1]) takes the place of self.lam."""
-        lam = self.lam if lam is None else lam
-        return encode(x, self.weight, self.step_size, lam, self.coding, self.stride, self.padding, self.impl)
+        """Compute the codes of x.
 
-    def reconstruct(self, codes: Tensor, size: Pair | None = None) -> Tensor:
-        """A z [N, n_dict C, H, W] of codes [N, K, h, w], for an input of `size`; None: stride times the codes' size."""
-        height, width = codes.shape[2] * self.stride[0], codes.shape[3] * self.stride[1]
-        size = (height, width) if size is None else size
-        if self.codes_size(size) != (codes.shape[2], codes.shape[3]):
-            least = [
-                (n - 1) * s - 2 * p + k
-                for n, s, p, k in zip(codes.shape[2:], self.stride, self.padding, self.kernel_size, strict=True)
-            ]
+        Args:
+            x: the input.
+            lam: lambda of this call in place of the layer's own: a number, or a tensor that is 0-d, [N] or
+                [N, 1, 1, 1]. Gradients reach it.
+
+        Shape:
+            - x: [N, C, H, W].
+            - Output: [N, K, h, w].
+
+        Returns:
+            The codes, in the dtype of x (autocast's under autocast).
+
+        Raises:
+            ValueError: x or lam has a wrong shape, type or device.
+        """
+        lam = self._lam if lam is None else lam
+        codes = encode(x, self.weight, self.step_size, lam, self.coding, self.stride, self.padding, self.impl)
+        for recorder in self._recorders:
+            recorder.keep(x, codes, lam)
+        return codes
+
+    def reconstruct(self, codes: Tensor, size: int | Pair | None = None) -> Tensor:
+        """Compute A z, the reconstruction that codes z stand for.
+
+        Args:
+            codes: the codes.
+            size: height and width of the input, an int or a pair. None is the stride times the size of the codes.
+
+        Shape:
+            - codes: [N, K, h, w].
+            - Output: [N, n_dict C, H, W].
+
+        Raises:
+            ValueError: `codes` has another shape, or no input of `size` has codes of this size.
+        """
+        if not isinstance(codes, Tensor) or codes.ndim != 4 or codes.shape[1] != self.out_channels:
+            raise ValueError(f"codes is {_described(codes)}; it must be a tensor [N, {self.out_channels}, h, w].")
+        given = (codes.shape[2], codes.shape[3])
+        height, width = given[0] * self.stride[0], given[1] * self.stride[1]
+        size = (height, width) if size is None else checks.pair("size", size, 1)
+        if self.codes_size(size) != given:
+            geometry = zip(given, self.stride, self.padding, self.kernel_size, strict=True)
+            least = [(n - 1) * s - 2 * p + k for n, s, p, k in geometry]
             most = [n + s - 1 for n, s in zip(least, self.stride, strict=True)]
-            raise ValueError(
-                f"size is {list(size)}; codes of {list(codes.shape[2:])} stand for inputs of {least} to {most}."
-            )
+            raise ValueError(f"size is {list(size)}; codes of {list(given)} stand for inputs of {least} to {most}.")
         return reference.synthesis(codes, self.weight.to(codes.dtype), size, self.stride, self.padding)
 
-    def objective(self, x: Tensor, codes: Tensor) -> Tensor:
-        """lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2 of each sample, [N]; |x - A z| for the norm data term."""
-        reconstruction = self.reconstruct(codes, (x.shape[2], x.shape[3]))
-        return reference.objective(x, codes, reconstruction, self.lam, self.coding)
+    def objective(self, x: Tensor, codes: Tensor, lam: float | Tensor | None = None) -> Tensor:
+        """Compute the objective of each sample, lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2.
+
+        For `data_term="norm"` the last term is |x - A z|. The sums are computed in fp32 or better.
+
+        Args:
+            x: the input.
+            codes: its codes.
+            lam: lambda as the forward takes it; None is the layer's own.
+
+        Shape:
+            - x: [N, C, H, W].
+            - codes: [N, K, h, w].
+            - Output: [N].
+
+        Raises:
+            ValueError: `x`, `codes` or `lam` has a wrong shape.
+        """
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x is {_described(x)}; it must be a tensor [N, {self.in_channels}, H, W].")
+        with torch.autocast(x.device.type, enabled=False):
+            x, codes = at_least_single(x), at_least_single(codes)
+            reconstruction = self.reconstruct(codes, (x.shape[2], x.shape[3]))
+            lam = self._lam if lam is None else lam
+            lam = lam if isinstance(lam, Tensor) and lam.requires_grad else checked_lambda(lam)
+            lam = torch.as_tensor(lam, dtype=codes.dtype, device=codes.device)
+            if lam.ndim and lam.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"lam has shape {list(lam.shape)}; for x of shape {list(x.shape)} it must be 0-d or "
+                    f"hold {x.shape[0]} values."
+                )
+            lam = lam.reshape(-1, 1, 1, 1)
+            return reference.objective(x, codes, reconstruction, lam, self.coding)
 
     def codes_size(self, size: Pair) -> Pair:
-        """Height and width of the codes of an input of height and width `size`."""
+        """Return height and width of the codes of an input of height and width `size`."""
         return codes_size(size, self.kernel_size, self.stride, self.padding)
 
     @property
-    def lam(self) -> Tensor:
-        return self._lam
-
-    @lam.setter
-    def lam(self, value: float | Tensor) -> None:
-        lam = torch.as_tensor(value, dtype=torch.float32, device=self._lam.device).detach()
-        if not lam.is_meta and not bool(((lam >= 0) & lam.isfinite()).all()):
-            raise ValueError(f"lam is {value}; it must be a finite number of at least 0.")
-        if lam.ndim and lam.numel() != lam.shape[0]:
-            raise ValueError(
-                f"lam has shape {list(lam.shape)}; it must be a number or one per sample, [N] or [N, 1, 1, 1]."
-            )
-        self._lam = lam.reshape(-1, 1, 1, 1) if lam.ndim else lam
-
-    @torch.no_grad()
-    def reset_power_vector(self, size: Pair | None = None) -> None:
-        """A random unit vector that is the same in every process; `size` changes its grid."""
-        grid = tuple(self.power_vector.shape[2:]) if size is None else size
-        self.power_vector = step_sizes.initial_power_vector((1, self.power_vector.shape[1], *grid)).to(
-            self.power_vector.device
-        )
-
-    @property
     def dictionary(self) -> DictionaryState:
-        """What `sdnet.kernels.step_sizes` keeps true: the atoms, the vector and the step."""
+        """The atoms, the power vector and the step size, as the functions of `sdnet.kernels.step_sizes` take them."""
         return DictionaryState(self.weight, self.power_vector, self.step_size, self.stride, self.padding)
 
     def update_dictionary(self, iterations: int = 1) -> None:
-        """Projects the atoms, runs `iterations` warm power iterations and sets the step, without a host sync."""
+        """Project the atoms onto the unit sphere and update power vector and step size, without a host sync.
+
+        Args:
+            iterations: the number of power iterations.
+        """
         step_sizes.update_dictionaries([self.dictionary], iterations)
 
     @torch.no_grad()
     def converge_power_vector(self, tolerance: float = 1e-5) -> Tensor:
-        """Converges the vector; returns the largest eigenvalue of A'A, 0-d, some `tolerance` below; leaves the step."""
+        """Converge the power vector; leave the step size as it is.
+
+        Args:
+            tolerance: the relative error of the eigenvalue.
+
+        Returns:
+            The largest eigenvalue of A'A, 0-d.
+        """
         power_vector, eigenvalue = step_sizes.largest_eigenvalue(
             self.weight, self.power_vector, self.stride, self.padding, tolerance
         )
@@ -168,34 +273,61 @@ class CSCConv2d(nn.Module):
         return eigenvalue
 
     def extra_repr(self) -> str:
-        lam = f"{float(self.lam):.4g}" if self.lam.ndim == 0 else f"per sample [{self.lam.shape[0]}]"
+        """Return the options, for `repr`."""
+        lam = self._exact_lam
+        shown = f"per sample [{lam.shape[0]}]" if isinstance(lam, Tensor) and lam.ndim else f"{float(lam):.4g}"
         coding = ", ".join(f"{name}={value!r}" for name, value in vars(self.coding).items())
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, lam={lam}, {coding}"
+            f"padding={self.padding}, lam={shown}, {coding}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CSCConv2d":
-        # half() and double() are for weights: a step in bf16 would be off by up to 0.4 %.
-        exact = {name: self._buffers[name] for name in ("step_size", "power_vector", "_lam")}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
+    def add_recorder(self, recorder: "Recorder") -> None:
+        """Give the input, the codes and lambda of every later call to `recorder`."""
+        self._recorders = (*self._recorders, recorder)
+
+    def remove_recorder(self, recorder: "Recorder") -> None:
+        """End what `add_recorder` began."""
+        self._recorders = tuple(other for other in self._recorders if other is not recorder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes that a copy or a pickle takes over: all but the recordings in progress."""
+        return {**self.__dict__, "_recorders": ()}
 
 
-def _take_over_grid(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    # The vector carries the grid that the step was estimated on: a saved one may differ from the constructor's.
-    assert isinstance(module, CSCConv2d)
-    saved = state_dict.get(prefix + "power_vector")
-    if isinstance(saved, Tensor) and saved.ndim == 4 and saved.shape[:2] == module.power_vector.shape[:2]:
-        module.power_vector = module.power_vector.new_empty(saved.shape)
+class Recorder:
+    """The input, the codes and lambda of the last call of a layer, as copies.
+
+    Copies, because a later operation may change the tensors in place.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, Tensor, float | Tensor] | None = None
+
+    def keep(self, x: Tensor, codes: Tensor, lam: float | Tensor) -> None:
+        """Replace what is kept by a copy of these."""
+        self.last = x.clone(), codes.clone(), lam.clone() if isinstance(lam, Tensor) else lam
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Return a floating-point tensor in fp32, or as it is if it has a higher precision."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def refuse_convolution_only(options: Iterable[str]) -> None:
+    """Raise a TypeError if `options` has an argument that only convolutions have."""
+    for name in options:
+        if name in CONVOLUTION_ONLY:
+            raise TypeError(f"CSCConv2d has no argument {name!r}: {CONVOLUTION_ONLY[name]}.")
+
+
+def _described(value: Any) -> str:
+    """Return a shape, or the name of a type, for an error."""
+    return f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def _coding_attribute(name: str) -> property:
-    """A field of the layer's `Coding` as an attribute: an assignment checks the value and replaces `coding`."""
+    """Return a property for a field of the layer's `Coding`: an assignment checks the value and replaces `coding`."""
 
     def get(layer: CSCConv2d) -> Any:
         return getattr(layer.coding, name)

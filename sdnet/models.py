@@ -1,4 +1,6 @@
-"""SDNet-18/34, their `_all` variants, and ResNet-18/34 as the yardstick: one trunk with the convolution as a parameter.
+"""The networks: SDNet-18 and SDNet-34, their `_all` variants, and ResNet-18 and ResNet-34 for comparison.
+
+All are residual networks of basic blocks that differ in the layers that stand for their convolutions:
 
 | name            | stem                     | 3x3 convolutions of the blocks |
 |-----------------|--------------------------|--------------------------------|
@@ -6,8 +8,9 @@
 | sdnet18, 34     | CSCConv2d, BN            | Conv2d                         |
 | sdnet18_all ... | CSCConv2d, BN            | CSCConv2d                      |
 
-The ImageNet stem is 7x7 with stride 2, followed by a 3x3 max-pool with stride 2, for which the `_all` variants have a
-3x3 CSC layer; the CIFAR stem is 3x3 with stride 1. CSC codes are sparse by themselves: no ReLU follows them in a block.
+BN is batch normalisation. The ImageNet stem is 7x7 with stride 2, followed by a 3x3 max-pool with stride 2; the `_all`
+variants have a 3x3 CSC layer with stride 2 in place of the max-pool. The CIFAR stem is 3x3 with stride 1. No ReLU
+follows a CSC layer, because its codes are sparse already.
 """
 
 from collections.abc import Callable
@@ -24,13 +27,13 @@ from sdnet.layers import CSCConv2d
 
 Stem = Literal["imagenet", "cifar"]
 Convolution = Callable[..., nn.Module]
-"""(in_channels, out_channels, kernel_size, stride, input_size) -> a module with padding kernel_size // 2."""
+"""(in_channels, out_channels, kernel_size, stride, input_size) -> a layer with padding kernel_size // 2."""
 
 WIDTHS = (64, 128, 256, 512)
 
 
 class Variant(NamedTuple):
-    """Blocks per stage, and where CSC layers stand."""
+    """The number of blocks of each stage, and which convolutions are CSC layers."""
 
     blocks: tuple[int, int, int, int]
     csc_stem: bool
@@ -48,7 +51,7 @@ VARIANTS = {
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` takes."""
+    """Return the names of the models that `create_model` builds."""
     return list(VARIANTS)
 
 
@@ -64,29 +67,47 @@ def create_model(
     impl: str = "auto",
     **coding: Any,
 ) -> "SDNet":
-    """A freshly initialised network that maps images [N, 3, H, W] to logits [N, num_classes].
+    """Build a network with random weights that classifies images.
 
-    `image_size` is where the step sizes are estimated, 224 for the ImageNet stem and 32 for CIFAR unless told; the
-    network takes other sizes too. `shortcut=False` (only `_all`) leaves out the residual connections, which makes the
-    network invertible layer by layer. The other arguments go to every `CSCConv2d`.
+    To train it in a loop of your own, call `sdnet.attach(model, optimizer)` once.
 
-    Training it in a loop of your own takes one more line: `sdnet.attach(model, optimizer)`.
+    Args:
+        name: one of `list_models()`.
+        num_classes: the number of classes.
+        stem: "imagenet" (7x7 with stride 2, then a reduction by 2) or "cifar" (3x3 with stride 1).
+        image_size: the height and width of the images on which the step sizes are estimated, an int or a pair. None
+            is 224 for the ImageNet stem and 32 for the CIFAR stem. The network takes images of other sizes too.
+        shortcut: whether the blocks have residual connections. False is allowed for the `_all` models only: their
+            layers can then be inverted one by one.
+        lam: lambda of every CSC layer, see `CSCConv2d`.
+        impl: the implementation of every CSC layer, see `sdnet.kernels.csc_encode`.
+        **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
+
+    Shape:
+        - Input of the network: [N, 3, H, W].
+        - Output of the network: [N, num_classes], the logits.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: an argument has a wrong type or value.
+        TypeError: there is no such argument.
+
+    Example:
+        >>> model = sdnet.create_model("sdnet18", num_classes=10, stem="cifar")
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
-    if name not in VARIANTS:
-        raise ValueError(f"name is {name!r}; it must be one of {', '.join(VARIANTS)}.")
-    if stem not in get_args(Stem):
-        raise ValueError(f"stem is {stem!r}; it must be one of {', '.join(get_args(Stem))}.")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it must be at least 1.")
-    variant = VARIANTS[name]
-    if not shortcut and not variant.csc_blocks:
+    variant = VARIANTS[checks.choice("name", name, tuple(VARIANTS))]
+    num_classes = checks.integer("num_classes", num_classes, 1)
+    checks.choice("stem", stem, get_args(Stem))
+    if not checks.flag("shortcut", shortcut) and not variant.csc_blocks:
         able = ", ".join(other for other, v in VARIANTS.items() if v.csc_blocks)
         raise ValueError(f"shortcut=False is for {able}; {name} needs its shortcuts.")
     if image_size is None:
         image_size = 224 if stem == "imagenet" else 32
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(size) < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1.")
+    image_size = checks.pair("image_size", image_size, 1)
 
     options = coding_of(create_model, coding)
     lam, impl = checks.number("lam", lam), checks.choice("impl", impl, IMPLEMENTATIONS)
@@ -95,7 +116,7 @@ def create_model(
         blocks=variant.blocks,
         num_classes=num_classes,
         stem=stem,
-        image_size=size,
+        image_size=image_size,
         stem_convolution=csc if variant.csc_stem else plain_convolution,
         block_convolution=csc if variant.csc_blocks else plain_convolution,
         shortcut=shortcut,
@@ -105,13 +126,13 @@ def create_model(
 def plain_convolution(
     in_channels: int, out_channels: int, kernel_size: int, stride: int, input_size: Pair
 ) -> nn.Module:
-    """A convolution without bias."""
+    """Return a convolution without bias."""
     del input_size
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
 def csc_convolution(coding: Coding, lam: float, impl: str) -> Convolution:
-    """A maker of CSC layers with the given options."""
+    """Return a function that builds CSC layers with the given options."""
 
     def make(in_channels: int, out_channels: int, kernel_size: int, stride: int, input_size: Pair) -> nn.Module:
         return CSCConv2d(
@@ -122,40 +143,68 @@ def csc_convolution(coding: Coding, lam: float, impl: str) -> Convolution:
 
 
 def size_after(size: Pair, kernel_size: int, stride: int) -> Pair:
-    """The grid after a layer with padding kernel_size // 2."""
+    """Return height and width after a layer with padding kernel_size // 2."""
     half = kernel_size // 2
     return codes_size(size, (kernel_size, kernel_size), (stride, stride), (half, half))
 
 
 class StemBlock(nn.Module):
-    """Convolution and batch norm; ReLU after a plain convolution; for ImageNet a reduction by two more."""
+    """The first layers: a convolution and batch normalisation.
 
-    def __init__(self, width: int, stem: Stem, convolution: Convolution, pool_with_csc: bool, size: Pair) -> None:
+    After a plain convolution a ReLU follows; for ImageNet a max-pool, or a CSC layer, reduces the size by 2 once more.
+
+    Args:
+        width: the number of output channels.
+        stem: "imagenet" or "cifar".
+        convolution: builds the convolution.
+        pool_with_csc: whether `convolution` builds the layer of the last reduction too, in place of a max-pool.
+        image_size: the height and width of the images.
+
+    Shape:
+        - Input: [N, 3, H, W].
+        - Output: [N, width, h, w], of `output_size` for images of `image_size`.
+    """
+
+    def __init__(self, width: int, stem: Stem, convolution: Convolution, pool_with_csc: bool, image_size: Pair) -> None:
         super().__init__()
         kernel_size, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv = convolution(3, width, kernel_size, stride, size)
+        self.conv = convolution(3, width, kernel_size, stride, image_size)
         self.norm = nn.BatchNorm2d(width)
         self.rectify = not isinstance(self.conv, CSCConv2d)
-        self.output_size = size_after(size, kernel_size, stride)
+        self.output_size = size_after(image_size, kernel_size, stride)
         self.pool: nn.Module = nn.Identity()
         if stem == "imagenet":
             self.pool = convolution(width, width, 3, 2, self.output_size) if pool_with_csc else nn.MaxPool2d(3, 2, 1)
             self.output_size = size_after(self.output_size, 3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the features of images."""
         out = self.norm(self.conv(x))
         return self.pool(F.relu(out) if self.rectify else out)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, and, with a shortcut, the input added before a last ReLU."""
+    """Two 3x3 convolutions with batch normalisation; with a shortcut, the input is added before a last ReLU.
+
+    Args:
+        in_channels: the number of input channels.
+        channels: the number of output channels.
+        stride: the stride of the first convolution.
+        convolution: builds both convolutions.
+        shortcut: whether the input is added.
+        input_size: the height and width of the input.
+
+    Shape:
+        - Input: [N, in_channels, H, W].
+        - Output: [N, channels, h, w], of `output_size` for inputs of `input_size`.
+    """
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, convolution: Convolution, shortcut: bool, size: Pair
+        self, in_channels: int, channels: int, stride: int, convolution: Convolution, shortcut: bool, input_size: Pair
     ) -> None:
         super().__init__()
-        self.output_size = size_after(size, 3, stride)
-        self.conv1 = convolution(in_channels, channels, 3, stride, size)
+        self.output_size = size_after(input_size, 3, stride)
+        self.conv1 = convolution(in_channels, channels, 3, stride, input_size)
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = convolution(channels, channels, 3, 1, self.output_size)
         self.norm2 = nn.BatchNorm2d(channels)
@@ -169,13 +218,28 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the output of the block."""
         out = self.norm1(self.conv1(x))
         out = self.norm2(self.conv2(F.relu(out) if self.rectify else out))
         return out if self.shortcut is None else F.relu(out + self.shortcut(x))
 
 
 class SDNet(nn.Module):
-    """Stem, four stages of basic blocks, global average, linear classifier: [N, 3, H, W] -> logits [N, num_classes]."""
+    """Stem, four stages of basic blocks, global average pooling and a linear classifier. `create_model` builds it.
+
+    Args:
+        blocks: the number of blocks of each stage.
+        num_classes: the number of classes.
+        stem: "imagenet" or "cifar".
+        image_size: the height and width of the images on which the step sizes are estimated.
+        stem_convolution: builds the convolution of the stem.
+        block_convolution: builds the 3x3 convolutions of the blocks.
+        shortcut: whether the blocks have residual connections.
+
+    Shape:
+        - Input: [N, 3, H, W].
+        - Output: [N, num_classes], the logits.
+    """
 
     def __init__(
         self,
@@ -202,12 +266,21 @@ class SDNet(nn.Module):
             stages.append(nn.Sequential(*stage_blocks))
         self.stages = nn.Sequential(*stages)
         self.linear = nn.Linear(channels, num_classes)
-        # DDP broadcasts buffers at every forward. The power vectors start equal and stay so on equal weights.
-        self._ddp_params_and_buffers_to_ignore = [
-            f"{name}.power_vector" for name, module in self.named_modules() if isinstance(module, CSCConv2d)
-        ]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits of images.
+
+        Args:
+            x: the images, [N, 3, H, W].
+
+        Returns:
+            The logits, [N, num_classes].
+
+        Raises:
+            ValueError: `x` is not such a tensor.
+        """
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x is of type {type(x).__name__}; it must be a tensor [N, 3, H, W].")
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"x has shape {list(x.shape)}; it must be [N, 3, H, W].")
         out = self.stages(self.stem(x))

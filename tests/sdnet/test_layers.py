@@ -1,6 +1,5 @@
 """`CSCConv2d`: what it computes, what it keeps, and what it leaves alone."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -110,27 +109,6 @@ def test_the_state_dict_carries_every_bit_to_another_layer(input_size: int | tup
     torch.testing.assert_close(fresh(images()), saved(images()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_step_and_vector_stay_in_single_precision(dtype: torch.dtype) -> None:
-    csc = layer()
-    before = csc.step_size.clone(), csc.power_vector.clone(), csc.lam.clone()
-    csc.to(dtype)
-    assert csc.weight.dtype == dtype
-    for kept, original in zip((csc.step_size, csc.power_vector, csc.lam), before, strict=True):
-        assert kept.dtype == torch.float32
-        assert torch.equal(kept, original)
-    assert csc(images().to(dtype)).dtype == dtype
-
-
-def test_a_copy_has_a_state_of_its_own() -> None:
-    csc = layer()
-    twin = copy.deepcopy(csc)
-    twin.lam = 0.7
-    twin.step_size.fill_(0.01)
-    assert csc.lam.item() == pytest.approx(0.1)
-    assert csc.step_size.item() > 0.02
-
-
 @pytest.mark.parametrize(("stride", "size"), [(1, (9, 8)), (2, (9, 8)), (2, (10, 7)), (3, (9, 10)), ((2, 1), (8, 8))])
 def test_reconstruct_is_the_adjoint_on_any_input_size(stride: int | tuple[int, int], size: tuple[int, int]) -> None:
     """<A z, x> = <z, A'x>."""
@@ -235,7 +213,7 @@ def test_bad_options_get_one_sentence(options: dict[str, Any], sentence: str) ->
     [
         (-1.0, "lam is -1.0; it must be a finite number of at least 0"),
         (torch.tensor([0.1, float("nan")]), "it must be a finite number of at least 0"),
-        (torch.ones(2, 8), r"lam has shape \[2, 8\]; it must be a number or one per sample"),
+        (torch.ones(2, 8), r"lam has shape \[2, 8\]; it must be a finite number of at least 0, or a tensor"),
     ],
     ids=["negative", "nan", "per channel"],
 )

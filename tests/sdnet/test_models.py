@@ -121,8 +121,8 @@ def test_no_relu_follows_the_codes_of_a_block_without_shortcut() -> None:
         ("resnet18", {"lam": -0.1}, "lam is -0.1; it must be a finite number of at least 0"),
         ("sdnet50", {}, "name is 'sdnet50'; it must be one of resnet18, .*, sdnet34_all"),
         ("sdnet18", {"stem": "patch"}, "stem is 'patch'; it must be one of imagenet, cifar"),
-        ("sdnet18", {"num_classes": 0}, "num_classes is 0; it must be at least 1"),
-        ("sdnet18", {"image_size": 0}, "image_size is 0; it must be at least 1"),
+        ("sdnet18", {"num_classes": 0}, "num_classes is 0; it must be an int of at least 1"),
+        ("sdnet18", {"image_size": 0}, "image_size is 0; it must be an int or a pair of ints of at least 1"),
         ("sdnet18", {"shortcut": False}, "shortcut=False is for sdnet18_all, sdnet34_all; sdnet18 needs its shortcuts"),
         ("resnet34", {"shortcut": False}, "resnet34 needs its shortcuts"),
         ("sdnet18", {"lam": -0.1}, "lam is -0.1"),
@@ -135,7 +135,7 @@ def test_no_relu_follows_the_codes_of_a_block_without_shortcut() -> None:
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(name: str, options: dict[str, Any], sentence: str) -> None:
+def test_a_bad_argument_is_refused_in_one_sentence(name: str, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         create(name, **options)
 

@@ -1,0 +1,226 @@
+"""What a CSC layer keeps beside its dictionary: the step size, the power vector and lambda.
+
+| name           | kind             | precision                    | in the state dict |
+|----------------|------------------|------------------------------|-------------------|
+| `step_size`    | buffer           | fp32                         | yes               |
+| `power_vector` | tensor attribute | fp32, contiguous             | yes               |
+| `lam`          | tensor attribute | fp32, fp64 in a double layer | no                |
+
+All three move with the module (`to`, `cuda`, `share_memory`) and keep their precision under `half()` and `bfloat16()`.
+The power vector and lambda are not registered buffers, because DistributedDataParallel (DDP) broadcasts the registered
+buffers of rank 0 before every forward, and averages of models average them. The power vector is equal on all ranks
+without that and as large as an input of the layer (600 kB at 224 pixels); lambda can hold one value per sample, which
+differs from rank to rank.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdnet.kernels import checks, step_sizes
+from sdnet.kernels.reference import Pair
+
+LAMBDA_SHAPES = "a finite number of at least 0, or a tensor of such numbers that is 0-d, [N] or [N, 1, 1, 1]"
+
+
+@contextmanager
+def persistent_state() -> Iterator[None]:
+    """Create tensors that autograd can use later, even under `torch.inference_mode`, and record no gradient."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def checked_lambda(value: Any) -> float | Tensor:
+    """Return a value of lambda as a float, or as a tensor of shape [] or [N, 1, 1, 1] with no gradient.
+
+    The numbers of a tensor on a GPU are not checked: that would make the host wait for the device.
+
+    Args:
+        value: a number, or a tensor that is 0-d, [N] or [N, 1, 1, 1].
+
+    Raises:
+        ValueError: `value` has another type or shape, is negative or not finite, or requires a gradient.
+    """
+    if not isinstance(value, Tensor):
+        if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
+            raise ValueError(f"lam is {value!r}; it must be {LAMBDA_SHAPES}.")
+        return checks.number("lam", value)
+    if value.requires_grad:
+        raise ValueError(
+            "lam is a tensor that requires a gradient, and a layer's lambda carries none; "
+            "give it to the forward, layer(x, lam=lam), or assign lam.detach()."
+        )
+    if value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"lam is a tensor of {value.dtype}; it must be {LAMBDA_SHAPES}.")
+    if value.is_meta:
+        raise ValueError(f"lam is a tensor on the meta device; it must be {LAMBDA_SHAPES}.")
+    if value.ndim and not (value.ndim in (1, 4) and value.numel() == value.shape[0] > 0):
+        raise ValueError(f"lam has shape {list(value.shape)}; it must be {LAMBDA_SHAPES}.")
+    if value.device.type == "cpu" and not bool(((value >= 0) & value.isfinite()).all()):
+        raise ValueError(f"lam is {value.tolist()}; it must be {LAMBDA_SHAPES}.")
+    return value.reshape(-1, 1, 1, 1) if value.ndim else value
+
+
+class CodingState(nn.Module):
+    """A module with a dictionary `weight` that keeps a step size, a power vector and lambda.
+
+    Subclasses create `weight`, then call `create_state`.
+
+    Attributes:
+        step_size: the step size of the proximal steps, 0-d.
+        power_vector: the unit vector from which the largest eigenvalue of A'A is estimated, [1, C, H, W].
+        lam: the weight of |z|_1. Read it as a tensor; assign a number or a tensor.
+    """
+
+    weight: nn.Parameter
+    step_size: Tensor
+    power_vector: Tensor
+    _lam: Tensor
+    _exact_lam: float | Tensor
+
+    def create_state(self, lam: float, channels: int, size: Pair) -> None:
+        """Create the state beside `weight`, on its device.
+
+        Args:
+            lam: lambda.
+            channels: the channels of the power vector.
+            size: the height and width of the inputs on which the step size is estimated.
+        """
+        device = self.weight.device
+        self.register_buffer("step_size", torch.full((), float("nan"), dtype=torch.float32, device=device))
+        self.power_vector = torch.empty(1, channels, *size, dtype=torch.float32, device=device)
+        # Lambda is never on the meta device: nothing that loads weights would bring its value back.
+        device = torch.device("cpu") if device.type == "meta" else device
+        self._lam = torch.zeros((), dtype=_lambda_dtype(self.weight.dtype), device=device)
+        self.lam = lam
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; `lam` goes to its property even if the value is a parameter, which the property refuses."""
+        if name == "lam":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def lam(self) -> Tensor:
+        """Lambda, 0-d or one value per sample, [N, 1, 1, 1]: a copy, which later assignments do not change.
+
+        Assign a number, or a tensor that is 0-d, [N] or [N, 1, 1, 1]; the next forward uses it, compiled or not. While
+        the shape stays the same the assignment writes to the memory that the forward reads, so that a compiled forward
+        is not compiled again and a captured CUDA graph uses the new value.
+
+        Lambda is a hyperparameter, not state: it is not saved in the state dict, and loading one does not change it.
+        Store it with the arguments of your model. A tensor that requires a gradient is refused: give it to the forward.
+        The numbers of a tensor on a GPU are not checked; `sdnet.check_lambda(model)` checks them.
+        """
+        return self._lam.clone()
+
+    @lam.setter
+    def lam(self, value: float | Tensor) -> None:
+        lam = checked_lambda(value)
+        with persistent_state():
+            self._exact_lam = lam.clone(memory_format=torch.contiguous_format) if isinstance(lam, Tensor) else lam
+            shape = lam.shape if isinstance(lam, Tensor) else torch.Size(())
+            if shape != self._lam.shape:
+                self._lam = self._lam.new_empty(shape)
+            if isinstance(lam, Tensor):
+                self._lam.copy_(lam)
+            else:
+                self._lam.fill_(lam)
+
+    @torch.no_grad()
+    def reset_power_vector(self, size: Pair | None = None) -> None:
+        """Set the power vector to a random unit vector that is the same in every process.
+
+        Args:
+            size: its height and width; None keeps them.
+        """
+        shape = (*self.power_vector.shape[:2], *(self.power_vector.shape[2:] if size is None else size))
+        with persistent_state():
+            if self.power_vector.is_meta:
+                self.power_vector = self.power_vector.new_empty(shape)
+            else:
+                self.power_vector = step_sizes.initial_power_vector(shape).to(self.power_vector.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CodingState":
+        """Move the state with the weights. `half()` and `double()` change the precision of the weights alone."""
+        step_size, power_vector, lam = self.step_size, self.power_vector, self._lam
+        with persistent_state():
+            super()._apply(fn, recurse)
+            if self.step_size.dtype != torch.float32:
+                self.step_size = step_size.to(self.step_size.device)
+            moved = fn(power_vector)
+            exact = moved if moved.dtype == torch.float32 else power_vector.to(moved.device)
+            self.power_vector = exact.contiguous()
+            if power_vector.is_meta and not moved.is_meta:
+                # to_empty() leaves memory as it is. A vector can be made again; a step size cannot without weights, and
+                # NaN shows at once that neither load_state_dict() nor reset_parameters() followed.
+                self.reset_power_vector()
+                self.step_size.fill_(float("nan"))
+            moved = fn(lam)
+            if moved is not lam:
+                self._place_lambda(moved.device, moved.dtype)
+        return self
+
+    def _place_lambda(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move lambda beside a weight of `device` and `dtype`, converted from the exact value."""
+        device = self._lam.device if device.type == "meta" else device
+        dtype = _lambda_dtype(dtype)
+        if (device, dtype) == (self._lam.device, self._lam.dtype):
+            return
+        if isinstance(self._exact_lam, Tensor):
+            self._lam = self._exact_lam.to(device, dtype, copy=True)
+        else:
+            self._lam = torch.full((), self._exact_lam, device=device, dtype=dtype)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "power_vector"] = self.power_vector
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = prefix + "power_vector"
+        saved = state_dict.get(key)
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
+        if saved is None:
+            missing_keys.append(key)
+        elif not isinstance(saved, Tensor) or saved.ndim != 4 or saved.shape[:2] != self.power_vector.shape[:2]:
+            shape = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
+            error_msgs.append(f"{key} is {shape}; it must be [1, {self.power_vector.shape[1]}, H, W].")
+        else:
+            self._load_power_vector(saved, assign=bool(local_metadata.get("assign_to_params_buffers")))
+        with persistent_state():
+            if self.step_size.dtype != torch.float32:
+                self.step_size = self.step_size.float()
+            weight = self._parameters.get("weight")
+            if weight is not None:
+                self._place_lambda(weight.device, weight.dtype)
+
+    def _load_power_vector(self, saved: Tensor, assign: bool) -> None:
+        """Take over a saved power vector, whose height and width may differ from those of this layer."""
+        with persistent_state():
+            saved = saved.detach().to(saved.device if assign else self.power_vector.device, torch.float32)
+            if assign or saved.shape != self.power_vector.shape:
+                self.power_vector = saved.clone(memory_format=torch.contiguous_format)
+            else:
+                self.power_vector.copy_(saved)
+
+
+def _lambda_dtype(weight: torch.dtype) -> torch.dtype:
+    """Return the precision of lambda beside a weight of this dtype."""
+    return torch.float64 if weight == torch.float64 else torch.float32
