@@ -1,4 +1,4 @@
-"""`python -m sdnet.bench`: how fast is it, where does the time go, and compared with what?"""
+"""`python -m sdnet.bench`: measurements of speed and memory, and the report made from them."""
 
 import argparse
 import sys
@@ -9,17 +9,17 @@ from sdnet.train.errors import UserError
 
 COMMANDS = {
     "kernels": ("measure_kernels", "operators over the layer shapes of a model, checked and timed"),
-    "paths": ("measure_paths", "the table of steps and tiles for this GPU, measured"),
-    "train": ("measure_training", "images per second of training steps, and their split"),
-    "load": ("measure_loading", "images per second of the loaders, and their processor time"),
-    "profile": ("profile_steps", "the operators, launches and host syncs of a recipe's steps"),
+    "paths": ("measure_paths", "the Triton path and tiles of each layer on this GPU, measured and kept in a table"),
+    "train": ("measure_training", "images per second of training steps, and the phases of a step"),
+    "load": ("measure_loading", "images per second of the loaders, and the CPU time of an image"),
+    "profile": ("profile_steps", "operators, launches and host syncs of a recipe's training steps"),
     "report": ("report", "tables and plots from the ledger"),
     "gpu-check": ("gpu_check", "tests that need a GPU, then kernels and train, in ten minutes"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command; its exit status."""
+    """Run one command and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m sdnet.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -33,10 +33,16 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{error.filename or options.command}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; what was measured until now is in the ledger.", file=sys.stderr)
+        return 130
 
 
 def module_of(command: str) -> Any:
-    """The module of a sub-command; only that of the chosen one is imported."""
+    """Return the module of a command; only that of the chosen one is imported."""
     return import_module(f"sdnet.bench.{COMMANDS[command][0]}")
 
 

@@ -1,25 +1,88 @@
-"""What every command that measures takes: the device, the ledger's folder, and a label for its rows."""
+"""The options that every measuring command takes, and the types of its numbers."""
 
 import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from sdnet.bench import environment
+from sdnet.bench import isolation
 from sdnet.bench.ledger import RESULTS, Ledger, Theme
+from sdnet.train.environment import describe_environment
+from sdnet.train.errors import UserError
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add the device, the folder of the ledger and the label of the run."""
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"the ledger's folder; default {RESULTS}")
-    parser.add_argument("--label", default="", help="a word by which a document's mark can choose this run")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the ledger's folder; default the checkout's")
+    parser.add_argument("--label", default="", help="a name by which a mark in a document selects this run")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the type of an option that takes integers of at least `least`."""
+
+    def integer(text: str) -> int:
+        if not text.lstrip("+-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not an integer of at least {least}")
+        return int(text)
+
+    return integer
+
+
+def seconds(text: str) -> float:
+    """Return the value of an option that takes a number of seconds, at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds of at least 0")
+    return value
 
 
 def open_ledger(options: argparse.Namespace, theme: Theme) -> tuple[torch.device, Ledger]:
-    """The device, made ready, and the ledger of this run.
+    """Return the device, prepared for measuring, and the ledger of this run.
 
     Raises:
-        UserError: the device is not there, or kernels would be interpreted.
+        UserError: There is no such device, Triton's interpreter is on, or the folder cannot be written to.
     """
-    device = environment.choose_device(options.device)
-    return device, Ledger(options.out, theme, environment.describe(device) | {"label": options.label})
+    device = choose_device(options.device)
+    command = shlex.join(["python", "-m", "sdnet.bench", *map(without_folders, sys.argv[1:])])
+    facts = {"command": command, "label": options.label}
+    ledger = Ledger(options.out, theme, describe_environment(device) | facts)
+    ledger.prepare()
+    return device, ledger
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`, prepared for measuring; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: There is no such device, or Triton's interpreter is on, whose times mean nothing.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise UserError("TRITON_INTERPRET is set; kernels would be interpreted, and their times would mean nothing.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {name}; it must be auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device is {name}, but torch finds no GPU.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device is {name}, but torch finds {torch.cuda.device_count()} GPUs, numbered from 0.")
+    isolation.prepare()
+    return device
+
+
+def without_folders(argument: str) -> str:
+    """Return an argument without the folders of this machine: `cifar=/.../cifar10` for an absolute path to cifar10."""
+    label, equals, value = argument.rpartition("=")
+    return f"{label}{equals}/.../{Path(value).name}" if value.startswith("/") else argument

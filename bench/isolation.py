@@ -1,7 +1,7 @@
-"""Work in a process of its own: a kernel that breaks the GPU's context, crashes or hangs costs that process alone.
+"""Work in a child process, so that a kernel that crashes, hangs or breaks the GPU's context ends that process alone.
 
-After an illegal access every further call of a process fails, whoever makes it. So what is measured on a GPU runs in a
-child, which is started anew when it is lost, and what it said last tells what to leave out then.
+After an illegal memory access every further CUDA call of a process fails. Measurements on a GPU therefore run in a
+child process. `survivors` starts a new one when it is lost, and leaves out the item that the child announced last.
 """
 
 import multiprocessing
@@ -9,85 +9,97 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from sdnet.bench import environment
 from sdnet.train.errors import UserError
 
-T = TypeVar("T")
+R = TypeVar("R")
 
 PATIENCE = 300.0
-"""Seconds without a word after which a child counts as hanging. A compiler of whole networks is silent for minutes."""
+"""Seconds of silence after which a child counts as hanging. Compiling a whole network takes minutes of silence."""
 
 PARENT: Connection | None = None
-"""In a child, the way to its parent."""
+"""In a child, the connection to its parent."""
 
 
-class LostError(Exception):
-    """A child ended before its work did. `tried` is what it last said that it was about to try, "" for nothing."""
+class WorkerError(Exception):
+    """A child process ended before its work did.
 
-    def __init__(self, reason: str, tried: str) -> None:
-        super().__init__(reason)
-        self.tried = tried
-
-
-class Workshop:
-    """Where work is done: in this process, or `apart` in a child, which is started when first needed.
-
-    Args:
-        apart: whether to use a child.
-        patience: seconds without a word after which the child is ended.
+    Attributes:
+        announced: the argument of the child's last call of `announce`, "" if there was none.
     """
 
-    def __init__(self, apart: bool, patience: float = PATIENCE) -> None:
-        self.apart, self.patience = apart, patience
+    def __init__(self, reason: str, announced: str) -> None:
+        super().__init__(reason)
+        self.announced = announced
+
+
+class Loss(NamedTuple):
+    """The items that were left out because their process was lost, and how it was lost."""
+
+    items: list[Any]
+    reason: str
+
+
+class Worker:
+    """Runs work in this process or in a child process, which is started when it is first needed.
+
+    Args:
+        isolated: use a child process.
+        patience: seconds of silence after which the child is killed.
+    """
+
+    def __init__(self, isolated: bool, patience: float = PATIENCE) -> None:
+        self.isolated, self.patience = isolated, patience
         self.child: BaseProcess | None = None
         self.connection: Connection | None = None
 
-    def __enter__(self) -> "Workshop":
+    def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, work: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
-        """What `work(*arguments)` yields, as it comes. Apart, `work` is a function of a module, and all is pickled.
+    def run(self, work: Callable[..., Iterator[R]], *arguments: Any) -> Iterator[R]:
+        """Yield what `work(*arguments)` yields.
+
+        In a child process, `work` must be a function of a module, and arguments and results must pickle.
 
         Raises:
             UserError: the work raised it.
-            LostError: the child raised something else, crashed or hung. The next call starts another.
+            WorkerError: the child raised another exception, crashed or hung. The next call starts a new child.
         """
-        if not self.apart:
+        if not self.isolated:
             yield from work(*arguments)
             return
-        tried, finished = "", False
+        announced, finished = "", False
         try:
             connection = self._connection()
             connection.send((work, arguments))
             while not finished:
                 if not connection.poll(self.patience):
-                    raise LostError(f"it said nothing for {self.patience:.0f} seconds", tried)
+                    raise WorkerError(f"it was silent for {self.patience:.0f} seconds", announced)
                 kind, value = connection.recv()
-                if kind == "trying":
-                    tried = value
+                if kind == "announced":
+                    announced = value
                 elif kind == "yielded":
                     yield value
                 elif kind == "raised":
-                    raise value if isinstance(value, UserError) else LostError(value, tried)
+                    raise value if isinstance(value, UserError) else WorkerError(value, announced)
                 finished = kind == "finished"
         except (EOFError, OSError):
-            raise LostError(f"its process ended {self._status()}", tried) from None
+            raise WorkerError(f"its process ended {self._status()}", announced) from None
         finally:
             if not finished:
                 self.close(grace=0)
 
     def close(self, grace: float = 5.0) -> None:
-        """End the child: one that waits for work ends by itself, when it is told that there is no more."""
+        """End the child: an idle one ends when the connection closes, any other is killed after `grace` seconds."""
         if self.connection is not None:
             self.connection.close()
         if self.child is not None:
@@ -113,13 +125,44 @@ class Workshop:
         return f"by signal {-code}" if code < 0 else f"with status {code}"
 
 
+def survivors(
+    worker: Worker, work: Callable[..., Iterator[R]], items: Sequence[Any], *arguments: Any
+) -> Iterator[R | Loss]:
+    """Yield what `work(items, *arguments)` yields; if its process is lost, run it again without the item to blame.
+
+    The item to blame is the one whose `str` was announced last. If it is none of them, all items are left out. A
+    repeated run may yield results again that an earlier one has yielded.
+
+    Args:
+        worker: where the work runs.
+        work: a generator function of the items and the other arguments.
+        items: what is measured.
+        arguments: the other arguments of `work`.
+    """
+    left = list(items)
+    while left:
+        try:
+            yield from worker.run(work, left, *arguments)
+            return
+        except WorkerError as error:
+            lost = [item for item in left if str(item) == error.announced] or left
+            print(f"Lost {'; '.join(map(str, lost))}: {error}", flush=True)
+            yield Loss(lost, f"its process was lost: {error}")
+            left = [item for item in left if item not in lost]
+
+
+def prepare() -> None:
+    """Set what every process that measures needs: cuDNN chooses its algorithms by timing them."""
+    torch.backends.cudnn.benchmark = True
+
+
 def serve(parent: Connection, pid: int) -> None:
-    """The child: do what comes, until something is raised or the parent is gone."""
+    """Run as the child: do the work that arrives, until it raises or the parent process `pid` is gone."""
     global PARENT
     PARENT = parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    threading.Thread(target=end_with, args=(pid,), daemon=True).start()
-    environment.prepare()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=exit_without, args=(pid,), daemon=True).start()
+    prepare()
     while True:
         try:
             work, arguments = parent.recv()
@@ -130,39 +173,39 @@ def serve(parent: Connection, pid: int) -> None:
                 parent.send(("yielded", value))
             parent.send(("finished", None))
         except Exception as error:
-            parent.send(("raised", error if isinstance(error, UserError) else told(error)))
+            parent.send(("raised", error if isinstance(error, UserError) else one_line(error)))
             return
 
 
-def end_with(pid: int) -> None:
-    """End this process when its parent has been killed, even while it is busy."""
+def exit_without(pid: int) -> None:
+    """End this process when its parent process `pid` is gone, even while it is busy."""
     while os.getppid() == pid:
         time.sleep(1)
     os._exit(1)
 
 
-def trying(name: str) -> None:
-    """Say what is tried now, "" for nothing in particular: if the child is lost, this was it. In a parent nothing."""
+def announce(name: str) -> None:
+    """Tell the parent process what is about to run, "" for nothing in particular; without a parent do nothing."""
     if PARENT is not None:
-        PARENT.send(("trying", name))
+        PARENT.send(("announced", name))
 
 
-def naming(name: str, call: Callable[[], T]) -> Callable[[], T]:
-    """The call, saying each time that it is tried."""
+def announced(name: str, call: Callable[[], R]) -> Callable[[], R]:
+    """Return the call, preceded by an announcement of `name`."""
 
-    def named() -> T:
-        trying(name)
+    def announced_call() -> R:
+        announce(name)
         return call()
 
-    return named
+    return announced_call
 
 
-def told(error: BaseException) -> str:
-    """An exception in one line."""
+def one_line(error: BaseException) -> str:
+    """Return an exception as one line of text."""
     return f"it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def check_context(device: torch.device) -> None:
-    """Waits for the device; raises what it has failed with, from which there is no recovery in this process."""
+    """Wait for the device; raise the error of a broken context, from which this process cannot recover."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

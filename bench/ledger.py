@@ -1,13 +1,14 @@
-"""The ledger: one JSON line per measurement, each whole by itself, checked when written and when read.
+"""The ledger: one line of JSON per measurement, complete by itself, checked when it is written and when it is read.
 
-A file is named theme_hardware_date.jsonl. A line is appended by one write under a lock, so that programs which measure
-at the same time, or are stopped, leave whole lines.
+A file is named theme_hardware_date.jsonl. A line is appended by one write under a lock, so that commands that measure
+at the same time, or are killed, leave complete lines.
 """
 
 import fcntl
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,8 +17,11 @@ from uuid import uuid4
 
 from sdnet.train.errors import UserError
 
-RESULTS = Path("bench/results")
-"""The ledger's folder, from the root of a checkout."""
+ROOT = Path(__file__).resolve().parent.parent
+"""The root of the checkout. The wheel does not ship `sdnet.bench`, so there always is one."""
+
+RESULTS = ROOT / "bench" / "results"
+"""The ledger that is committed."""
 
 SCHEMA = 1
 Theme = Literal["kernels", "train", "load", "profile"]
@@ -27,19 +31,24 @@ ENVIRONMENT = ("device", "device_type", "driver", "threads", "packages", "commit
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, or why there is none.
+    """One measurement, or the reason why there is none.
 
     Attributes:
-        theme: the sub-command that measured.
-        provider: what was measured: an implementation, a model, a loader.
-        mode: what it did: "forward", "backward", "both", "step", "load".
-        shape: sizes, whatever the theme has: batch, channels, image size, steps.
-        dtype, layout: of the numbers; "" where there are none.
-        time_ms: p20, p50 and p80 of one call, and the number of samples; None unless status is "ok".
-        memory_mib: peak of the GPU's memory during the call beyond what was held before; None on a CPU.
-        metrics: derived numbers by name, with the unit in the name.
-        settings: what else distinguishes the row (compile, timer, threads ...).
-        status, reason: "ok"; "refused" for wrong answers; "unsupported" and "skipped" with a sentence each.
+        theme: The command that measured.
+        provider: What was measured: an implementation, a model, a loader.
+        mode: What it did: "forward", "backward", "both", "step", "load".
+        shape: The sizes that the theme has: batch, channels, image size, steps.
+        dtype: The type of the numbers; "" where there are none.
+        layout: The memory format; "" where there is none.
+        time_ms: p20, p50 and p80 of one call, and the number of samples; None unless the status is "ok".
+        memory_mib: The peak of the GPU's memory during the call, less what was allocated before; None on a CPU.
+        metrics: Derived numbers by name; the name holds the unit.
+        settings: What else distinguishes the row (compile, timer, threads).
+        status: "ok"; "refused" for a wrong answer or a crash; "unsupported" or "skipped".
+        reason: Why the status is not "ok".
+        run: The name of the run; names sort by date.
+        environment: The facts of `sdnet.train.environment`, the command and its label.
+        schema: The version of this list of fields.
     """
 
     theme: Theme
@@ -59,7 +68,7 @@ class Row:
     schema: int = SCHEMA
 
     def check(self) -> None:
-        """ValueError, with a sentence, unless the row can be trusted to hold what the schema promises."""
+        """Raise a ValueError that names the first field which breaks the schema."""
         for name, allowed in (("theme", get_args(Theme)), ("status", get_args(Status))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
@@ -80,12 +89,12 @@ class Row:
             raise ValueError("metrics must be numbers.")
 
     def to_line(self) -> str:
-        """The row as one line of JSON with a line end."""
+        """Return the row as one line of JSON, with its line end."""
         return json.dumps(asdict(self), allow_nan=False) + "\n"
 
     @classmethod
-    def from_line(cls, line: str) -> "Row":
-        """The row that `to_line` wrote; ValueError if it breaks the schema."""
+    def from_line(cls, line: str | bytes) -> "Row":
+        """Return the row that `to_line` wrote; raise a ValueError if it breaks the schema."""
         values = json.loads(line)
         if wrong := sorted({item.name for item in fields(cls)} ^ set(values)):
             raise ValueError(f"fields that are missing or unknown: {', '.join(wrong)}.")
@@ -97,7 +106,14 @@ class Row:
 class Ledger:
     """Appends the rows of one run, each with the run's name and environment.
 
-    `rows` holds them too. Runs are named by their date, so that names sort as they happened.
+    Args:
+        folder: Where the file lies, or will lie.
+        theme: The command that measures.
+        environment: The facts of the run, `ENVIRONMENT` among them.
+
+    Attributes:
+        path: The file.
+        rows: The rows of this run.
     """
 
     def __init__(self, folder: Path, theme: Theme, environment: Mapping[str, Any]) -> None:
@@ -109,8 +125,16 @@ class Ledger:
         self.run = f"{date}-{uuid4().hex[:6]}"
         self.rows: list[Row] = []
 
+    def prepare(self) -> None:
+        """Make the folder, and raise a UserError if it cannot be written to."""
+        writable_folder(self.path.parent)
+
     def add(self, provider: str, mode: str, shape: Mapping[str, Any], **values: Any) -> Row:
-        """Check a row, append it to the file, and return it."""
+        """Check a row, append it to the file, and return it.
+
+        Raises:
+            UserError: The file cannot be written to.
+        """
         row = Row(self.theme, provider, mode, shape, run=self.run, environment=self.environment, **values)
         row.check()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,30 +143,53 @@ class Ledger:
         return row
 
 
-def append(path: Path, line: str) -> None:
-    """Append to a file by one write under a lock."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+def writable_folder(folder: Path) -> None:
+    """Make a folder, and raise a UserError if no file can be made in it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written to: {error.strerror}.") from error
+
+
+def append(path: Path, line: str) -> None:
+    """Append a line to a file under a lock, the whole line or nothing.
+
+    Raises:
+        UserError: The file cannot be written to, or the disk is full.
+    """
+    data = line.encode()
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            end = os.fstat(handle).st_size
+            if os.write(handle, data) < len(data):
+                os.ftruncate(handle, end)
+                raise UserError(f"{path} could not take another row: the disk is full.")
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UserError(f"{path} could not take another row: {error.strerror}.") from error
 
 
 def read(folder: Path) -> Iterator[tuple[Path, Row]]:
-    """All rows of a ledger with the file that each stands in.
+    """Yield all rows of a ledger, each with its file.
 
     Raises:
-        UserError: a line is not JSON or breaks the schema; which, and why.
+        UserError: There is no such folder, or a line is not JSON or breaks the schema.
     """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}.")
     for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 yield path, Row.from_line(line)
             except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}, line {number}, is no row of the ledger: {error}") from error
+                raise UserError(f"{path}, line {number}, is not a row of the ledger: {error}") from error
 
 
 def refused(rows: Iterable[Row]) -> list[Row]:
-    """The rows whose answers were wrong."""
+    """Return the rows of wrong answers and crashes."""
     return [row for row in rows if row.status == "refused"]

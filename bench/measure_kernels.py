@@ -1,8 +1,9 @@
-"""`kernels`: operators over the layer shapes of a model, every provider checked against fp64 before it is timed.
+"""`kernels`: operators on the layer shapes of a model. Every provider is checked against fp64 before it is timed.
 
-For each operator, shape and mode (forward, backward with the forward's results at hand, both) the providers are timed
-in turns. A wrong answer is not timed: its row says refused, and the exit status is 1. On a GPU cases run in a process
-apart, so that a provider that breaks the device loses its own rows and nobody else's.
+For each operator, shape and mode (forward, backward with the forward's results at hand, both), the providers are timed
+in turns. A provider with a wrong answer is not timed: its rows have the status "refused", and the exit status is 1. On
+a GPU each operator and shape runs in a child process, so that a provider that breaks the GPU's context loses its own
+rows alone.
 """
 
 import argparse
@@ -14,77 +15,82 @@ from typing import Any
 import torch
 from torch._functorch import config as compiled_backward
 
-from sdnet.bench import accuracy, isolation, step_operators, timing
-from sdnet.bench.ceilings import Ceilings, measure_ceilings
-from sdnet.bench.common_options import add_common_options, open_ledger
-from sdnet.bench.isolation import LostError, Workshop
+from sdnet.bench import accuracy, isolation, step_providers, timing
+from sdnet.bench.common_options import add_common_options, at_least, open_ledger, seconds
+from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.layer_shapes import LayerShape, csc_layers, csc_models, distinct
 from sdnet.bench.ledger import Ledger, refused
-from sdnet.bench.operators import (
+from sdnet.bench.providers import (
     CSC,
     DTYPES,
     LAYOUTS,
     NOT_CAPTURABLE,
-    Bound,
-    Case,
+    BoundCall,
     Operator,
     Provider,
+    Workload,
     forget_compiled,
     layer_inputs,
 )
-from sdnet.bench.roofline import least_work
+from sdnet.bench.roofline import Ceilings, least_work, measure_ceilings
 from sdnet.bench.tables import kernels_table
 from sdnet.train.errors import UserError
 
 OPERATORS = {"csc": CSC} | {
-    name: Operator(layer_inputs, ("forward",), providers) for name, providers in step_operators.PROVIDERS.items()
+    name: Operator(layer_inputs, ("forward",), providers) for name, providers in step_providers.PROVIDERS.items()
 }
 SECONDS_PER_MODE = {"cpu": 3.0, "cuda": 0.6}
 PATIENCE = 100.0
-"""Seconds without a word after which a provider counts as hanging: compiling for one shape takes tens of them."""
+"""Seconds of silence after which a provider counts as hanging: compiling for one shape takes tens of seconds."""
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose layers, batch, types and memory formats."""
+    models = csc_models()
+    parser.add_argument("--model", choices=models, default="sdnet18_all", help="whose layers; default sdnet18_all")
+    parser.add_argument("--image-size", type=at_least(1), nargs="+", help="pixels; default 224 and 32, on a CPU 32")
+    parser.add_argument("--layer", nargs="+", metavar="C,K,k,S,H", help="shapes, as 64,64,3,1,32; default the model's")
+    parser.add_argument("--limit", type=at_least(1), help="take only the first distinct shapes of each image size")
+    parser.add_argument("--batch", type=at_least(1), help="default 256 at 224 px and 512 at 32 px, on a CPU 8")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default bf16, on a CPU fp32")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both, on a CPU contiguous")
+    parser.add_argument("--budget", type=seconds, default=float("inf"), help="seconds after which no shape is begun")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", choices=csc_models(), default="sdnet18_all", help="whose layers; default sdnet18_all"
-    )
-    parser.add_argument("--image-size", type=int, nargs="+", help="pixels; default 224 and 32, on a CPU 32")
-    parser.add_argument(
-        "--layer", nargs="+", metavar="C,K,k,S,H", help="given shapes instead of a model's: 64,64,3,1,32"
-    )
-    parser.add_argument("--limit", type=int, help="only so many distinct shapes of each image size, the first ones")
-    parser.add_argument("--batch", type=int, help="default 256 at 224 px and 512 at 32 px, on a CPU 8")
-    parser.add_argument("--n-steps", type=int, nargs="+", default=[2], help="default 2")
+    """Add the options of the command."""
+    add_shape_options(parser)
+    parser.add_argument("--n-steps", type=at_least(1), nargs="+", default=[2], help="default 2")
     parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=list(OPERATORS), help="default all")
     parser.add_argument("--provider", nargs="+", metavar="NAME", help="default all; `reference` is always checked")
     parser.add_argument("--mode", nargs="+", choices=("forward", "backward", "both"), help="default all")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default bf16, on a CPU fp32")
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both, on a CPU contiguous")
-    parser.add_argument("--seconds", type=float, help="of timing per shape and mode, all providers together")
-    parser.add_argument(
-        "--budget", type=float, help="seconds after which the remaining shapes are skipped, and said so"
-    )
+    parser.add_argument("--seconds", type=seconds, help="of timing per shape and mode, all providers together")
     add_common_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what the options ask for; 1 if an answer was wrong, else 0."""
+    """Measure what the options ask for; return 1 if an answer was wrong, else 0."""
+    chosen = {name: chosen_providers(OPERATORS[name], options.provider) for name in options.operator}
+    modes = {name: [m for m in OPERATORS[name].modes if not options.mode or m in options.mode] for name in chosen}
+    if not any(chosen[name] and modes[name] for name in chosen):
+        raise UserError(f"{', '.join(chosen)} cannot be measured with these values of --provider and --mode.")
     device, ledger = open_ledger(options, "kernels")
     if device.type == "cpu":
-        print("No GPU: torch's providers on the CPU. These times say nothing about a GPU.")
-    deadline = time.perf_counter() + (float("inf") if options.budget is None else options.budget)
+        print("No GPU: these are times of a CPU, which say nothing about a GPU.")
+    deadline = time.perf_counter() + options.budget
     ceilings: dict[str, Ceilings] = {}
-    with Workshop(apart=device.type == "cuda", patience=PATIENCE) as workshop:
-        for case in cases(options, device):
-            providers = chosen_providers(OPERATORS[case.operator], options.provider)
-            modes = [mode for mode in OPERATORS[case.operator].modes if not options.mode or mode in options.mode]
-            if case.dtype not in ceilings:
-                (ceilings[case.dtype],) = workshop.run(ceilings_of, device, case.dtype)
-                print(f"Ceilings in {case.dtype}: {show(ceilings[case.dtype])}", flush=True)
+    with Worker(isolated=device.type == "cuda", patience=PATIENCE) as worker:
+        for workload in workloads(options, device):
+            providers = list(chosen[workload.operator])
+            if workload.dtype not in ceilings:
+                (ceilings[workload.dtype],) = worker.run(ceilings_of, device, workload.dtype)
+                print(f"Ceilings in {workload.dtype}: {show(ceilings[workload.dtype])}", flush=True)
             if time.perf_counter() > deadline:
-                skip(case, providers, modes, ledger, f"the budget of {options.budget:.0f} seconds was spent")
+                reason = f"the budget of {options.budget:.0f} seconds was spent"
+                add_without_time(ledger, workload, providers, modes[workload.operator], "skipped", reason)
                 continue
-            measure_survivors(case, providers, modes, ceilings[case.dtype], ledger, options.seconds, workshop)
+            limits = (modes[workload.operator], ceilings[workload.dtype], options.seconds)
+            measure_all(workload, providers, *limits, ledger, worker)
     print("\n" + kernels_table(ledger.rows))
     print(f"\n{len(ledger.rows)} rows in {ledger.path}")
     wrong = refused(ledger.rows)
@@ -93,23 +99,19 @@ def run(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    """The cases of a command line, distinct shapes only."""
+def workloads(options: argparse.Namespace, device: torch.device) -> Iterator[Workload]:
+    """Yield the workloads of a command line, of distinct shapes."""
     on_gpu = device.type == "cuda"
     for layout in options.layout or (list(LAYOUTS)[::-1] if on_gpu else ["contiguous"]):
         for dtype in options.dtype or (["bf16"] if on_gpu else ["fp32"]):
             for operator in options.operator:
                 for layer, usual in layers(options, on_gpu):
                     for n_steps in options.n_steps if operator == "csc" else [2]:
-                        yield Case(operator, layer, options.batch or usual, n_steps, dtype, layout, device)
+                        yield Workload(operator, layer, options.batch or usual, n_steps, dtype, layout, device)
 
 
 def layers(options: argparse.Namespace, on_gpu: bool) -> list[tuple[LayerShape, int]]:
-    """The distinct shapes of the chosen model, or the given ones, each with its usual batch.
-
-    Raises:
-        UserError: a given shape is not five positive numbers.
-    """
+    """Return the given shapes, or the distinct ones of the chosen model, each with its default batch."""
     usual = 256 if on_gpu else 8
     if options.layer:
         return [(parse_layer(text), usual) for text in options.layer]
@@ -121,7 +123,11 @@ def layers(options: argparse.Namespace, on_gpu: bool) -> list[tuple[LayerShape, 
 
 
 def parse_layer(text: str) -> LayerShape:
-    """The shape that C,K,k,S,H stands for."""
+    """Return the shape that C,K,k,S,H stands for.
+
+    Raises:
+        UserError: The text is not five positive numbers.
+    """
     try:
         channels, atoms, kernel_size, stride, size = (int(part) for part in text.split(","))
         if min(channels, atoms, kernel_size, stride, size) < 1:
@@ -132,10 +138,10 @@ def parse_layer(text: str) -> LayerShape:
 
 
 def chosen_providers(operator: Operator, names: Sequence[str] | None) -> dict[str, Provider]:
-    """The operator's providers of these names, all without names.
+    """Return the operator's providers of these names; all of them for no names.
 
     Raises:
-        UserError: nobody has one of the names.
+        UserError: No operator has a provider of one of these names.
     """
     known = {name for other in OPERATORS.values() for name in other.providers}
     if unknown := sorted(set(names or ()) - known):
@@ -144,137 +150,131 @@ def chosen_providers(operator: Operator, names: Sequence[str] | None) -> dict[st
 
 
 def ceilings_of(device: torch.device, dtype: str) -> Iterator[Ceilings]:
-    """The device's ceilings in a type."""
+    """Yield the ceilings of a device in a type."""
     with timing.fp32_products(dtype == "tf32"):
         yield measure_ceilings(device, DTYPES[dtype])
 
 
-def measure_survivors(
-    case: Case,
-    names: Iterable[str],
+def measure_all(
+    workload: Workload,
+    providers: Sequence[str],
     modes: Sequence[str],
     ceilings: Ceilings,
+    limit: float | None,
     ledger: Ledger,
-    seconds: float | None,
-    workshop: Workshop,
+    worker: Worker,
 ) -> None:
-    """A row for each provider and mode. Whoever brings a process apart down is refused; the others go on without it."""
-    facts = {"shape": case.describe(), "dtype": case.dtype, "layout": case.layout}
-    left = list(names)
-    missing = {(name, mode) for name in left for mode in modes}
-    while left and missing:
-        try:
-            still = [mode for mode in modes if any((name, mode) in missing for name in left)]
-            for values in workshop.run(measure_case, case, left, still, ceilings, seconds):
-                if (values["provider"], values["mode"]) in missing:
-                    row = ledger.add(**values, **facts)
-                    missing.remove((row.provider, row.mode))
-                    words = f"{case.layout} {row.mode:8} {row.provider:10} {row.time_ms or row.status}"
-                    print(f"{case.operator} {case.layer.geometry} {words}", flush=True)
-            return
-        except LostError as lost:
-            culprits = [lost.tried] if lost.tried in left else left
-            for name, mode in (pair for pair in itertools.product(culprits, modes) if pair in missing):
-                ledger.add(name, mode, status="refused", reason=f"its process was lost: {lost}", **facts)
-            print(f"{case.operator} {case.layer.geometry} {case.layout} lost {' '.join(culprits)}: {lost}", flush=True)
-            missing = {pair for pair in missing if pair[0] not in culprits}
-            left = [name for name in left if name not in culprits]
+    """Add a row for each provider and mode; a provider that ends its process is refused."""
+    missing = list(itertools.product(providers, modes))
+    for found in survivors(worker, measure_providers, providers, workload, modes, ceilings, limit):
+        if isinstance(found, Loss):
+            lost = [pair for pair in missing if pair[0] in found.items]
+            for name, mode in lost:
+                add_without_time(ledger, workload, [name], [mode], "refused", found.reason)
+            missing = [pair for pair in missing if pair not in lost]
+        elif (found["provider"], found["mode"]) in missing:
+            missing.remove((found["provider"], found["mode"]))
+            row = ledger.add(**found, **facts_of(workload))
+            words = f"{workload.layout} {row.mode:8} {row.provider:10} {row.time_ms or row.status}"
+            print(f"{workload.operator} {workload.layer.geometry} {words}", flush=True)
 
 
-def measure_case(
-    case: Case, names: Sequence[str], modes: Sequence[str], ceilings: Ceilings, seconds: float | None
+def measure_providers(
+    providers: Sequence[str], workload: Workload, modes: Sequence[str], ceilings: Ceilings, limit: float | None
 ) -> Iterator[dict[str, Any]]:
-    """Check the named providers, time those that are right in turns; what a row holds for each provider and mode."""
-    operator = OPERATORS[case.operator]
-    providers = {name: operator.providers[name] for name in names}
-    # A compiled backward frees what it was given, unless told that "backward" will call it again.
+    """Check the providers, time the right ones in turns, and yield the contents of each row."""
+    operator = OPERATORS[workload.operator]
+    # By default a compiled backward pass frees its inputs, which a repeated call needs again.
     with (
-        timing.fp32_products(case.dtype == "tf32"),
-        timing.measuring_stream(case.device),
+        timing.fp32_products(workload.dtype == "tf32"),
+        timing.measuring_stream(workload.device),
         compiled_backward.patch(donated_buffer=False),
     ):
         right, found_errors = {}, {}
-        for name, (status, reason, found) in verdicts(case, operator, providers).items():
+        for name, (status, reason, found) in verdicts(workload, operator, operator.named(providers)).items():
             if status == "ok":
-                right[name], found_errors[name] = providers[name], found
+                right[name], found_errors[name] = operator.providers[name], found
             else:
                 yield from ({"provider": name, "mode": mode, "status": status, "reason": reason} for mode in modes)
         for mode in modes:
-            for name, (measured, timer, memory) in time_mode(case, operator, right, mode, seconds).items():
-                work = least_work(case, mode)
-                metrics = {f"error_{answer}": error for answer, error in found_errors[name].items()}
-                metrics |= {"copy_gb_s": ceilings.copy_gb_s, "gemm_tflop_s": ceilings.gemm_tflop_s}
-                if work is not None:
-                    metrics |= {
-                        "gb_s": work.bytes / measured.p50 / 1e6,
-                        "tflop_s": work.flops / measured.p50 / 1e9,
-                        "roofline_ms": ceilings.shortest_ms(work.flops, work.bytes),
-                        "flops": work.flops,
-                        "bytes": work.bytes,
-                    }
+            for name, (measured, timer, memory) in time_mode(workload, operator, right, mode, limit).items():
                 yield {
                     "provider": name,
                     "mode": mode,
                     "time_ms": measured._asdict(),
                     "memory_mib": memory,
-                    "metrics": metrics,
+                    "metrics": metrics_of(workload, mode, measured, ceilings, found_errors[name]),
                     "settings": {"timer": timer},
                 }
     forget_compiled()
 
 
+def metrics_of(
+    workload: Workload, mode: str, measured: timing.Timing, ceilings: Ceilings, errors: dict[str, float]
+) -> dict[str, float]:
+    """Return the errors, the ceilings, and rates and the roofline where the work is counted."""
+    metrics = {f"error_{answer}": error for answer, error in errors.items()} | ceilings._asdict()
+    if (work := least_work(workload, mode)) is not None:
+        metrics["gb_s"] = work.bytes / measured.p50 / 1e6
+        metrics["tflop_s"] = work.flops / measured.p50 / 1e9
+        metrics["roofline_ms"] = ceilings.shortest_ms(work.flops, work.bytes)
+        metrics |= work._asdict()
+    return metrics
+
+
 def verdicts(
-    case: Case, operator: Operator, providers: dict[str, Provider]
+    workload: Workload, operator: Operator, providers: dict[str, Provider]
 ) -> dict[str, tuple[str, str, dict[str, float]]]:
-    """Status, reason and errors of every provider on this case."""
-    isolation.trying("reference")
-    inputs = operator.inputs(case, 0)
-    truth = accuracy.oracle(operator, case, inputs)
+    """Return the status, reason and errors of every provider."""
+    isolation.announce("reference")
+    inputs = operator.inputs(workload, 0)
+    truth = accuracy.oracle(operator, workload, inputs)
 
     def errors_of(provider: Provider) -> dict[str, float]:
-        return accuracy.errors(accuracy.answers(provider(case, inputs), inputs["grad"], operator.modes), truth)
+        return accuracy.errors(accuracy.answers(provider(workload, inputs), inputs["grad"], operator.modes), truth)
 
-    yardstick = errors_of(operator.providers["reference"])
+    baseline = errors_of(operator.providers["reference"])
     result: dict[str, tuple[str, str, dict[str, float]]] = {}
     for name, provider in providers.items():
-        isolation.trying(name)
+        isolation.announce(name)
         try:
-            found = yardstick if name == "reference" else errors_of(provider)
+            found = baseline if name == "reference" else errors_of(provider)
         except NotImplementedError as error:
             result[name] = ("unsupported", str(error), {})
             continue
         except Exception as error:
-            # A provider that crashes gave no right answer; the others are still worth their time, if they can run.
-            isolation.check_context(case.device)
-            result[name] = ("refused", isolation.told(error), {})
+            # The other providers can still be timed if the device works.
+            isolation.check_context(workload.device)
+            result[name] = ("refused", isolation.one_line(error), {})
             continue
-        reason = accuracy.objection(found, yardstick, case.dtype)
+        reason = accuracy.objection(found, baseline, workload.dtype)
         result[name] = ("refused" if reason else "ok", reason, found)
-    isolation.trying("")
+    isolation.announce("")
     return result
 
 
 def time_mode(
-    case: Case, operator: Operator, providers: dict[str, Provider], mode: str, seconds: float | None
+    workload: Workload, operator: Operator, providers: dict[str, Provider], mode: str, limit: float | None
 ) -> dict[str, tuple[timing.Timing, str, float | None]]:
-    """Timing, timer and peak memory by provider."""
-    inputs = [operator.inputs(case, 0)]
+    """Return the timing, the timer and the peak memory of each provider."""
+    inputs = [operator.inputs(workload, 0)]
     size = sum(inputs[0][name].numel() * inputs[0][name].element_size() for name in ("x", "grad"))
-    inputs += [operator.inputs(case, seed) for seed in range(1, timing.copies_past_cache(size, case.device))]
+    copies = timing.copies_past_cache(size, workload.device)
+    inputs += [operator.inputs(workload, seed) for seed in range(1, copies)]
     samplers, timers, memories = {}, {}, {}
     for name, provider in providers.items():
-        isolation.trying(name)
-        calls = [make_call(provider(case, copy), copy["grad"], mode) for copy in inputs]
+        isolation.announce(name)
+        calls = [make_call(provider(workload, copy), copy["grad"], mode) for copy in inputs]
         calls[0]()
-        memories[name] = timing.peak_memory(calls[0], case.device)
-        samplers[name], timers[name] = timing.make_sampler(calls, case.device, name not in NOT_CAPTURABLE)
-    samplers = {name: isolation.naming(name, sampler) for name, sampler in samplers.items()}
-    measured = timing.interleave(samplers, seconds or SECONDS_PER_MODE[case.device.type])
+        memories[name] = timing.peak_memory(calls[0], workload.device)
+        sampler, timers[name] = timing.make_sampler(calls, workload.device, name not in NOT_CAPTURABLE)
+        samplers[name] = isolation.announced(name, sampler)
+    measured = timing.interleave(samplers, SECONDS_PER_MODE[workload.device.type] if limit is None else limit)
     return {name: (measured[name], timers[name], memories[name]) for name in providers}
 
 
-def make_call(bound: Bound, grad: torch.Tensor, mode: str) -> timing.Call:
-    """What is timed: the output alone, its gradients alone, or both."""
+def make_call(bound: BoundCall, grad: torch.Tensor, mode: str) -> timing.Call:
+    """Return the call to time: the output alone, its gradients alone, or both."""
     if mode == "forward":
         return torch.no_grad()(bound.run)
     if mode == "both":
@@ -289,14 +289,19 @@ def make_call(bound: Bound, grad: torch.Tensor, mode: str) -> timing.Call:
     return lambda: torch.autograd.grad(output, bound.leaves, grad, retain_graph=True)
 
 
-def skip(case: Case, providers: dict[str, Provider], modes: Sequence[str], ledger: Ledger, reason: str) -> None:
-    """Rows that say why there is no measurement."""
-    for name in providers:
-        for mode in modes:
-            facts = {"shape": case.describe(), "dtype": case.dtype, "layout": case.layout}
-            ledger.add(name, mode, status="skipped", reason=reason, **facts)
+def add_without_time(
+    ledger: Ledger, workload: Workload, providers: Iterable[str], modes: Sequence[str], status: str, reason: str
+) -> None:
+    """Add rows that say why there is no measurement."""
+    for name, mode in itertools.product(providers, modes):
+        ledger.add(name, mode, status=status, reason=reason, **facts_of(workload))
+
+
+def facts_of(workload: Workload) -> dict[str, Any]:
+    """Return the fields of a row that say what was measured."""
+    return {"shape": workload.describe(), "dtype": workload.dtype, "layout": workload.layout}
 
 
 def show(ceilings: Ceilings) -> str:
-    """Both ceilings as text."""
+    """Return both ceilings as text."""
     return f"copy {ceilings.copy_gb_s:.4g} GB/s, matrix product {ceilings.gemm_tflop_s:.4g} TFLOP/s"

@@ -1,8 +1,8 @@
-"""`load`: images per second of the loaders, by source and threads, and the processor time of an image.
+"""`load`: images per second of the loaders by source and threads, and the CPU time of an image.
 
-All loaders are opened, then take turns by epochs; workers last from one epoch to the next, and the first epoch, which
-starts them, is not counted. What every epoch costs, such as DALI's new pipeline, is. Processor time is that of this
-process and its workers, so that nothing hides in another process.
+All loaders are opened, then read one epoch after the other in turns. Workers last from one epoch to the next, and the
+first epoch, which starts them, is not counted. What every epoch costs is counted, such as a new pipeline of DALI. CPU
+time is that of this process and of its workers.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 
-from sdnet.bench.common_options import add_common_options, open_ledger
+from sdnet.bench.common_options import add_common_options, at_least, open_ledger
 from sdnet.bench.ledger import Ledger, read
-from sdnet.bench.tables import feeding_lines, loading_table
+from sdnet.bench.tables import loading_and_training, loading_table
 from sdnet.bench.timing import percentiles
 from sdnet.train.data.cifar import Arrays, decode_all, read_small_pictures
 from sdnet.train.data.folder import ImageSet
@@ -29,12 +29,12 @@ from sdnet.train.data.sources import read_pictures
 from sdnet.train.errors import UserError
 
 SMALL = 32
-"""Pictures of a folder whose first is not wider than this are decoded once and kept in memory, as CIFAR's are."""
+"""A folder whose first picture is at most this wide is decoded once and kept in memory, as CIFAR is."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A training set to load: files of a folder, members of tar shards, or small pictures in memory."""
+    """A training set: files of a folder, members of tar shards, or small pictures in memory."""
 
     label: str
     kind: Literal["folder", "shards", "resident"]
@@ -42,8 +42,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a loader is asked for; `image_size` is that of the pictures where these stay as they are."""
+class LoadRequest:
+    """What a loader reads and returns; pictures in memory keep their own size."""
 
     source: Source
     batch: int
@@ -53,7 +53,7 @@ class Load:
 
     @property
     def images(self) -> ImageSet:
-        """The pictures of a source that is not in memory."""
+        """The pictures of a source on disk."""
         assert isinstance(self.source.pictures, ImageSet)
         return self.source.pictures
 
@@ -65,11 +65,11 @@ class Load:
 
 
 Batches = Iterable[Any]
-Opener = Callable[[Load], Batches]
+Opener = Callable[[LoadRequest], Batches]
 
 
-def dali(load: Load, device: torch.device) -> Batches:
-    """The training loader of `sdnet.train`, decoding on this device."""
+def dali(load: LoadRequest, device: torch.device) -> Batches:
+    """Return the training loader of `sdnet.train`, decoding on this device."""
     from sdnet.train.data.dali import DaliLoader
 
     return DaliLoader(
@@ -83,22 +83,22 @@ def dali(load: Load, device: torch.device) -> Batches:
     )
 
 
-def dali_gpu(load: Load) -> Batches:
-    """DALI decoding on the GPU."""
+def dali_gpu(load: LoadRequest) -> Batches:
+    """Return the training loader, decoding on the GPU."""
     if load.device.type != "cuda":
         raise NotImplementedError("there is no GPU to decode on.")
     return dali(load, load.device)
 
 
-def pil(load: Load) -> Batches:
-    """PIL in as many worker processes as there are threads."""
+def pil(load: LoadRequest) -> Batches:
+    """Return a loader by PIL with as many worker processes as threads were asked for."""
     from sdnet.bench.picture_loader import picture_loader
 
     return picture_loader(load.images, load.batch, load.image_size, load.threads)
 
 
-def resident(load: Load) -> Batches:
-    """The training loader of small pictures, on the device; on a CPU, threads are torch's."""
+def resident(load: LoadRequest) -> Batches:
+    """Return the training loader of small pictures; on a CPU it uses the threads of PyTorch."""
     images, labels = load.arrays.images, load.arrays.labels
     return ResidentLoader(
         images,
@@ -121,59 +121,66 @@ LOADERS: dict[str, Opener] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument(
         "--data",
         nargs="+",
         required=True,
         metavar="[LABEL=]DIR",
-        help="whatever train/imagenet.py or train/cifar.py takes; its training set is read. Ratios are to the first "
-        "folder; a label is the folder's name unless given",
+        help="a data folder of train/imagenet.py or train/cifar.py, whose training set is read; the label is the "
+        "name of the folder unless given; ratios are to the first folder",
     )
     parser.add_argument("--loader", nargs="+", choices=LOADERS, default=list(LOADERS), help="default all that fit")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="or workers; default 1 2")
-    parser.add_argument("--batch", type=int, default=64, help="default 64")
+    parser.add_argument("--threads", type=at_least(1), nargs="+", default=[1, 2], help="or workers; default 1 2")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="default 64")
     parser.add_argument(
-        "--image-size", type=int, default=224, help="pixels; default 224; pictures in memory keep theirs"
+        "--image-size", type=at_least(1), default=224, help="pixels; default 224; pictures in memory keep theirs"
     )
     parser.add_argument(
-        "--images", type=int, default=1024, help="least size of an epoch: files and shards repeat; default 1024"
+        "--images", type=at_least(1), default=1024, help="least size of an epoch: files and shards repeat; default 1024"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader, after one to warm up; default 5")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=5, help="epochs of each loader, after one to warm up; default 5"
+    )
     add_common_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure every loader on every source that it reads, with every number of threads."""
+    """Measure every loader on every source that it can read, with every number of threads."""
     sources = [open_source(text, max(options.images, 2 * options.batch)) for text in options.data]
     labels = [source.label for source in sources]
     if len(set(labels)) < len(labels):
-        raise UserError(f"Sources need different labels, LABEL=DIR; these are {', '.join(labels)}.")
-    device, ledger = open_ledger(options, "load")
-    loads = [
-        (name, Load(source, options.batch, size_of(source, options.image_size), threads, device))
+        raise UserError(f"--data needs different labels, LABEL=DIR; these are {', '.join(labels)}.")
+    fitting = [
+        (name, source, threads)
         for threads in options.threads
         for source in sources
         for name in options.loader
         if (name == "resident") == (source.kind == "resident")
     ]
-    if not loads:
-        raise UserError(f"None of the loaders {', '.join(options.loader)} reads {', '.join(labels)}.")
+    if not fitting:
+        raise UserError(f"None of the loaders {', '.join(options.loader)} can read {', '.join(labels)}.")
+    device, ledger = open_ledger(options, "load")
+    loads = [
+        (name, LoadRequest(source, options.batch, size_of(source, options.image_size), threads, device))
+        for name, source, threads in fitting
+    ]
     for source in sources:
         count = len(source.pictures.labels)
         print(f"{source.label}: epochs of {count} pictures, {source.kind}.")
     measure(loads, options.rounds, ledger)
     print("\n" + loading_table(ledger.rows))
     trained = [row for _, row in read(options.out) if row.theme == "train"]
-    print("\n" + "\n".join(feeding_lines(ledger.rows, trained)))
+    print("\n" + "\n".join(loading_and_training(ledger.rows, trained)))
     print(f"\n{len(ledger.rows)} rows in {ledger.path}")
     return 0
 
 
 def open_source(text: str, least: int) -> Source:
-    """The training set of [LABEL=]DIR, repeated to `least` pictures unless it is kept in memory.
+    """Return the training set of [LABEL=]DIR, repeated to `least` pictures unless it is kept in memory.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no training set.
     """
     label, sign, place = text.partition("=")
     root = Path(place if sign else text)
@@ -188,30 +195,30 @@ def open_source(text: str, least: int) -> Source:
 
 
 def first_width(images: ImageSet) -> int:
-    """Pixels of the first picture from left to right."""
+    """Return the width of the first picture."""
     return decode_all(images.select([0])).images.shape[3]
 
 
 def size_of(source: Source, wanted: int) -> int:
-    """The height of the batches that a source gives."""
+    """Return the height of the images of a batch."""
     return source.pictures.images.shape[2] if isinstance(source.pictures, Arrays) else wanted
 
 
 def repeated(images: ImageSet, least: int) -> ImageSet:
-    """The set, as often as it takes to have `least` pictures."""
+    """Return the set, repeated until it has at least `least` pictures."""
     return images.select(list(range(len(images))) * -(-least // len(images)))
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Wall milliseconds of a batch, processor milliseconds of an image."""
+    """Milliseconds of a batch, and CPU milliseconds of an image."""
 
     ms_per_batch: float
     cpu_ms_per_image: float
 
 
-def measure(loads: list[tuple[str, Load]], rounds: int, ledger: Ledger) -> None:
-    """Let the loaders take turns by epochs, and write a row for each."""
+def measure(loads: list[tuple[str, LoadRequest]], rounds: int, ledger: Ledger) -> None:
+    """Read epochs of the loaders in turns, and add a row for each loader."""
     opened: dict[int, Batches] = {}
     reasons: dict[int, str] = {}
     for place, (name, load) in enumerate(loads):
@@ -243,8 +250,8 @@ def measure(loads: list[tuple[str, Load]], rounds: int, ledger: Ledger) -> None:
         ledger.add(name, "load", shape, time_ms=measured._asdict(), metrics=metrics, settings=settings)
 
 
-def measure_epoch(batches: Batches, load: Load) -> Epoch:
-    """Read an epoch."""
+def measure_epoch(batches: Batches, load: LoadRequest) -> Epoch:
+    """Read an epoch and return its times."""
     cpu, begin = processor_seconds(), time.perf_counter()
     count = sum(len(images) for images, _ in batches)
     if load.device.type == "cuda":
@@ -256,13 +263,13 @@ def measure_epoch(batches: Batches, load: Load) -> Epoch:
 
 
 def processor_seconds() -> float:
-    """User and system time of this process, of its workers, and of those that have ended."""
+    """Return the CPU time of this process, of its workers, and of those that have ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     workers = sum(worker_seconds(worker.pid) for worker in multiprocessing.active_children())
     return sum(usage.ru_utime + usage.ru_stime for usage in usages) + workers
 
 
 def worker_seconds(pid: int | None) -> float:
-    """User and system time of a running process, as Linux counts it."""
+    """Return the CPU time of a running process, as Linux counts it."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

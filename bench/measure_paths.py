@@ -1,11 +1,11 @@
-"""`paths`: how the steps of each CSC layer run on this GPU, measured and kept in a table.
+"""`paths`: which Triton path runs each CSC layer fastest on this GPU, measured and kept in a table.
 
-Ways to run a layer are pointwise steps around cuDNN, and fused ones with the rules' tiles or, with --tiles, others.
-For every layer of a model, type and memory format all are held against the mathematics in fp64, then timed in turns,
-forward and backward together. The quickest one enters the table that `impl="auto"` and "triton" read. A way with a
-wrong answer never does, and the exit status is 1. Entries of an earlier run that this one does not measure stay. The
-table is written after every case, and each case runs in a process apart, so that a way that breaks the device, or an
-end before time, leaves what was measured until then.
+A layer runs on the cudnn path, or on the fused path with the tiles of the rules or, with --tiles, with others. For
+every layer of a model, type and memory format, all of them are compared with the reference in fp64, then timed in
+turns, forward and backward together. The fastest enters the table that `impl="auto"` and "triton" read. One with a
+wrong answer never does, and the exit status is 1. Entries of an earlier run stay unless they are measured again. The
+table is written after every layer, and each layer runs in a child process, so that a crash or an interruption keeps
+what was measured.
 """
 
 import argparse
@@ -14,30 +14,42 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from sdnet.bench import environment, measure_kernels, timing
-from sdnet.bench.isolation import LostError, Workshop
-from sdnet.bench.layer_shapes import csc_models
-from sdnet.bench.operators import CSC, DTYPES, LAYOUTS, Bound, Case, Inputs, Operator, Provider, csc_by, layer_inputs
+from sdnet.bench import measure_kernels, timing
+from sdnet.bench.common_options import choose_device, seconds
+from sdnet.bench.isolation import Loss, Worker, survivors
+from sdnet.bench.ledger import writable_folder
+from sdnet.bench.providers import CSC, DTYPES, BoundCall, Inputs, Operator, Provider, Workload, csc_by, layer_inputs
 from sdnet.kernels.triton_path import paths, tiles
 from sdnet.kernels.triton_path.hardware import arch_of
 from sdnet.kernels.triton_path.paths import Entry
+from sdnet.train.environment import device_name
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
 
 TYPES = ("bf16", "fp16", "tf32")
 SECONDS = 0.3
-"""Of timing per case, two ways together; each further one adds as much as one of them."""
+"""Of timing a layer with two candidates; each further candidate adds half as much."""
+
+
+class Candidate(NamedTuple):
+    """A way to run a layer, by name."""
+
+    name: str
+    entry: Entry
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class Trial(NamedTuple):
-    """One case: its key in the table, the milliseconds of the ways whose answers were right, and how many were not."""
+    """One workload: its key in the table, the milliseconds of the right candidates, and the number of the others."""
 
     key: str
     times: Mapping[Entry, float]
@@ -45,39 +57,33 @@ class Trial(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", choices=csc_models(), default="sdnet18_all", help="whose layers; default sdnet18_all"
-    )
-    parser.add_argument("--image-size", type=int, nargs="+", help="pixels; default 224 and 32")
-    parser.add_argument("--layer", nargs="+", metavar="C,K,k,S,H", help="given shapes instead of a model's")
-    parser.add_argument("--limit", type=int, help="only so many distinct shapes of each image size, the first ones")
-    parser.add_argument("--batch", type=int, help="default 256 at 224 px and 512 at 32 px")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=TYPES, help=f"default {' '.join(TYPES)}")
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both")
+    """Add the options of the command."""
+    measure_kernels.add_shape_options(parser)
+    parser.set_defaults(operator=["csc"], n_steps=[2], dtype=TYPES)
     parser.add_argument("--tiles", action="store_true", help="try other tiles than the rules'; takes a minute a layer")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of timing two ways; default {SECONDS}")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which the rest is left out")
+    parser.add_argument("--seconds", type=seconds, default=SECONDS, help=f"of timing two candidates; default {SECONDS}")
     parser.add_argument("--device", default="auto", help="default: the GPU")
     parser.add_argument("--out", type=Path, default=paths.MEASURED, help="the tables' folder; default the one read")
-    parser.set_defaults(operator=["csc"], n_steps=[2])
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and write the table; 1 if an answer was wrong or nothing was measured, else 0."""
-    device = environment.choose_device(options.device)
+    """Measure and write the table; return 1 if an answer was wrong or nothing was measured, else 0."""
+    device = choose_device(options.device)
     if device.type != "cuda":
-        raise UserError("paths needs a GPU, and torch sees none; without a table a rule chooses the path.")
+        raise UserError("paths needs a GPU, and torch finds none; without a table a rule chooses the path.")
+    writable_folder(options.out)
     deadline = time.perf_counter() + options.budget
-    cases = list(measure_kernels.cases(options, device))
+    workloads = list(measure_kernels.workloads(options, device))
     trials: list[Trial] = []
-    gpu = environment.device_name(device)
+    gpu = device_name(device)
     file, before = paths.file_of(gpu, options.out), paths.table(gpu, options.out)
-    with Workshop(apart=True) as workshop:
-        for case in cases:
+    with Worker(isolated=True) as worker:
+        for workload in workloads:
             if time.perf_counter() > deadline:
-                print(f"The budget of {options.budget:.0f} s was spent: {len(cases) - len(trials)} cases left out.")
+                left = len(workloads) - len(trials)
+                print(f"The budget of {options.budget:.0f} s was spent; {left} workloads are not measured.")
                 break
-            trials.append(survivors(case, ways_of(case, options.tiles), options.seconds, workshop))
+            trials.append(trial_of(workload, candidates_of(workload, options.tiles), options.seconds, worker))
             if table := merged(before, trials):
                 write(file, table)
     if trials and file.is_file():
@@ -85,68 +91,62 @@ def run(options: argparse.Namespace) -> int:
     return 0 if trials and not any(trial.faults for trial in trials) else 1
 
 
-def ways_of(case: Case, all_tiles: bool) -> dict[str, Entry]:
-    """The ways to run a case, by name."""
-    shape = shape_of(case)._replace(arch=arch_of(case.device))
+def candidates_of(workload: Workload, all_tiles: bool) -> list[Candidate]:
+    """Return the ways to run a workload: both paths and, with `all_tiles`, other tiles than the rules'."""
+    shape = shape_of(workload)._replace(arch=arch_of(workload.device))
     chosen = tiles.by_rule(shape)
-    ways = {"cudnn": Entry("cudnn", chosen), "fused": Entry("fused", chosen)}
+    found = [Candidate("cudnn", Entry("cudnn", chosen)), Candidate("fused", Entry("fused", chosen))]
     for other in tiles.candidates(shape)[1:] if all_tiles else []:
-        ways[f"fused {other.analysis}, {other.synthesis}"] = Entry("fused", other)
-    return ways
+        found.append(Candidate(f"fused {other.analysis}, {other.synthesis}", Entry("fused", other)))
+    return found
 
 
-def survivors(case: Case, ways: Mapping[str, Entry], seconds: float, workshop: Workshop) -> Trial:
-    """The trial of a case with the ways that do not bring down the process that runs it."""
-    left, trial = dict(ways), Trial(paths.key_of(shape_of(case)), {})
-    while left:
-        try:
-            (trial,) = workshop.run(measure, case, left, seconds)
-            break
-        except LostError as lost:
-            culprits = [lost.tried] if lost.tried in left else list(left)
-            print(f"{case.layer.geometry} {case.dtype} {case.layout}: lost {' '.join(culprits)}: {lost}", flush=True)
-            left = {name: way for name, way in left.items() if name not in culprits}
-    return trial._replace(faults=len(ways) - len(trial.times))
+def trial_of(workload: Workload, candidates: Sequence[Candidate], limit: float, worker: Worker) -> Trial:
+    """Return the trial of a workload; candidates that end their process count as faults."""
+    times: Mapping[Entry, float] = {}
+    for found in survivors(worker, measure, candidates, workload, limit):
+        times = {} if isinstance(found, Loss) else found
+    return Trial(paths.key_of(shape_of(workload)), times, len(candidates) - len(times))
 
 
-def measure(case: Case, ways: Mapping[str, Entry], seconds: float) -> Iterator[Trial]:
-    """Check these ways on one case, and time those that are right in turns."""
+def measure(candidates: Sequence[Candidate], workload: Workload, limit: float) -> Iterator[dict[Entry, float]]:
+    """Check the candidates, time the right ones in turns, and yield the milliseconds of each of these."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        timing.fp32_products(case.dtype == "tf32"),
-        timing.measuring_stream(case.device),
+        timing.fp32_products(workload.dtype == "tf32"),
+        timing.measuring_stream(workload.device),
         choices_as_they_were(),
     ):
-        providers = {name: by_entry(way, Path(folder, str(n))) for n, (name, way) in enumerate(ways.items())}
+        providers = {name: by_entry(entry, Path(folder, str(n))) for n, (name, entry) in enumerate(candidates)}
         operator = Operator(layer_inputs, ("both",), {"reference": CSC.providers["reference"], **providers})
-        verdicts = measure_kernels.verdicts(case, operator, providers)
+        verdicts = measure_kernels.verdicts(workload, operator, providers)
         right = {name: providers[name] for name, (status, _, _) in verdicts.items() if status == "ok"}
-        timed = measure_kernels.time_mode(case, operator, right, "both", seconds * len(ways) / 2)
+        timed = measure_kernels.time_mode(workload, operator, right, "both", limit * len(candidates) / 2)
     times = {name: measured.p50 for name, (measured, _, _) in timed.items()}
-    told = [
+    outcomes = [
         f"{name} {times[name]:.3f} ms" if name in times else f"{name} {status}: {reason}"
         for name, (status, reason, _) in verdicts.items()
     ]
-    print(f"{case.layer.geometry} {case.dtype} {case.layout}: {'; '.join(told)}", flush=True)
-    yield Trial(paths.key_of(shape_of(case)), {ways[name]: time for name, time in times.items()})
+    print(f"{workload.layer.geometry} {workload.dtype} {workload.layout}: {'; '.join(outcomes)}", flush=True)
+    yield {entry: times[name] for name, entry in candidates if name in times}
 
 
-def by_entry(way: Entry, folder: Path) -> Provider:
+def by_entry(entry: Entry, folder: Path) -> Provider:
     """The Triton kernels as a table in `folder` has them run, which holds this entry alone.
 
     It holds from a forward pass through the backward pass that follows.
     """
 
-    def bind(case: Case, inputs: Inputs) -> Bound:
-        bound = csc_by("triton")(case, inputs)
-        gpu = environment.device_name(case.device)
-        write(paths.file_of(gpu, folder), {paths.key_of(shape_of(case)): way})
+    def bind(workload: Workload, inputs: Inputs) -> BoundCall:
+        bound = csc_by("triton")(workload, inputs)
+        gpu = device_name(workload.device)
+        write(paths.file_of(gpu, folder), {paths.key_of(shape_of(workload)): entry})
 
         def run() -> Tensor:
             paths.MEASURED = folder
             return bound.run()
 
-        return Bound(run, bound.leaves)
+        return BoundCall(run, bound.leaves)
 
     return bind
 
@@ -163,42 +163,42 @@ def choices_as_they_were() -> Iterator[None]:
             os.environ[paths.ENVIRONMENT_VARIABLE] = asked
 
 
-def shape_of(case: Case) -> tiles.Shape:
-    """The case as the rules for tiles see it."""
-    layer = case.layer
+def shape_of(workload: Workload) -> tiles.Shape:
+    """Return the workload as the rules for tiles see it."""
+    layer = workload.layer
     return tiles.Shape(
-        batch=case.batch,
+        batch=workload.batch,
         channels=layer.channels,
         atoms=layer.atoms,
         size=layer.size,
         grid=layer.codes_size,
         kernel_size=(layer.kernel_size, layer.kernel_size),
         stride=(layer.stride, layer.stride),
-        itemsize=DTYPES[case.dtype].itemsize,
-        precision="tf32" if case.dtype == "tf32" else "ieee",
-        channels_last=case.layout == "channels_last",
+        itemsize=DTYPES[workload.dtype].itemsize,
+        precision="tf32" if workload.dtype == "tf32" else "ieee",
+        channels_last=workload.layout == "channels_last",
         arch=0,  # a table is one GPU's, so its keys do not tell
     )
 
 
-def quickest(trials: Iterable[Trial]) -> Entry | None:
-    """The way that was right in all trials of a layer and took the least time in all together; None if none was."""
+def fastest(trials: Iterable[Trial]) -> Entry | None:
+    """Return the candidate that was right in all trials of a layer and took the least time in all; None if none was."""
     trials = list(trials)
-    right = [way for way in trials[0].times if all(way in trial.times for trial in trials)]
-    return min(right, key=lambda way: sum(trial.times[way] for trial in trials), default=None)
+    right = [entry for entry in trials[0].times if all(entry in trial.times for trial in trials)]
+    return min(right, key=lambda entry: sum(trial.times[entry] for trial in trials), default=None)
 
 
 def merged(table: Mapping[str, Entry], trials: Iterable[Trial]) -> dict[str, Entry]:
-    """The table with the layers of these trials measured anew. bf16 and fp16 share an entry, and both have a say."""
+    """Return the table with the layers of these trials replaced. bf16 and fp16 share an entry, and both count."""
     by_key: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
         by_key[trial.key].append(trial)
-    entries = {**table, **{key: quickest(group) for key, group in by_key.items()}}
-    return {key: way for key, way in sorted(entries.items()) if way is not None}
+    entries = {**table, **{key: fastest(group) for key, group in by_key.items()}}
+    return {key: entry for key, entry in sorted(entries.items()) if entry is not None}
 
 
 def write(file: Path, table: Mapping[str, Entry]) -> None:
-    """The table as the file that `paths.table` reads."""
+    """Write the table as the file that `paths.table` reads."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = {key: (way.steps, *(tile._asdict() for tile in way.tiles)) for key, way in table.items()}
+    rows = {key: (entry.steps, *(tile._asdict() for tile in entry.tiles)) for key, entry in table.items()}
     write_atomically(file, lambda unfinished: unfinished.write_text(json.dumps(rows, indent=1) + "\n"))

@@ -1,6 +1,6 @@
-"""The rival of the DALI loaders: PIL in the worker processes of a torch DataLoader, as a plain training script has it.
+"""What the DALI loaders are compared with: PIL in the worker processes of a DataLoader, as in a plain training script.
 
-Random resized crop (area 0.08 to 1, aspect 3/4 to 4/3), flip, normalisation: what `sdnet.train.data` does too.
+It does what `sdnet.train.data` does: a random resized crop (area 0.08 to 1, aspect 3/4 to 4/3), a flip, normalisation.
 """
 
 import math
@@ -21,7 +21,7 @@ STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Augmented pictures of an image set: [3, size, size] fp32 and the label."""
+    """Augmented pictures [3, size, size] in fp32 of an image set, and their labels."""
 
     def __init__(self, images: ImageSet, size: int) -> None:
         self.images, self.size = images, size
@@ -40,7 +40,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def crop_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """A random rectangle with 0.08 to 1 of the area and an aspect of 3/4 to 4/3; all of the picture if none fits."""
+    """Return a random box with 0.08 to 1 of the area and an aspect of 3/4 to 4/3, or the whole picture if none fits."""
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1)
         aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -52,5 +52,5 @@ def crop_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def picture_loader(images: ImageSet, batch: int, size: int, workers: int) -> DataLoader[Any]:
-    """Shuffled batches from `workers` lasting processes with one thread each; the last batch may be short."""
+    """Return shuffled batches from `workers` lasting processes with one thread each; the last batch may be short."""
     return DataLoader(Pictures(images, size), batch, shuffle=True, num_workers=workers, persistent_workers=True)

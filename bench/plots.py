@@ -1,6 +1,6 @@
-"""PNG plots of the ledger's rows. Each returns whether there was something to draw."""
+"""PNG plots of the ledger's rows. Each function returns whether there was something to draw."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,66 +9,54 @@ from matplotlib.figure import Figure
 
 from sdnet.bench.ledger import Row
 from sdnet.bench.step_clock import PHASES
-from sdnet.bench.tables import case_key, grouped, p50, rate, setting_words, speed_up, yardstick_of
+from sdnet.bench.tables import comparison, grouped, over_baseline, rate, setting_words, speed_up, timed
 
 Rows = Sequence[Row]
 
 
-def drawn(path: Path, draw: Callable[[Axes], Any], width: float = 8, height: float = 4) -> bool:
-    """Draw on fresh axes and write the PNG, without a date in it."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def save(path: Path, draw: Callable[[Axes], Any], height: float = 4) -> bool:
+    """Draw on new axes and write the PNG, without a date in it."""
+    figure = Figure(figsize=(8, height), layout="constrained")
     draw(figure.subplots())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return True
 
 
-def timed(rows: Rows) -> list[Row]:
-    """The rows that have a time."""
-    return [row for row in rows if row.time_ms is not None]
+def bars(ratios: Mapping[str, float | None], path: Path, axis_label: str, height: float) -> bool:
+    """Draw a bar for each ratio, with a line at 1."""
+    found = {name: value for name, value in ratios.items() if value is not None}
+
+    def draw(axes: Axes) -> None:
+        axes.bar_label(axes.barh(list(found), list(found.values())), fmt="%.2f×", padding=3)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel(axis_label)
+
+    return bool(found) and save(path, draw, 1 + height * len(found))
 
 
 def label(row: Row) -> str:
-    """A training row in two lines."""
+    """Return a training row in two lines."""
     return f"{row.provider}\n{', '.join(setting_words(row))}"
 
 
 def training_ratios(rows: Rows, path: Path) -> bool:
-    """Bars: images per second over ResNet-18's in the same run."""
-    pairs = [(row, yardstick_of(row, rows)) for row in timed(rows)]
-    ratios = {label(row): p50(yardstick) / p50(row) for row, yardstick in pairs if yardstick is not None}
-
-    def draw(axes: Axes) -> None:
-        bars = axes.barh(list(ratios), list(ratios.values()))
-        axes.bar_label(bars, fmt="%.2f×", padding=3)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set_xlabel("training speed over ResNet-18 in the same run")
-
-    return bool(ratios) and drawn(path, draw, height=1 + 0.45 * len(ratios))
+    """Draw the training speed over ResNet-18's in the same run."""
+    ratios = {label(row): over_baseline(row, rows) for row in timed(rows)}
+    return bars(ratios, path, "training speed over ResNet-18 in the same run", 0.45)
 
 
 def kernel_ratios(rows: Rows, path: Path) -> bool:
-    """Bars: how much faster our CSC layer is than the faster of eager and compiled torch, forward and backward."""
-    groups = grouped([row for row in rows if row.mode == "both"], case_key)
-    gains = {}
-    for members in groups.values():
-        gain, first = speed_up({row.provider: row for row in members}), members[0]
-        if gain is not None:
-            gains[f"{first.shape['layer']}, {first.dtype}, {first.layout}"] = gain
-
-    def draw(axes: Axes) -> None:
-        bars = axes.barh(list(gains), list(gains.values()))
-        axes.bar_label(bars, fmt="%.2f×", padding=3)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set_xlabel("speed over the faster of eager and compiled torch, forward and backward")
-
-    return bool(gains) and drawn(path, draw, height=1 + 0.3 * len(gains))
+    """Draw the speed of our CSC layer over the faster of eager and compiled PyTorch, forward and backward."""
+    groups = grouped([row for row in rows if row.mode == "both"], comparison).values()
+    names = {", ".join((of[0].shape["layer"], of[0].dtype, of[0].layout)): of for of in groups}
+    ratios = {name: speed_up(members) for name, members in names.items()}
+    return bars(ratios, path, "speed over the faster of eager and compiled PyTorch, forward and backward", 0.3)
 
 
 def roofline(rows: Rows, path: Path) -> bool:
-    """Points: operations per second over operations per byte, below the ceilings of the same run."""
+    """Draw operations per second over operations per byte, below the ceilings of the same run."""
     points = [row for row in timed(rows) if row.metrics.get("flops")]
 
     def draw(axes: Axes) -> None:
@@ -82,24 +70,24 @@ def roofline(rows: Rows, path: Path) -> bool:
             axes.plot(corners, [min(copy * x, product) for x in corners], linewidth=1, label=f"ceilings, {dtype}")
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("operations per byte, both at their least")
+        axes.set_xlabel("operations per byte of the fused formulation")
         axes.set_ylabel("TFLOP/s")
         axes.legend(fontsize="small")
 
-    return bool(points) and drawn(path, draw, height=5)
+    return bool(points) and save(path, draw, 5)
 
 
 def over(rows: Rows, path: Path, dimension: str, axis_label: str) -> bool:
-    """Lines: images per second over a size that varies within the runs ("batch" or "n_steps")."""
+    """Draw images per second over a size that varies within a run ("batch" or "n_steps")."""
 
     def line_of(row: Row) -> tuple[Any, ...]:
         others = tuple((name, value) for name, value in row.shape.items() if name != dimension)
         return (row.run, row.provider, row.dtype, row.layout, *others, *row.settings.items())
 
-    lines = {key: members for key, members in grouped(timed(rows), line_of).items() if len(members) > 1}
+    lines = [members for members in grouped(timed(rows), line_of).values() if len(members) > 1]
 
     def draw(axes: Axes) -> None:
-        for members in lines.values():
+        for members in lines:
             members.sort(key=lambda row: row.shape[dimension])
             first = members[0]
             name = f"{first.provider}, {first.shape['image_size']} px, {first.dtype}, {first.layout}"
@@ -109,21 +97,21 @@ def over(rows: Rows, path: Path, dimension: str, axis_label: str) -> bool:
         axes.set_ylabel("training images per second")
         axes.legend(fontsize="small")
 
-    return bool(lines) and drawn(path, draw)
+    return bool(lines) and save(path, draw)
 
 
 def step_bars(rows: Rows, path: Path) -> bool:
-    """Stacked bars: milliseconds of a step by phase."""
-    bars = [row for row in timed(rows) if any(f"{phase}_ms" in row.metrics for phase in PHASES)]
+    """Draw the milliseconds of a step by phase, as stacked bars."""
+    found = [row for row in timed(rows) if any(f"{phase}_ms" in row.metrics for phase in PHASES)]
 
     def draw(axes: Axes) -> None:
-        names, left = [label(row) for row in bars], [0.0] * len(bars)
+        names, left = [label(row) for row in found], [0.0] * len(found)
         for phase in PHASES:
-            widths = [row.metrics.get(f"{phase}_ms", 0.0) for row in bars]
+            widths = [row.metrics.get(f"{phase}_ms", 0.0) for row in found]
             axes.barh(names, widths, left=left, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds of a training step")
         axes.legend(fontsize="small", ncols=len(PHASES), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return bool(bars) and drawn(path, draw, height=1.6 + 0.45 * len(bars))
+    return bool(found) and save(path, draw, 1.6 + 0.45 * len(found))

@@ -1,7 +1,7 @@
-"""`profile`: where the time of a recipe's training step goes, operator by operator, and what makes the host wait.
+"""`profile`: the operators of a recipe's training step, and what makes the host wait for the device.
 
-First a few plain steps give the step's time and its phases; then torch.profiler records a few more, whose own time is
-inflated by recording and is used for shares alone. A Chrome trace and a stacked bar go into --traces.
+First a few plain steps give the time of a step and of its phases. Then torch.profiler records a few more; recording
+slows them down, so that only the shares of their operators are used. A Chrome trace and a stacked bar go into --traces.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sdnet.bench import plots
-from sdnet.bench.common_options import add_common_options, open_ledger
-from sdnet.bench.participants import Participant, Setting, noise, pictures
+from sdnet.bench.common_options import add_common_options, at_least, open_ledger
+from sdnet.bench.ledger import writable_folder
 from sdnet.bench.tables import profile_table
 from sdnet.bench.timing import percentiles, wall_time
-from sdnet.train.errors import UserError
+from sdnet.bench.training_run import TrainingRun, TrainingSetting, noise, pictures
 from sdnet.train.recipes import RECIPES, Recipe
 from sdnet.train.trainer import make_model
 
@@ -26,34 +26,34 @@ STEP = "sdnet.bench.step"
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 READ = "aten::_local_scalar_dense"
-"""What `item()` and a tensor's truth value end in: the host waits for the device."""
+"""The operator behind `item()` and the truth value of a tensor: the host waits for the device."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument("--recipe", choices=RECIPES, default="imagenet_sdnet18", help="default imagenet_sdnet18")
-    parser.add_argument("--batch", type=int, help="default the recipe's, on a CPU 8")
-    parser.add_argument("--image-size", type=int, help="default the recipe's")
-    parser.add_argument("--steps", type=int, default=3, help="recorded steps; default 3")
+    parser.add_argument("--batch", type=at_least(1), help="default the recipe's, on a CPU 8")
+    parser.add_argument("--image-size", type=at_least(1), help="default the recipe's")
+    parser.add_argument("--steps", type=at_least(1), default=3, help="recorded steps; default 3")
     parser.add_argument("--data", type=Path, help="an ImageFolder tree; without it, noise on the device")
-    parser.add_argument("--threads", type=int, default=2, help="decoding threads for --data; default 2")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="decoding threads for --data; default 2")
     parser.add_argument("--traces", type=Path, default=Path("runs/profile"), help="default runs/profile")
     add_common_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Profile the recipe."""
-    if options.steps < 1:
-        raise UserError(f"--steps is {options.steps}; it must be at least 1.")
+    """Profile the recipe and return 0."""
+    writable_folder(options.traces)
     device, ledger = open_ledger(options, "profile")
     recipe = RECIPES[options.recipe]()
     setting = setting_of(recipe, options, device)
-    participant = Participant(setting, device, make_model(recipe, 1000, device))
+    training = TrainingRun(setting, device, make_model(recipe, 1000, device))
     batches = pictures(setting, device, options.data, options.threads) if options.data else noise(setting, device)
 
     for _ in range(3):
-        participant.step(batches)
-    times, split = plain_steps(participant, batches, options.steps, device)
-    profiler = recorded_steps(participant, batches, options.steps, device)
+        training.step(batches)
+    times, split = plain_steps(training, batches, options.steps, device)
+    profiler = recorded_steps(training, batches, options.steps, device)
     metrics = {f"{phase}_ms": time / options.steps for phase, time in split.items()}
     metrics["data_wait_share"] = 100 * split.get("data", 0.0) / sum(split.values())
     metrics |= counts(profiler.events() or [], options.steps, device)
@@ -68,19 +68,18 @@ def run(options: argparse.Namespace) -> int:
         metrics=metrics,
         settings={"compile": setting.compiled, "input": "pictures" if options.data else "noise"},
     )
-    options.traces.mkdir(parents=True, exist_ok=True)
     trace, picture = options.traces / f"{recipe.name}.json", options.traces / f"{recipe.name}.png"
     profiler.export_chrome_trace(str(trace))
     plots.step_bars(ledger.rows, picture)
     print(profile_table(ledger.rows))
-    print(f"\nTrace for chrome://tracing or ui.perfetto.dev: {trace}\nWhere the step goes: {picture}\n{ledger.path}")
+    print(f"\nTrace for chrome://tracing or ui.perfetto.dev: {trace}\nPhases of a step: {picture}\n{ledger.path}")
     return 0
 
 
-def setting_of(recipe: Recipe, options: argparse.Namespace, device: torch.device) -> Setting:
-    """What of a recipe decides a step's cost. Without mixed precision a GPU multiplies as torch allows convolutions."""
+def setting_of(recipe: Recipe, options: argparse.Namespace, device: torch.device) -> TrainingSetting:
+    """Return the settings of a recipe that decide the cost of a step."""
     single = "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "fp32"
-    return Setting(
+    return TrainingSetting(
         model=recipe.model,
         stem=recipe.stem,
         batch=options.batch or (recipe.batch if device.type == "cuda" else 8),
@@ -94,9 +93,9 @@ def setting_of(recipe: Recipe, options: argparse.Namespace, device: torch.device
 
 
 def plain_steps(
-    participant: Participant, batches: Any, steps: int, device: torch.device
+    training: TrainingRun, batches: Any, steps: int, device: torch.device
 ) -> tuple[list[float], dict[str, float]]:
-    """Milliseconds of each step, and of its phases summed over the steps, without a profiler."""
+    """Return the milliseconds of each step, and of each phase summed over the steps, without a profiler."""
     times, total = [], {}
 
     def wait() -> None:
@@ -105,25 +104,25 @@ def plain_steps(
 
     for _ in range(steps):
         wait()
-        participant.clock.lap()
-        times.append(wall_time([lambda: participant.step(batches), wait]))
-        for phase, time in participant.clock.split().items():
+        training.clock.lap()
+        times.append(wall_time([lambda: training.step(batches), wait]))
+        for phase, time in training.clock.split().items():
             total[phase] = total.get(phase, 0.0) + time
     return times, total
 
 
-def recorded_steps(participant: Participant, batches: Any, steps: int, device: torch.device) -> profile:
-    """The profiler after so many steps, each under the name STEP."""
+def recorded_steps(training: TrainingRun, batches: Any, steps: int, device: torch.device) -> profile:
+    """Return the profiler after so many steps, each recorded under the name STEP."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
         for _ in range(steps):
             with record_function(STEP):
-                participant.step(batches)
+                training.step(batches)
     return profiler
 
 
 def counts(events: Iterable[Any], steps: int, device: torch.device) -> dict[str, float]:
-    """Launches, host syncs and reads of values per step, counted between a step's begin and end on the host."""
+    """Return launches, host syncs and reads of values per step, counted from begin to end of a step on the host."""
     events = list(events)
     spans = [event.time_range for event in events if event.name == STEP and event.device_type == DeviceType.CPU]
 
@@ -138,9 +137,9 @@ def counts(events: Iterable[Any], steps: int, device: torch.device) -> dict[str,
 
 
 def operator_times(averages: Iterable[Any], steps: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds per step of the operators by name ("ms:aten::add"), their own time, and of all together.
+    """Return the milliseconds per step of each operator ("ms:aten::add") and of all operators together.
 
-    On a GPU the time of the kernels that an operator launched, on a CPU its own.
+    On a GPU this is the time of the kernels that an operator launches, on a CPU its own time.
     """
     on_gpu = device.type == "cuda"
     own = {

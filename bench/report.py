@@ -1,13 +1,13 @@
-"""`report`: from the ledger to the tables and plots in the documents.
+"""`report`: writes the tables and plots of the documents from the ledger.
 
-A document holds pairs of marks, and everything between them is written by this command:
+A document holds pairs of marks, and this command writes everything between them:
 
     <!-- bench:VIEW name=value name=one,other -->
     <!-- /bench -->
 
-VIEW is one of VIEWS. The conditions choose rows by what a row, its shape, settings or environment holds (`dtype=bf16`,
-`device_type=cuda`). Of the rows that are left, each device's newest run is shown, with what it was measured on, its
-commit, date and command, and a link to its lines. A run's figures are never mixed with another's.
+VIEW is one of VIEWS. The conditions select rows by the fields of a row, its shape, settings or environment
+(`dtype=bf16`, `device_type=cuda`). Of the selected rows, the newest run on each device is shown, with a caption that
+names device, versions, date and file. Figures of different runs are never mixed.
 """
 
 import argparse
@@ -18,54 +18,55 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sdnet.bench import plots, tables
-from sdnet.bench.ledger import RESULTS, Row, read
+from sdnet.bench.ledger import RESULTS, ROOT, Row, read
 from sdnet.train.errors import UserError
 
-DOCUMENTS = (Path("README.md"), Path("docs/performance.md"))
-PICTURES = Path("docs/figures/bench")
+DOCUMENT = ROOT / "docs" / "performance.md"
+PICTURES = ROOT / "docs" / "figures" / "bench"
 MARK = re.compile(r"(<!-- bench:(\S+)([^\n]*?) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 NOTHING = "Not measured yet.\n"
+VERSIONS = ("torch", "triton")
 
 Found = tuple[Path, Row]
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "kernels": ("kernels", tables.kernels_table),
     "train": ("train", tables.training_table),
-    "ratios": ("train", tables.ratios_table),
     "load": ("load", tables.loading_table),
     "profile": ("profile", tables.profile_table),
 }
 PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Row], Path], bool]]] = {
     "plot-training": ("train", "Training speed over ResNet-18's", plots.training_ratios),
-    "plot-steps": ("train", "Where a training step goes", plots.step_bars),
+    "plot-steps": ("train", "Milliseconds of a training step by phase", plots.step_bars),
     "plot-batch": ("train", "Training speed over the batch", lambda r, p: plots.over(r, p, "batch", "batch")),
     "plot-n-steps": ("train", "Cost of steps", lambda r, p: plots.over(r, p, "n_steps", "unrolled steps per layer")),
-    "plot-kernels": ("kernels", "Speed of the CSC layer over torch", plots.kernel_ratios),
+    "plot-kernels": ("kernels", "Speed of the CSC layer over PyTorch", plots.kernel_ratios),
     "plot-roofline": ("kernels", "The CSC layer below the roofline", plots.roofline),
 }
 VIEWS = (*TABLES, *PLOTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"the ledger's folder; default {RESULTS}")
+    """Add the options of the command."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the ledger's folder; default the checkout's")
+    parser.add_argument("--document", type=Path, nargs="+", default=[DOCUMENT], help="default docs/performance.md")
     parser.add_argument(
-        "--document", type=Path, nargs="+", default=DOCUMENTS, help="default README.md and performance.md"
+        "--pictures", type=Path, default=PICTURES, help="folder of the plots; default docs/figures/bench"
     )
-    parser.add_argument("--pictures", type=Path, default=PICTURES, help=f"where plots go; default {PICTURES}")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a document would change")
-    parser.add_argument("--whole", type=Path, metavar="FILE", help="write all there is into one new document instead")
+    parser.add_argument("--whole", type=Path, metavar="FILE", help="write all runs into one new document instead")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Bring the documents up to date, or say which are not."""
+    """Bring the documents up to date; with --check, return 1 if one is not."""
     found = list(read(options.results))
     if options.whole:
         options.whole.write_text(whole_report(found, options.whole))
-        print(f"{len(found)} rows told in {options.whole}")
+        print(f"{len(found)} rows shown in {options.whole}")
         return 0
     stale = []
     for document in options.document:
         if not document.is_file():
-            raise UserError(f"There is no document {document}; run this from the root of a checkout.")
+            raise UserError(f"--document is {document}, which is not a file.")
         before = document.read_text()
         after = filled(before, found, document, options.pictures, dry=options.check)
         if after != before:
@@ -73,17 +74,24 @@ def run(options: argparse.Namespace) -> int:
             if not options.check:
                 document.write_text(after)
     if options.check and stale:
-        print(f"Not what the ledger says: {', '.join(stale)}. Run python -m sdnet.bench report.")
+        print(f"Not what the ledger holds: {', '.join(stale)}. Run python -m sdnet.bench report.")
         return 1
     print(f"Up to date: {', '.join(map(str, options.document))}.")
     return 0
 
 
 def filled(text: str, found: Sequence[Found], document: Path, pictures: Path, dry: bool = False) -> str:
-    """The text with what belongs between its marks; `dry` draws no plots.
+    """Return the text with the tables and plots between its marks.
+
+    Args:
+        text: The text of the document.
+        found: The rows of the ledger, each with its file.
+        document: The file of the document, which its links are relative to.
+        pictures: The folder of the plots.
+        dry: Draw no plots.
 
     Raises:
-        UserError: a mark asks for a view or a condition that does not exist.
+        UserError: A mark asks for a view that does not exist, or has a condition that is not name=value.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -94,7 +102,7 @@ def filled(text: str, found: Sequence[Found], document: Path, pictures: Path, dr
 
 
 def parse_conditions(text: str) -> dict[str, list[str]]:
-    """name=one,other ... as a dictionary."""
+    """Return the conditions name=one,other of a mark as a dictionary."""
     pairs = [word.partition("=") for word in text.split()]
     if wrong := [name for name, sign, values in pairs if not (name and sign and values)]:
         raise UserError(f"A mark has the condition {wrong[0]!r}; conditions are name=value.")
@@ -104,7 +112,7 @@ def parse_conditions(text: str) -> dict[str, list[str]]:
 def render(
     view: str, conditions: Mapping[str, list[str]], found: Sequence[Found], document: Path, pictures: Path, dry: bool
 ) -> str:
-    """What stands between one pair of marks."""
+    """Return the text between one pair of marks."""
     if view not in VIEWS:
         raise UserError(f"A mark in {document} asks for {view!r}; it must be one of {', '.join(VIEWS)}.")
     theme = (TABLES.get(view) or PLOTS[view])[0]
@@ -124,49 +132,41 @@ def render(
 
 
 def meets(row: Row, conditions: Mapping[str, list[str]]) -> bool:
-    """Whether a row has one of the wanted values under every name."""
+    """Return whether a row has one of the given values under every name."""
     values = {**row.environment, **row.settings, **row.shape, **asdict(row)}
-    return all(name in values and str(values[name]) in wanted for name, wanted in conditions.items())
+    return all(name in values and str(values[name]) in allowed for name, allowed in conditions.items())
 
 
 def newest_runs(found: Iterable[Found]) -> dict[str, list[Found]]:
-    """The rows of the newest run of each device. Names of runs sort by date."""
-    found = list(found)
-    newest: dict[str, str] = {}
-    for _, row in found:
-        device = row.environment["device"]
-        newest[device] = max(newest.get(device, ""), row.run)
-    runs: dict[str, list[Found]] = {}
+    """Return the rows of the newest run on each device; names of runs sort by date."""
+    runs: dict[str, dict[str, list[Found]]] = {}
     for path, row in found:
-        if newest[row.environment["device"]] == row.run:
-            runs.setdefault(row.environment["device"], []).append((path, row))
-    return runs
+        runs.setdefault(row.environment["device"], {}).setdefault(row.run, []).append((path, row))
+    return {device: of_device[max(of_device)] for device, of_device in runs.items()}
 
 
 def caption(members: Sequence[Found], document: Path) -> str:
-    """On what, with which versions, from which commit, when, by which command, and where the lines are."""
+    """Return the device, the versions, the date and a link to the rows, which hold the commit and the command."""
     (path, row), facts = members[0], members[0][1].environment
     hardware = [facts["device"], f"driver {facts['driver']}" if facts["driver"] else f"{facts['threads']} threads"]
-    versions = [f"{name} {version}" for name, version in facts["packages"].items() if version]
-    commit = f"commit {facts['commit'][:10]}" if facts["commit"] else "no commit"
-    words = [*hardware, *versions, commit + (" with changes" if facts["dirty"] else ""), facts["date"][:10]]
-    return f"<sub>{', '.join(words)}; [lines]({relative(path, document)}) of run {row.run}: `{facts['command']}`</sub>"
+    versions = [f"{name} {facts['packages'][name]}" for name in VERSIONS if facts["packages"].get(name)]
+    words = [*hardware, *versions, facts["date"][:10], f"[run {row.run}]({relative(path, document)})"]
+    return f"<sub>{', '.join(words)}</sub>"
 
 
 def relative(path: Path, document: Path) -> str:
-    """A link from a document to a file."""
-    return Path(os.path.relpath(path, document.parent)).as_posix()
+    """Return the link from a document to a file."""
+    return Path(os.path.relpath(path.resolve(), document.resolve().parent)).as_posix()
 
 
 def whole_report(found: Sequence[Found], document: Path) -> str:
-    """Every run of a ledger, one after the other, with the plots beside the document."""
+    """Return a document of every run of a ledger, with the plots beside it."""
     parts = ["# Measured\n"]
     for run in sorted({row.run for _, row in found}):
         members = [(path, row) for path, row in found if row.run == run]
         theme = members[0][1].theme
-        parts.append(f"## {theme}, {run}\n\n{render(theme, {'run': [run]}, members, document, document.parent, False)}")
-        for view, (of, _, _) in PLOTS.items():
-            if of == theme:
-                plot = render(view, {"run": [run]}, members, document, document.parent, False)
-                parts += [] if plot == NOTHING else [plot]
+        views = [theme, *(view for view, (of, _, _) in PLOTS.items() if of == theme)]
+        shown = [render(view, {"run": [run]}, members, document, document.parent, False) for view in views]
+        parts.append(f"## {theme}, {run}\n")
+        parts += [text for text in shown if text != NOTHING]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, without waiting for the device while it is measured."""
+"""The time of each phase of a training step, measured without waiting for the device in between."""
 
 import time
 
@@ -8,10 +8,13 @@ PHASES = ("data", "refresh", "forward", "backward", "optimiser")
 
 
 class StepClock:
-    """Marks the ends of phases; each phase lasts from the mark before it.
+    """Records the ends of phases; a phase lasts from the mark before it.
 
-    On a GPU marks are events of the current stream, so a phase lasts as long as the GPU took for it, and "data" as long
-    as it stood idle until the batch was there. `lap` starts anew.
+    On a GPU marks are events of the current stream. The time of a phase is then the time that the GPU took for it, and
+    that of "data" is the time that the GPU waited for the batch.
+
+    Args:
+        device: The device that computes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,7 +22,7 @@ class StepClock:
         self._marks: list[tuple[str, torch.cuda.Event | float]] = []
 
     def mark(self, phase: str) -> None:
-        """The end of a phase."""
+        """Record the end of a phase."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -28,12 +31,12 @@ class StepClock:
             self._marks.append((phase, time.perf_counter()))
 
     def lap(self) -> None:
-        """Forget what was marked and begin here."""
+        """Remove all marks and start here."""
         self._marks.clear()
         self.mark("begin")
 
     def split(self) -> dict[str, float]:
-        """Milliseconds of every phase since the last lap; waits for the device."""
+        """Return the milliseconds of every phase since the last `lap`, after waiting for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         totals: dict[str, float] = {}
@@ -43,7 +46,7 @@ class StepClock:
 
 
 def milliseconds(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    """Between two marks of one clock."""
+    """Return the milliseconds between two marks of one clock."""
     if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         return begin.elapsed_time(end)
     assert isinstance(begin, float)

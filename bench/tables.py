@@ -1,109 +1,139 @@
-"""Markdown tables of the ledger's rows. Every figure in them is a row's own or a ratio of two rows of one run."""
+"""Markdown tables of the ledger's rows. Every figure is one of a row, or a ratio of two rows of one run."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sdnet.bench.ledger import Row
 from sdnet.bench.step_clock import PHASES
 
-OURS = ("triton", "torch")
-"""What `impl="auto"` may choose, the best first."""
+TRITON = ("fused", "cudnn")
+BASELINES = ("reference", "compile")
+"""Plain PyTorch without the official code's overhead, eager and compiled: what a kernel is compared with."""
 
-RIVALS = ("reference", "compile")
-"""Plain torch without official waste, the stronger of which a kernel has to beat."""
-
-YARDSTICK = "resnet18"
-
-Cell = Callable[[Row], str]
+BASELINE_MODEL = "resnet18"
+NOTHING = "–"
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table; all columns but the first are numbers, flushed right."""
-    rule = [":--"] + ["--:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+    """Return a table whose columns after the first are aligned right; empty columns are left out."""
+    lines = list(lines)
+    columns = [i for i in range(len(header)) if i == 0 or not lines or any(line[i] != NOTHING for line in lines)]
+    rule = [":--" if i == 0 else "--:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cells[i] for i in columns) + " |" for cells in (header, rule, *lines))
+
+
+def with_left_out(table: str, rows: Iterable[Row]) -> str:
+    """Return a table with a line below it that counts the rows without a time."""
+    counts = Counter((row.provider, row.status) for row in rows if row.time_ms is None)
+    words = [f"{provider} ({count} {status})" for (provider, status), count in counts.items()]
+    return f"{table}\n\nNot timed: {', '.join(words)}." if words else table
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """Rows by key, in the order of their first."""
+    """Return the rows by key, in the order of their first appearance."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
 
 
+def timed(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows that have a time."""
+    return [row for row in rows if row.time_ms is not None]
+
+
 def p50(row: Row) -> float:
-    """Median milliseconds of a row with status ok."""
+    """Return the median milliseconds of a row that has a time."""
     assert row.time_ms is not None
     return row.time_ms["p50"]
 
 
 def number(value: float | None) -> str:
-    """Three digits, no exponent; a dash for nothing."""
+    """Return a number with three digits and no exponent."""
     if value is None:
-        return "–"
+        return NOTHING
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def spread(row: Row) -> str:
-    """p50 with p20 and p80, or why there is none."""
-    if row.time_ms is None:
-        return row.status
+def ratio(value: float | None) -> str:
+    """Return a ratio with two decimals."""
+    return NOTHING if value is None else f"{value:.2f}×"
+
+
+def percent(share: float | None) -> str:
+    """Return a share in whole percent."""
+    return NOTHING if share is None else f"{share:.0%}"
+
+
+def spread(row: Row | None) -> str:
+    """Return p50 [p20–p80] in milliseconds."""
+    if row is None or row.time_ms is None:
+        return NOTHING
     return f"{number(p50(row))} [{number(row.time_ms['p20'])}–{number(row.time_ms['p80'])}]"
 
 
+def rate_spread(row: Row) -> str:
+    """Return the images per second at p50 [p80–p20] of the time of a batch."""
+    assert row.time_ms is not None
+    low, middle, high = (number(1e3 * row.shape["batch"] / row.time_ms[at]) for at in ("p80", "p50", "p20"))
+    return f"{middle} [{low}–{high}]"
+
+
+def rate(row: Row) -> float:
+    """Return the images per second of a row."""
+    return row.metrics["images_per_second"]
+
+
 def fastest(rows: Iterable[Row]) -> Row | None:
-    """The row with the least median among those that have one."""
-    return min((row for row in rows if row.status == "ok"), key=p50, default=None)
+    """Return the row with the least median."""
+    return min(timed(rows), key=p50, default=None)
 
 
-def first_of(by_provider: dict[str, Row], names: Sequence[str]) -> Row | None:
-    """The first of these providers that was timed."""
-    return next((by_provider[name] for name in names if name in by_provider and by_provider[name].status == "ok"), None)
+def ours_and_baseline(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
+    """Return the faster Triton path, `torch` if neither was timed, and the faster baseline of one comparison."""
+    ours = fastest(row for row in rows if row.provider in TRITON)
+    ours = ours or fastest(row for row in rows if row.provider == "torch")
+    return ours, fastest(row for row in rows if row.provider in BASELINES)
 
 
-def speed_up(by_provider: dict[str, Row]) -> float | None:
-    """The faster rival's time over ours."""
-    ours = first_of(by_provider, OURS)
-    rival = fastest(by_provider[name] for name in RIVALS if name in by_provider)
-    return p50(rival) / p50(ours) if ours and rival else None
+def speed_up(rows: Sequence[Row]) -> float | None:
+    """Return the baseline's time over ours."""
+    ours, baseline = ours_and_baseline(rows)
+    return p50(baseline) / p50(ours) if ours and baseline else None
 
 
-def roofline_share(row: Row | None) -> float | None:
-    """The least possible time over the measured one."""
-    if row is None or "roofline_ms" not in row.metrics:
-        return None
-    return row.metrics["roofline_ms"] / p50(row)
-
-
-def case_key(row: Row) -> tuple[Any, ...]:
-    """What all providers of one comparison have in common."""
+def comparison(row: Row) -> tuple[Any, ...]:
+    """Return what all providers of one comparison have in common."""
     return (row.run, row.dtype, row.layout, row.mode, *row.shape.items())
 
 
 def kernels_table(rows: Iterable[Row]) -> str:
-    """Milliseconds by operator, shape and mode; one column for each provider, then our speed-up and the rooflines."""
+    """Return milliseconds by operator, shape, mode and provider, speed-ups, shares of the roofline and memory."""
     rows = list(rows)
     providers = list(dict.fromkeys(row.provider for row in rows))
-    header = ["operator, shape, mode", *(f"{name}, ms" for name in providers)]
-    header += ["faster than the rival by", "of roofline: ours", "rival", "MiB: ours", "rival"]
+    header = ["operator, shape, mode", *(f"{name}, ms" for name in providers), "speed-up"]
+    header += ["of roofline: ours", "baseline", "MiB: ours", "baseline"]
     lines, gains = [], []
-    for members in grouped(rows, case_key).values():
+    for members in grouped(rows, comparison).values():
         by_provider, first = {row.provider: row for row in members}, members[0]
-        ours = first_of(by_provider, OURS)
-        rival = fastest(by_provider[name] for name in RIVALS if name in by_provider)
-        gain = speed_up(by_provider)
+        if not timed(members):
+            continue
+        gain, pair = speed_up(members), ours_and_baseline(members)
         if gain and first.mode == "both":
             gains.append(gain)
-        shape = f"{first.shape['operator']} {first.shape['layer']}, batch {first.shape['batch']}"
-        if first.shape.get("n_steps", 2) != 2:
-            shape += f", {first.shape['n_steps']} steps"
-        times = [spread(by_provider[name]) if name in by_provider else "–" for name in providers]
-        shares = ["–" if share is None else f"{share:.0%}" for share in map(roofline_share, (ours, rival))]
-        memory = [number(row and row.memory_mib) for row in (ours, rival)]
-        speed = "–" if gain is None else f"{gain:.2f}×"
-        lines.append([f"{shape}, {first.dtype}, {first.layout}, {first.mode}", *times, speed, *shares, *memory])
-    table = markdown(header, lines)
+        words = [f"{first.shape['operator']} {first.shape['layer']}, batch {first.shape['batch']}"]
+        words += [f"{first.shape['n_steps']} steps"] if first.shape.get("n_steps", 2) != 2 else []
+        words += [first.dtype, first.layout, first.mode]
+        times = [spread(by_provider.get(name)) for name in providers]
+        shares = [
+            percent(row.metrics["roofline_ms"] / p50(row) if row and "roofline_ms" in row.metrics else None)
+            for row in pair
+        ]
+        memory = [number(row and row.memory_mib) for row in pair]
+        lines.append([", ".join(words), *times, ratio(gain), *shares, *memory])
+    table = with_left_out(markdown(header, lines), rows)
     if gains:
         mean = math.exp(sum(math.log(gain) for gain in gains) / len(gains))
         table += f"\n\nForward and backward together, geometric mean over {len(gains)} shapes: {mean:.2f}×."
@@ -111,157 +141,129 @@ def kernels_table(rows: Iterable[Row]) -> str:
 
 
 def comparable(row: Row) -> tuple[Any, ...]:
-    """What two training rows must share for a ratio of like with like: run, sizes, type, input."""
+    """Return what two training rows share if their ratio has a meaning: run, sizes, type and input."""
     shape = row.shape
     return (row.run, shape["image_size"], shape["stem"], shape["batch"], row.dtype, row.settings.get("input"))
 
 
-def yardstick_of(row: Row, rows: Iterable[Row]) -> Row | None:
-    """ResNet-18 in the same run, size and type, in its fastest layout, compiled or not."""
-    return fastest(other for other in rows if other.provider == YARDSTICK and comparable(other) == comparable(row))
+def baseline_of(row: Row, rows: Iterable[Row]) -> Row | None:
+    """Return ResNet-18 in the same run, size and type, in its fastest memory format, compiled or not."""
+    return fastest(other for other in rows if other.provider == BASELINE_MODEL and comparable(other) == comparable(row))
+
+
+def over_baseline(row: Row, rows: Iterable[Row]) -> float | None:
+    """Return the training speed of a row over that of ResNet-18."""
+    baseline = baseline_of(row, rows)
+    return None if baseline is None else p50(baseline) / p50(row)
 
 
 def training_table(rows: Iterable[Row]) -> str:
-    """Images per second, the ratio to ResNet-18 in the same run, the split of the step, and memory."""
+    """Return images per second, the ratio to ResNet-18, the phases of a step and memory."""
     rows = list(rows)
-    header = ["model, setting", "images/s [p20–p80]", f"× {YARDSTICK}", *(f"{phase}, %" for phase in PHASES)]
+    header = ["model, setting", "images/s [p20–p80]", f"× {BASELINE_MODEL}", *PHASES]
     header += ["peak MiB", "kept for backward, MiB"]
     lines = []
-    for row in rows:
-        name = ", ".join([row.provider, *setting_words(row)])
-        if row.time_ms is None:
-            lines.append([name, row.status, *["–"] * (len(header) - 2)])
-            continue
-        batch, yardstick = row.shape["batch"], yardstick_of(row, rows)
-        low, middle, high = (number(1e3 * batch / row.time_ms[at]) for at in ("p80", "p50", "p20"))
-        total = sum(row.metrics.get(f"{phase}_ms", 0.0) for phase in PHASES)
-        shares = [number(100 * row.metrics.get(f"{phase}_ms", 0.0) / total) for phase in PHASES]
-        ratio = "–" if yardstick is None else f"{p50(yardstick) / p50(row):.2f}×"
+    for row in timed(rows):
+        phases = [row.metrics.get(f"{phase}_ms", 0.0) for phase in PHASES]
+        shares = [percent(phase / sum(phases)) if sum(phases) else NOTHING for phase in phases]
         memory = [number(row.memory_mib), number(row.metrics.get("kept_for_backward_mib"))]
-        lines.append([name, f"{middle} [{low}–{high}]", ratio, *shares, *memory])
-    return markdown(header, lines)
+        lines.append([name_of(row), rate_spread(row), ratio(over_baseline(row, rows)), *shares, *memory])
+    return with_left_out(markdown(header, lines), rows)
 
 
-def ratios_table(rows: Iterable[Row]) -> str:
-    """`training_table` in short: images per second, and the ratio to ResNet-18 in the same run."""
-    rows = [row for row in rows if row.time_ms is not None]
-    lines = []
-    for row in rows:
-        yardstick = yardstick_of(row, rows)
-        ratio = "–" if yardstick is None else f"{p50(yardstick) / p50(row):.2f}×"
-        lines.append([", ".join([row.provider, *setting_words(row)]), number(rate(row)), ratio])
-    return markdown(["training", "images/s", f"× {YARDSTICK}"], lines)
+def name_of(row: Row) -> str:
+    """Return a training row's model and setting in words."""
+    return ", ".join([row.provider, *setting_words(row)])
 
 
 def setting_words(row: Row) -> list[str]:
-    """What tells a training row from its neighbours, in words."""
+    """Return the setting of a training row in words."""
     words = [f"{row.shape['image_size']} px", f"batch {row.shape['batch']}", row.dtype, row.layout]
     if row.shape["n_steps"] != 2:
-        words.append(f"{row.shape['n_steps']} steps")
+        words.append(f"{row.shape['n_steps']} step{'s' * (row.shape['n_steps'] > 1)}")
     words += ["compiled"] if row.settings.get("compile") else []
     words += [f"impl {row.settings['impl']}"] if row.settings.get("impl", "auto") != "auto" else []
     kept = row.settings.get("keep_residuals")
-    words += [] if kept is None else ["residuals kept" if kept else "residuals computed again"]
-    words += ["real pictures"] if row.settings.get("input") == "pictures" else []
+    words += [] if kept is None else ["residuals kept" if kept else "residuals recomputed"]
+    words += ["real images"] if row.settings.get("input") == "pictures" else []
     return words
 
 
 def loading_table(rows: Iterable[Row]) -> str:
-    """Images per second and processor time of each loader, by threads, and what one core would feed.
-
-    Two pairs of ratios, in images per second and in images per CPU-second: to PIL on the same source, and to the same
-    loader on the first folder of the run, from which the others' shards may come.
-    """
+    """Return images per second and CPU time of each loader, with ratios to PIL and to the first folder of the run."""
     rows = list(rows)
-    header = ["loader, threads", "images/s [p20–p80]", "CPU-ms per image", "images/s per busy core"]
+    header = ["loader, threads", "images/s [p20–p80]", "CPU-ms per image"]
     header += [f"× {other}{per}" for other in ("PIL", "folder") for per in ("", " per CPU-s")]
     lines = []
-    for row in rows:
-        name = f"{loader_words(row)}, {row.shape['threads']} threads, {row.shape['image_size']} px"
-        if row.time_ms is None:
-            lines.append([name, f"{row.status}: {row.reason}", *["–"] * (len(header) - 2)])
-            continue
-        batch, cpu = row.shape["batch"], row.metrics["cpu_ms_per_image"]
-        low, middle, high = (number(1e3 * batch / row.time_ms[at]) for at in ("p80", "p50", "p20"))
-        ratios = [*load_ratios(row, rival_of(row, rows)), *load_ratios(row, original_of(row, rows))]
-        cells = ["–" if ratio is None else f"{ratio:.2f}×" for ratio in ratios]
-        lines.append([name, f"{middle} [{low}–{high}]", number(cpu), number(1e3 / cpu), *cells])
-    return markdown(header, lines)
+    for row in timed(rows):
+        threads = row.shape["threads"]
+        name = f"{loader_words(row)}, {threads} thread{'s' * (threads > 1)}, {row.shape['image_size']} px"
+        ratios = [*load_ratios(row, pil_of(row, rows)), *load_ratios(row, folder_of(row, rows))]
+        lines.append([name, rate_spread(row), number(row.metrics["cpu_ms_per_image"]), *map(ratio, ratios)])
+    return with_left_out(markdown(header, lines), rows)
 
 
 def loader_words(row: Row) -> str:
-    """A loader, and what it read."""
+    """Return a loader, and what it read."""
     return f"{row.provider} on {row.settings['data']}" if "data" in row.settings else row.provider
 
 
 def load_ratios(row: Row, other: Row | None) -> tuple[float | None, float | None]:
-    """How many times the other's images per second, and per CPU-second."""
+    """Return the ratios of two loaders in images per second and in images per CPU-second."""
     if other is None:
         return None, None
     return rate(row) / rate(other), other.metrics["cpu_ms_per_image"] / row.metrics["cpu_ms_per_image"]
 
 
-def rival_of(row: Row, rows: Iterable[Row]) -> Row | None:
-    """PIL on the same source, asked for the same in the same run."""
-    loads = (other for other in rows if other.provider == "pil" and asked_for(other) == asked_for(row))
+def pil_of(row: Row, rows: Iterable[Row]) -> Row | None:
+    """Return the row of PIL on the same source, with the same request in the same run."""
+    loads = (other for other in timed(rows) if other.provider == "pil" and request_of(other) == request_of(row))
     return next((other for other in loads if other.settings.get("data") == row.settings.get("data")), None)
 
 
-def original_of(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The same loader on the run's first folder."""
-    loads = (other for other in rows if other.provider == row.provider and asked_for(other) == asked_for(row))
+def folder_of(row: Row, rows: Iterable[Row]) -> Row | None:
+    """Return the row of the same loader on the first folder of the run."""
+    loads = (other for other in timed(rows) if other.provider == row.provider and request_of(other) == request_of(row))
     return next((other for other in loads if other.settings.get("source") == "folder"), None)
 
 
-def asked_for(row: Row) -> tuple[Any, ...]:
-    """What two rows of loaders must share for a ratio; one without a time shares it with none that has one."""
-    return (row.run, row.status, *(row.shape[name] for name in ("batch", "image_size", "threads")))
+def request_of(row: Row) -> tuple[Any, ...]:
+    """Return what two rows of loaders share if their ratio has a meaning."""
+    return (row.run, *(row.shape[name] for name in ("batch", "image_size", "threads")))
 
 
-def feeding_lines(loads: Iterable[Row], trained: Iterable[Row]) -> list[str]:
-    """What the best loader feeds beside what each model eats: newest training rows of the same machine and size."""
+def loading_and_training(loads: Iterable[Row], trained: Iterable[Row]) -> list[str]:
+    """Return lines that compare the fastest loader with the training speed of each model on this machine and size."""
     best: dict[tuple[str, int], Row] = {}
-    for row in loads:
+    for row in timed(loads):
         place = (row.environment["device"], row.shape["image_size"])
-        if row.status == "ok" and (place not in best or rate(row) > rate(best[place])):
+        if place not in best or rate(row) > rate(best[place]):
             best[place] = row
-    newest = {(row.provider, *setting_words(row)): row for row in sorted(trained, key=lambda row: row.run)}
+    newest = {name_of(row): row for row in sorted(trained, key=lambda row: row.run) if row.status == "ok"}
     lines = []
-    for row in newest.values():
+    for name, row in newest.items():
         load = best.get((row.environment["device"], row.shape["image_size"]))
-        if load is not None and row.status == "ok":
-            eats, feeds = rate(row), rate(load)
-            name = ", ".join([row.provider, *setting_words(row)])
-            lines.append(f"- {name} eats {number(eats)} images/s; {loader_words(load)} feeds {feeds / eats:.2f}× that.")
-    return lines or ["No training speed of this machine at this size stands in the ledger to compare with."]
-
-
-def rate(row: Row) -> float:
-    """Images per second."""
-    return row.metrics["images_per_second"]
+        if load is not None:
+            times = f"{rate(load) / rate(row):.2f} times as many"
+            lines.append(f"- {name} trains on {number(rate(row))} images/s; {loader_words(load)} loads {times}.")
+    return lines or ["The ledger holds no training speed of this machine at this image size."]
 
 
 def profile_table(rows: Iterable[Row], most: int = 15) -> str:
-    """Where the time of a step goes by operator, launches, and reads of the device by the host."""
+    """Return the time of a step by operator, the launches, and the reads of the device by the host."""
     tables = []
-    for row in rows:
-        if row.time_ms is None:
-            tables.append(f"{row.provider}: {row.status}, {row.reason}")
-            continue
+    for row in timed(rows):
         shares = {name[3:]: value for name, value in row.metrics.items() if name.startswith("ms:")}
         total = row.metrics["operators_ms"]
+        counts = {
+            "launches": "launches",
+            "host_syncs": "host syncs",
+            "host_reads": "reads of a tensor's value by the host",
+        }
+        facts = ", ".join(f"{number(row.metrics[name])} {text}" for name, text in counts.items() if name in row.metrics)
+        waiting = percent(row.metrics["data_wait_share"] / 100)
         top = sorted(shares.items(), key=lambda item: -item[1])[:most]
-        title = ", ".join([row.provider, *setting_words(row)])
-        facts = ", ".join(
-            f"{number(row.metrics[name])} {text}"
-            for name, text in (
-                ("launches", "launches per step"),
-                ("host_syncs", "host syncs per step"),
-                ("host_reads", "reads of a tensor's value by the host per step"),
-                ("data_wait_share", "% of the step waiting for data"),
-            )
-            if name in row.metrics
-        )
-        lines = [[name, number(time), f"{time / total:.1%}"] for name, time in top]
-        tables.append(f"{title}: {facts}.\n\n" + markdown(["operator", "ms per step", "share"], lines))
+        lines = [[name, number(time), percent(time / total)] for name, time in top]
+        title = f"{name_of(row)}: {facts} per step; {waiting} of the step is spent waiting for data."
+        tables.append(f"{title}\n\n" + markdown(["operator", "ms per step", "share"], lines))
     return "\n\n".join(tables)

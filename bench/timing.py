@@ -1,12 +1,13 @@
-"""How time is measured: samplers that give the milliseconds of one call, taken in turns.
+"""Measurement of time: samplers that return the milliseconds of one call, run in turns.
 
-A sampler times a burst of calls and divides. On a CPU it reads `perf_counter` around the burst. On a GPU it replays
-a captured CUDA graph between two events, so that launches cost nothing, or, for calls that read the device from the
-host and cannot be captured, records the events around the calls themselves. A burst goes through several copies of the
-inputs, together larger than the last-level cache of a GPU, so that no call finds its input there.
+A sampler times a burst of calls and divides. On a CPU it reads `perf_counter` around the burst. On a GPU it replays a
+captured CUDA graph between two events, so that launches cost nothing. Calls that read device memory on the host cannot
+be captured; they are timed with their launches between two events. A burst goes through several copies of the inputs,
+together larger than the L2 cache of the GPU, so that no call finds its input there.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,10 +17,10 @@ import torch
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]
-"""Takes one sample: milliseconds of one call."""
+"""Returns one sample, the milliseconds of one call."""
 
 BURST_MS = 2.0
-"""The least length of a burst."""
+"""The least length of a burst, in milliseconds."""
 
 LONGEST_BURST = 200
 
@@ -34,23 +35,24 @@ class Timing(NamedTuple):
 
 
 def percentiles(samples: Sequence[float]) -> Timing:
-    """p20, p50, p80 with linear interpolation."""
-    ordered = sorted(samples)
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return Timing(at(0.2), at(0.5), at(0.8), len(ordered))
+    """Return p20, p50 and p80 of the samples, with linear interpolation."""
+    if len(samples) == 1:
+        return Timing(samples[0], samples[0], samples[0], 1)
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    p20, p50, p80 = sorted((deciles[1], deciles[4], deciles[7]))  # rounding can exchange equal ones
+    return Timing(p20, p50, p80, len(samples))
 
 
 def interleave(samplers: Mapping[str, Sampler], seconds: float, least: int = 3, most: int = 1000) -> dict[str, Timing]:
-    """Samples of every sampler in turns, so that all meet the same weather.
+    """Run the samplers in turns, so that changes of the machine's speed affect all alike, and return their timings.
 
-    Rounds go on for `seconds` of all samplers together, but at least `least` and at most `most` rounds. Every other
-    round runs backwards: nobody always follows the same neighbour.
+    Args:
+        samplers: The samplers by name.
+        seconds: How long the rounds go on, all samplers together.
+        least: The least number of rounds.
+        most: The largest number of rounds.
+
+    Every other round runs in reverse order, so that no sampler always follows the same one.
     """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     order, begin = list(samplers), time.perf_counter()
@@ -64,12 +66,12 @@ def interleave(samplers: Mapping[str, Sampler], seconds: float, least: int = 3, 
 
 
 def measuring_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Where everything to be timed must be prepared and run: a GPU's side stream, because it may be captured."""
+    """Return the context for timed calls and their preparation: a side stream of a GPU, where capture is allowed."""
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def wall_sampler(calls: Sequence[Call]) -> Sampler:
-    """Times bursts by the host's clock; the calls must have finished their work when they return."""
+    """Return a sampler of bursts by the host's clock; the calls must have finished their work when they return."""
     repeats = burst_length(calls, time_of=wall_time) // len(calls)
 
     def sample() -> float:
@@ -79,7 +81,7 @@ def wall_sampler(calls: Sequence[Call]) -> Sampler:
 
 
 def wall_time(calls: Sequence[Call]) -> float:
-    """Milliseconds of the calls together."""
+    """Return the milliseconds of the calls together."""
     begin = time.perf_counter()
     for call in calls:
         call()
@@ -87,7 +89,7 @@ def wall_time(calls: Sequence[Call]) -> float:
 
 
 def event_time(calls: Sequence[Call]) -> float:
-    """Milliseconds of the calls together between two events of the current stream; waits for them."""
+    """Return the milliseconds of the calls together, between two events of the current stream."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for call in calls:
@@ -98,14 +100,14 @@ def event_time(calls: Sequence[Call]) -> float:
 
 
 def event_sampler(calls: Sequence[Call]) -> Sampler:
-    """Times bursts of launched calls by events."""
+    """Return a sampler of bursts of launched calls, by events."""
     length = burst_length(calls, time_of=event_time)
     burst = [calls[i % len(calls)] for i in range(length)]
     return lambda: event_time(burst) / length
 
 
 def graph_sampler(calls: Sequence[Call]) -> Sampler:
-    """Times replays of a CUDA graph of a burst; to be made and used within `measuring_stream`."""
+    """Return a sampler of replays of a CUDA graph of a burst; make and use it within `measuring_stream`."""
     length = burst_length(calls, time_of=event_time)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -120,7 +122,7 @@ def graph_sampler(calls: Sequence[Call]) -> Sampler:
 
 
 def burst_length(calls: Sequence[Call], time_of: Callable[[Sequence[Call]], float]) -> int:
-    """How many calls last BURST_MS, a multiple of the number of inputs; warms up."""
+    """Return how many calls last BURST_MS, a multiple of the number of calls; runs each of them as a warm-up."""
     time_of(calls)
     once = time_of(calls)
     rounds = math.ceil(BURST_MS / max(once, 1e-3))
@@ -128,7 +130,7 @@ def burst_length(calls: Sequence[Call], time_of: Callable[[Sequence[Call]], floa
 
 
 def make_sampler(calls: Sequence[Call], device: torch.device, capturable: bool) -> tuple[Sampler, str]:
-    """The sharpest sampler for these calls, one per copy of the inputs, and its name for the ledger."""
+    """Return the most exact sampler that works for these calls, one per copy of the inputs, and its name."""
     if device.type == "cpu":
         return wall_sampler(calls), "wall"
     if not capturable:
@@ -141,7 +143,7 @@ def make_sampler(calls: Sequence[Call], device: torch.device, capturable: bool) 
 
 
 def copies_past_cache(bytes_of_one: int, device: torch.device, most: int = 16) -> int:
-    """How many copies of an input are twice as large as the GPU's L2; one on a CPU, where inputs come warm."""
+    """Return how many copies of an input fill the GPU's L2 cache twice; one on a CPU, where inputs are timed warm."""
     if device.type == "cpu":
         return 1
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 * 2**20)
@@ -149,7 +151,7 @@ def copies_past_cache(bytes_of_one: int, device: torch.device, most: int = 16) -
 
 
 def peak_memory(call: Call, device: torch.device) -> float | None:
-    """MiB that a call holds at its peak beyond what was held before; None on a CPU."""
+    """Return the peak of the memory during a call less what was allocated before, in MiB; None on a CPU."""
     if device.type == "cpu":
         return None
     torch.cuda.synchronize()
@@ -162,7 +164,7 @@ def peak_memory(call: Call, device: torch.device) -> float | None:
 
 @contextmanager
 def fp32_products(tf32: bool) -> Iterator[None]:
-    """fp32 convolutions and matrix products on a GPU in tf32, or as IEEE has them."""
+    """Compute fp32 convolutions and matrix products on a GPU in tf32, or in IEEE fp32."""
     switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
     try:

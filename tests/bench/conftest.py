@@ -1,4 +1,4 @@
-"""A benchmark owns its process, refuses the interpreter and sets switches; its tests share a process with others."""
+"""A fixture for benchmarks, which set options of a process that their tests share with other tests."""
 
 import os
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from torch.backends import cudnn
 
 
 @pytest.fixture(autouse=True)
-def as_if_alone() -> Iterator[None]:
-    """No interpreter, and what a benchmark sets for itself ends with its test.
+def benchmark_process() -> Iterator[None]:
+    """Turn Triton's interpreter off, and restore what a benchmark sets for its process.
 
-    Without `monkeypatch`, which is then made later and undone before: it must find the environment as it left it.
+    `monkeypatch` is not used, so that it is undone first and finds the environment as it left it.
     """
     benchmark = cudnn.benchmark
     with mock.patch.dict(os.environ):

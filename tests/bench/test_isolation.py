@@ -1,4 +1,4 @@
-"""A child that raises, crashes or hangs is noticed, and what it was about is known."""
+"""A child that raises, crashes or hangs is replaced, and the item that it announced last is left out."""
 
 import os
 from importlib import import_module
@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from sdnet.bench.isolation import LostError, Workshop
+from sdnet.bench.isolation import Loss, Worker, WorkerError, survivors
 from sdnet.train.errors import UserError
 
 
@@ -19,35 +19,51 @@ def work(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_a_child_works_until_it_is_lost_and_another_takes_over(work: ModuleType) -> None:
-    with Workshop(apart=True) as workshop:
-        first = list(workshop.run(work.count, 3))
+def test_a_lost_child_is_named_and_replaced(work: ModuleType) -> None:
+    with Worker(isolated=True) as worker:
+        first = list(worker.run(work.count, 3))
         assert [number for number, _ in first] == [0, 1, 2]
-        assert {pid for _, pid in first} == {pid for _, pid in workshop.run(work.count, 2)} != {os.getpid()}
-        for how, reason in (("raise", "it raised ValueError: no"), ("exit", "status 7"), ("crash", "signal 6")):
-            heard = workshop.run(work.fail, how)
-            assert next(heard) == "begun"
-            with pytest.raises(LostError, match=reason) as lost:
-                next(heard)
-            assert lost.value.tried == how
+        assert {pid for _, pid in first} == {pid for _, pid in worker.run(work.count, 2)} != {os.getpid()}
+        for how, reason in (
+            ("raise", "it raised ValueError: first line$"),
+            ("exit", "status 7"),
+            ("crash", "signal 6"),
+        ):
+            results = worker.run(work.fail, how)
+            assert next(results) == "started"
+            with pytest.raises(WorkerError, match=reason) as error:
+                next(results)
+            assert error.value.announced == how
         with pytest.raises(UserError, match="No such model"):
-            list(workshop.run(work.fail, "sentence"))
-        assert [number for number, _ in workshop.run(work.count, 1)] == [0]
+            list(worker.run(work.fail, "sentence"))
+        assert [number for number, _ in worker.run(work.count, 1)] == [0]
 
 
-def test_a_child_that_says_nothing_is_ended(work: ModuleType) -> None:
-    with Workshop(apart=True, patience=100) as workshop:
-        heard = workshop.run(work.fail, "hang")
-        assert next(heard) == "begun"
-        workshop.patience = 0.1
-        with pytest.raises(LostError, match="said nothing for 0 seconds") as lost:
-            next(heard)
-        assert lost.value.tried == "hang"
-        assert workshop.child is None
+def test_a_silent_child_is_killed(work: ModuleType) -> None:
+    with Worker(isolated=True, patience=100) as worker:
+        results = worker.run(work.fail, "hang")
+        assert next(results) == "started"
+        worker.patience = 0.1
+        with pytest.raises(WorkerError, match="silent for 0 seconds") as error:
+            next(results)
+        assert error.value.announced == "hang"
+        assert worker.child is None
 
 
-def test_without_a_child_errors_are_what_they_are(work: ModuleType) -> None:
-    with Workshop(apart=False) as workshop:
-        assert list(workshop.run(work.count, 1)) == [(0, os.getpid())]
-        with pytest.raises(ValueError, match="no"):
-            list(workshop.run(work.fail, "raise"))
+def test_without_isolation_errors_are_raised_unchanged(work: ModuleType) -> None:
+    with Worker(isolated=False) as worker:
+        assert list(worker.run(work.count, 1)) == [(0, os.getpid())]
+        with pytest.raises(ValueError, match="first line"):
+            list(worker.run(work.fail, "raise"))
+
+
+def test_survivors_are_measured_without_the_item_that_crashes(work: ModuleType) -> None:
+    with Worker(isolated=True) as worker:
+        found = list(survivors(worker, work.square, [1, 2, 3], 2, True))
+    assert found == [1, Loss([2], "its process was lost: its process ended by signal 6"), 1, 9]
+
+
+def test_a_crash_without_an_announced_item_leaves_out_all(work: ModuleType) -> None:
+    with Worker(isolated=True) as worker:
+        found = list(survivors(worker, work.square, [1, 2, 3], 2, False))
+    assert found == [1, Loss([1, 2, 3], "its process was lost: its process ended by signal 6")]

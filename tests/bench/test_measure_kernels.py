@@ -1,4 +1,4 @@
-"""A wrong answer is refused and not timed, whatever is wrong with it."""
+"""`kernels` refuses and does not time wrong answers, crashes and lost processes."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -11,30 +11,33 @@ import torch
 from torch import Tensor
 
 from sdnet.bench import __main__ as front
-from sdnet.bench import environment, measure_kernels
-from sdnet.bench.isolation import LostError
+from sdnet.bench import measure_kernels
+from sdnet.bench.common_options import choose_device
+from sdnet.bench.isolation import Worker, WorkerError
 from sdnet.bench.layer_shapes import LayerShape
 from sdnet.bench.ledger import Ledger, Row, read
 from sdnet.bench.measure_kernels import OPERATORS
-from sdnet.bench.operators import Bound, Case, Inputs, Provider, csc_by
-from sdnet.bench.roofline import least_work
+from sdnet.bench.providers import BoundCall, Inputs, Provider, Workload, csc_by
+from sdnet.bench.roofline import Ceilings, least_work
+from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
 
 LAYER = "4,8,3,2,8"
+CEILINGS = Ceilings(10, 0.1)
 
 
-def spoilt(spoil: Callable[[Tensor], Tensor]) -> Provider:
-    """The reference with its codes, or through `GradientOnly` their gradients, changed."""
+def changed(change: Callable[[Tensor], Tensor]) -> Provider:
+    """Return the reference with a change of its codes or, through `GradientOnly`, of their gradients."""
 
-    def bind(case: Case, inputs: Inputs) -> Bound:
-        right = csc_by("reference")(case, inputs)
-        return Bound(lambda: spoil(right.run()), right.leaves)
+    def bind(workload: Workload, inputs: Inputs) -> BoundCall:
+        right = csc_by("reference")(workload, inputs)
+        return BoundCall(lambda: change(right.run()), right.leaves)
 
     return bind
 
 
 class GradientOnly(torch.autograd.Function):
-    """The right codes with a gradient that is 10 % too large."""
+    """The identity with a gradient that is 10 % too large."""
 
     @staticmethod
     def forward(ctx, codes):
@@ -45,7 +48,7 @@ class GradientOnly(torch.autograd.Function):
         return 1.1 * grads[0]
 
 
-def unsupported(case: Case, inputs: Inputs) -> Bound:
+def unsupported(workload: Workload, inputs: Inputs) -> BoundCall:
     raise NotImplementedError("not this shape.")
 
 
@@ -55,11 +58,11 @@ def crash(_: Tensor) -> Tensor:
 
 PLANTED: dict[str, tuple[Provider, str, str]] = {
     "right": (csc_by("torch"), "ok", ""),
-    "off": (spoilt(lambda codes: 1.001 * codes), "refused", "output is off by 0.001"),
-    "gradient": (spoilt(GradientOnly.apply), "refused", "d_x is off by 0.1"),
-    "nan": (spoilt(lambda codes: codes / 0), "refused", "output is off by inf"),
-    "shape": (spoilt(lambda codes: codes[:1]), "refused", "RuntimeError"),
-    "crash": (spoilt(crash), "refused", "RuntimeError: misaligned address"),
+    "off": (changed(lambda codes: 1.001 * codes), "refused", "output is off by 0.001"),
+    "gradient": (changed(GradientOnly.apply), "refused", "d_x is off by 0.1"),
+    "nan": (changed(lambda codes: codes / 0), "refused", "output is off by inf"),
+    "shape": (changed(lambda codes: codes[:1]), "refused", "RuntimeError"),
+    "crash": (changed(crash), "refused", "RuntimeError: misaligned address"),
     "absent": (unsupported, "unsupported", "not this shape."),
 }
 
@@ -72,7 +75,7 @@ def kernels(out: Path, *arguments: str) -> tuple[int, list[Row]]:
 @pytest.fixture(scope="module", autouse=True)
 def cheap_ceilings() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
-    patch.setattr(measure_kernels, "measure_ceilings", lambda *_: measure_kernels.Ceilings(10, 0.1))
+    patch.setattr(measure_kernels, "measure_ceilings", lambda *_: CEILINGS)
     yield
     patch.undo()
 
@@ -93,9 +96,9 @@ def test_planted_wrong_answers_are_refused(
 
 
 @pytest.mark.parametrize(("n_steps", "dtype"), [("1", "fp32"), ("3", "bf16")])
-def test_our_providers_and_the_official_one_are_right(tmp_path: Path, n_steps: str, dtype: str) -> None:
-    """Whatever of them can run here: Triton only where there is a GPU."""
-    providers = ["--provider", "triton", "cudnn", "torch", "reference", "official"]
+def test_all_providers_agree_with_the_oracle(tmp_path: Path, n_steps: str, dtype: str) -> None:
+    """The Triton paths run only where there is a GPU."""
+    providers = ["--provider", "fused", "cudnn", "torch", "reference", "official"]
     layout = ["--layout", "channels_last" if n_steps == "3" else "contiguous"]
     status, rows = kernels(
         tmp_path, "--layer", LAYER, "4,4,3,1,6", "--n-steps", n_steps, "--dtype", dtype, *providers, *layout
@@ -111,62 +114,69 @@ def test_shapes_of_a_model_are_distinct() -> None:
     parser = argparse.ArgumentParser()
     measure_kernels.add_arguments(parser)
     options = parser.parse_args(["--model", "sdnet18_all", "--operator", "csc"])
-    cases = list(measure_kernels.cases(options, torch.device("cpu")))
-    assert [str(case.layer.geometry) for case in cases[:2]] == ["3->64 3x3/1 @ 32x32", "64->64 3x3/1 @ 32x32"]
-    assert len({case.layer.geometry for case in cases}) == len(cases) == 8
+    workloads = list(measure_kernels.workloads(options, torch.device("cpu")))
+    assert [str(workload.layer.geometry) for workload in workloads[:2]] == [
+        "3->64 3x3/1 @ 32x32",
+        "64->64 3x3/1 @ 32x32",
+    ]
+    assert len({workload.layer.geometry for workload in workloads}) == len(workloads) == 8
 
 
-def test_the_usual_batch_is_that_of_the_picture_and_not_of_the_layer() -> None:
+def test_the_default_batch_depends_on_the_image_size_of_the_model() -> None:
     parser = argparse.ArgumentParser()
     measure_kernels.add_arguments(parser)
     options = parser.parse_args(["--operator", "csc", "--layout", "contiguous"])
     sizes: dict[int, set[int]] = {}
-    for case in measure_kernels.cases(options, torch.device("cuda")):
-        sizes.setdefault(case.batch, set()).add(case.layer.size[0])
+    for workload in measure_kernels.workloads(options, torch.device("cuda")):
+        sizes.setdefault(workload.batch, set()).add(workload.layer.size[0])
     assert sizes == {256: {224, 112, 56, 28, 14, 7}, 512: {32, 16, 8, 4}}
 
 
-class Fragile:
-    """A workshop whose child is lost with "b" in a mode, or with nobody in particular; "c" is refused."""
+def small_workload() -> Workload:
+    return Workload("csc", LayerShape("", 4, 8, 3, 2, (8, 8)), 2, 2, "fp32", "contiguous", torch.device("cpu"))
 
-    def __init__(self, fatal: str, culprit: str = "b") -> None:
-        self.fatal, self.culprit = fatal, culprit
 
-    def run(
-        self, work: Callable, case: Case, names: list[str], modes: list[str], *_: object
-    ) -> Iterator[dict[str, Any]]:
+def statuses_after_loss(
+    out: Path, monkeypatch: pytest.MonkeyPatch, modes: tuple[str, ...], fatal: str, announced: str
+) -> dict[tuple[str, str], str]:
+    """Return the statuses of a, b and c by mode; the process is lost in a mode as long as b runs, and c is refused."""
+
+    def measure(names: list[str], workload: Workload, modes: tuple[str, ...], *_: object) -> Iterator[dict[str, Any]]:
         yield from ({"provider": "c", "mode": mode, "status": "refused", "reason": "off"} for mode in modes)
         for mode in modes:
-            if mode == self.fatal and "b" in names:
-                raise LostError("it raised AcceleratorError: an illegal memory access", self.culprit)
+            if mode == fatal and "b" in names:
+                raise WorkerError("it raised AcceleratorError: an illegal memory access", announced)
             times = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
             yield from ({"provider": name, "mode": mode, "time_ms": times} for name in names if name != "c")
 
+    monkeypatch.setattr(measure_kernels, "measure_providers", measure)
+    facts = describe_environment(torch.device("cpu")) | {"command": ""}
+    ledger = Ledger(out, "kernels", facts)
+    measure_kernels.measure_all(small_workload(), "abc", modes, CEILINGS, 0.01, ledger, Worker(isolated=False))
+    found = {(row.provider, row.mode): row.status for row in ledger.rows}
+    assert len(found) == len(ledger.rows) == 3 * len(modes)
+    assert all("illegal memory access" in row.reason for row in ledger.rows if row.provider == "b" and row.reason)
+    return found
+
 
 @pytest.mark.parametrize("fatal", ["forward", "both"])
-def test_a_provider_that_breaks_the_device_costs_its_own_rows_alone(tmp_path: Path, fatal: str) -> None:
-    case = Case("csc", LayerShape("", 4, 8, 3, 2, (8, 8)), 2, 2, "fp32", "contiguous", torch.device("cpu"))
-    modes, ledger = ("forward", "backward", "both"), Ledger(tmp_path, "kernels", environment.describe(case.device))
-    workshop: Any = Fragile(fatal)
-    ceilings = measure_kernels.Ceilings(10, 0.1)
-    measure_kernels.measure_survivors(case, "abc", modes, ceilings, ledger, 0.01, workshop)
-    found = {(row.provider, row.mode): row.status for row in ledger.rows}
-    assert len(found) == len(ledger.rows) == 9
+def test_a_provider_that_ends_its_process_loses_its_own_rows_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: str
+) -> None:
+    modes = ("forward", "backward", "both")
+    found = statuses_after_loss(tmp_path, monkeypatch, modes, fatal, announced="b")
     lost = modes[modes.index(fatal) :]
-    assert found == {(name, mode): "ok" for name in "ab" for mode in modes if name == "a" or mode not in lost} | {
-        (name, mode): "refused" for name in "bc" for mode in modes if name == "c" or mode in lost
+    assert found == {
+        (name, mode): "refused" if name == "c" or (name == "b" and mode in lost) else "ok"
+        for name in "abc"
+        for mode in modes
     }
-    assert all("illegal memory access" in row.reason for row in ledger.rows if row.provider == "b" and row.reason)
 
 
-def test_a_loss_that_nobody_is_to_blame_for_ends_the_case(tmp_path: Path) -> None:
-    case = Case("csc", LayerShape("", 4, 8, 3, 2, (8, 8)), 2, 2, "fp32", "contiguous", torch.device("cpu"))
-    ledger = Ledger(tmp_path, "kernels", environment.describe(case.device))
-    workshop: Any = Fragile("backward", culprit="")
-    ceilings = measure_kernels.Ceilings(10, 0.1)
-    measure_kernels.measure_survivors(case, "abc", ("forward", "backward"), ceilings, ledger, 0.01, workshop)
-    found = {(row.provider, row.mode): row.status for row in ledger.rows}
-    assert len(found) == len(ledger.rows) == 6
+def test_a_process_lost_without_an_announced_provider_ends_the_workload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = statuses_after_loss(tmp_path, monkeypatch, ("forward", "backward"), "backward", announced="")
     assert {pair for pair, status in found.items() if status == "ok"} == {("a", "forward"), ("b", "forward")}
 
 
@@ -179,32 +189,37 @@ def test_budget_skips_and_says_so(tmp_path: Path) -> None:
 def test_least_work_of_a_layer_counted_by_hand() -> None:
     """Two steps, forward: x to z, (z, x) to r, (z, r) to z', and the dictionary three times.
 
-    Of the 5 x 3 pairs of a row and a tap 2 meet padding, and so in the other direction.
+    In each direction 2 of the 5 x 3 pairs of a row and a tap lie in the padding.
     """
-    case = Case("csc", LayerShape("", 8, 8, 3, 1, (5, 5)), 2, 2, "bf16", "channels_last", torch.device("cpu"))
+    layer = LayerShape("", 8, 8, 3, 1, (5, 5))
+    workload = Workload("csc", layer, 2, 2, "bf16", "channels_last", torch.device("cpu"))
     codes, weight, flops = 2 * 8 * 25, 8 * 8 * 9, 2 * 2 * 8 * 8 * 13**2
-    assert least_work(case, "forward") == (3 * flops, 2 * (8 * codes + 3 * weight))
-    forward, backward, both = (least_work(case, mode) for mode in ("forward", "backward", "both"))
+    assert least_work(workload, "forward") == (3 * flops, 2 * (8 * codes + 3 * weight))
+    forward, backward, both = (least_work(workload, mode) for mode in ("forward", "backward", "both"))
     assert forward
     assert backward
     assert backward.flops == 2 * forward.flops
     assert both == (forward.flops + backward.flops, forward.bytes + backward.bytes)
-    assert least_work(replace(case, operator="encode"), "forward") == (flops, 2 * (3 * codes + weight))
-    assert least_work(replace(case, operator="power_iteration"), "forward") is None
+    assert least_work(replace(workload, operator="encode"), "forward") == (flops, 2 * (3 * codes + weight))
+    assert least_work(replace(workload, operator="power_iteration"), "forward") is None
 
 
 def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UserError, match="interpreted"):
-        environment.choose_device("auto")
+        choose_device("auto")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--layer", "4,8,3"], "not five positive numbers"),
-        (["--provider", "cublas"], "must be one of compile, cudnn, official"),
-        (["--device", "cuda"], "torch sees no GPU"),
+        (["--provider", "cublas"], "must be one of compile, cudnn, fused, official"),
+        (["--device", "cuda"], "--device is cuda, but torch finds no GPU."),
+        (["--device", "cuda9"], "--device is cuda9; it must be auto, cpu, cuda or cuda:N."),
+        (["--device", "mps"], "--device is mps; it must be auto, cpu, cuda or cuda:N."),
+        (["--operator", "encode", "--mode", "backward"], "encode cannot be measured"),
+        (["--operator", "encode", "--provider", "official"], "encode cannot be measured"),
     ],
 )
 def test_bad_arguments_get_a_sentence(
@@ -215,3 +230,42 @@ def test_bad_arguments_get_a_sentence(
     status, rows = kernels(tmp_path, *arguments)
     assert (status, rows) == (2, [])
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--batch", "0"], "0 is not an integer of at least 1"),
+        (["--n-steps", "2.5"], "2.5 is not an integer of at least 1"),
+        (["--limit", "-1"], "-1 is not an integer of at least 1"),
+        (["--seconds", "-3"], "-3 is not a number of seconds of at least 0"),
+        (["--budget", "nan"], "nan is not a number of seconds of at least 0"),
+    ],
+)
+def test_numbers_out_of_range_get_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as status:
+        front.main(["kernels", "--out", str(tmp_path), *arguments])
+    assert status.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    assert front.main(["kernels", "--layer", LAYER, "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_an_interruption_ends_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure_kernels, "measure_all", interrupted)
+    assert front.main(["kernels", "--layer", LAYER, "--out", str(tmp_path)]) == 130
+    assert "Interrupted" in capsys.readouterr().err

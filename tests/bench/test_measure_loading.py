@@ -1,4 +1,4 @@
-"""Loaders are measured on real pictures, and their ratios are those of the figures in the ledger."""
+"""Loaders are measured on real pictures, and ratios are those of the rows."""
 
 import resource
 from dataclasses import replace
@@ -62,12 +62,12 @@ def test_folder_its_shards_and_pictures_in_memory(tmp_path: Path, capsys: pytest
             assert row.metrics["cpu_ms_per_image"] > 0
     assert rows["originals", "pil"].shape["images"] == 24
     assert rows["tiny", "resident"].shape["images"] == 16
-    assert "dali_cpu on shards, 1 threads, 32 px" in capsys.readouterr().out
+    assert "dali_cpu on shards, 1 thread, 32 px" in capsys.readouterr().out
 
 
-def test_the_time_of_workers_counts(tmp_path: Path) -> None:
+def test_the_cpu_time_of_workers_is_counted(tmp_path: Path) -> None:
     source = measure_loading.open_source(str(write_tree(tmp_path, 200, 200, 20)), 160)
-    load = measure_loading.Load(source, 16, 32, 1, torch.device("cpu"))
+    load = measure_loading.LoadRequest(source, 16, 32, 1, torch.device("cpu"))
     batches = measure_loading.pil(load)
     measure_loading.measure_epoch(batches, load)
     here = resource.getrusage(resource.RUSAGE_SELF)
@@ -87,35 +87,37 @@ def test_ratios_on_known_figures() -> None:
     ]
     by_name = {(row.provider, row.settings["data"]): row for row in rows}
     original, shards = by_name["dali_cpu", "originals"], by_name["dali_cpu", "shards"]
-    assert tables.load_ratios(original, tables.rival_of(original, rows)) == pytest.approx((1.5, 2.0))
-    assert tables.load_ratios(shards, tables.original_of(shards, rows)) == pytest.approx((2.5, 4.0))
-    assert tables.rival_of(shards, rows) is None  # with other threads
+    assert tables.load_ratios(original, tables.pil_of(original, rows)) == pytest.approx((1.5, 2.0))
+    assert tables.load_ratios(shards, tables.folder_of(shards, rows)) == pytest.approx((2.5, 4.0))
+    assert tables.pil_of(shards, rows) is None  # with other threads
     lines = tables.loading_table(rows).splitlines()
     assert lines[0].endswith("| × PIL | × PIL per CPU-s | × folder | × folder per CPU-s |")
-    assert lines[2].startswith("| dali_cpu on originals, 2 threads, 224 px | 2000 [2000–2000] | 1 | 1000 |")
+    assert lines[2].startswith("| dali_cpu on originals, 2 threads, 224 px | 2000 [2000–2000] | 1 |")
     assert lines[2].endswith("| 1.50× | 2.00× | 1.00× | 1.00× |")
     assert lines[4].endswith("| – | – | 2.50× | 4.00× |")
 
 
-def test_what_loaders_feed_beside_what_models_eat() -> None:
+def test_loading_speed_is_compared_with_training_speed() -> None:
     facts = {"device": "CPU"}
     rows = [load_row("dali_cpu", "shards", 20.0, 0.25), load_row("pil", "originals", 75.0, 2.0)]
     shape = {"batch": 10, "image_size": 224, "stem": "imagenet", "n_steps": 2}
     model = Row("train", "sdnet18", "step", shape, "fp32", metrics={"images_per_second": 500.0}, environment=facts)
     loads = [replace(row, environment=facts) for row in rows]
-    (line,) = tables.feeding_lines(loads, [model])
-    assert line.endswith("eats 500 images/s; dali_cpu on shards feeds 10.00× that.")
+    (line,) = tables.loading_and_training(loads, [model])
+    assert line.endswith("trains on 500 images/s; dali_cpu on shards loads 10.00 times as many.")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--data", "nothing"], "The data folder nothing does not exist."),
-        (["--data", "same=tree", "same=tree"], "Sources need different labels"),
-        (["--data", "tree", "--loader", "resident"], "None of the loaders resident reads tree."),
+        (["--data", "same=tree", "same=tree"], "--data needs different labels"),
+        (["--data", "tree", "--loader", "resident"], "None of the loaders resident can read tree."),
     ],
 )
-def test_refusals(tmp_path: Path, monkeypatch, capsys, arguments: list[str], sentence: str) -> None:
+def test_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], sentence: str
+) -> None:
     write_tree(tmp_path / "tree", 40, 40, 1)
     monkeypatch.chdir(tmp_path)
     assert front.main(["load", *arguments, "--out", "out"]) == 2
@@ -125,6 +127,6 @@ def test_refusals(tmp_path: Path, monkeypatch, capsys, arguments: list[str], sen
 
 def test_fewer_pictures_than_a_batch_are_refused(tmp_path: Path) -> None:
     source = measure_loading.open_source(str(write_tree(tmp_path, 32, 32, 2)), 4)
-    load = measure_loading.Load(source, 8, 32, 1, torch.device("cpu"))
+    load = measure_loading.LoadRequest(source, 8, 32, 1, torch.device("cpu"))
     with pytest.raises(UserError, match="fewer pictures than the batch of 8"):
         measure_loading.measure_epoch(measure_loading.resident(load), load)

@@ -1,4 +1,4 @@
-"""Training is measured as it happens: planted naps show up where they were planted, and ratios come out right."""
+"""Planted delays appear in the phases where they were planted, and ratios are right."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from sdnet.bench import __main__ as front
-from sdnet.bench import measure_training, participants, step_clock, timing
-from sdnet.bench.isolation import LostError
+from sdnet.bench import measure_training, step_clock, timing, training_run
+from sdnet.bench.isolation import WorkerError
 from sdnet.bench.ledger import Row, read
-from sdnet.bench.participants import OFFICIAL, Participant, Setting, noise
 from sdnet.bench.tables import training_table
+from sdnet.bench.training_run import OFFICIAL, TrainingRun, TrainingSetting, noise
 from sdnet.layers import CSCConv2d
 
 CPU = torch.device("cpu")
 
 
-class Nap:
-    """A clock that only naps advance."""
+class Clock:
+    """A clock that only `sleep` advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -34,9 +34,9 @@ class Nap:
         self.now += seconds
 
     def before(self, call: Callable, seconds: float = 0.25) -> Callable:
-        """The call after a nap."""
+        """Return the call, delayed by so many seconds."""
 
-        def slower(*arguments, **named):
+        def slower(*arguments: Any, **named: Any) -> Any:
             self.sleep(seconds)
             return call(*arguments, **named)
 
@@ -44,12 +44,12 @@ class Nap:
 
 
 @pytest.fixture
-def nap(monkeypatch: pytest.MonkeyPatch) -> Nap:
-    """Time as the benchmarks see it."""
-    nap = Nap()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the benchmarks."""
+    clock = Clock()
     for module in (timing, step_clock):
-        monkeypatch.setattr(module, "time", nap)
-    return nap
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 class Small(nn.Module):
@@ -64,19 +64,19 @@ class Small(nn.Module):
 
 
 @pytest.fixture
-def small_models(monkeypatch: pytest.MonkeyPatch, nap: Nap) -> None:
-    """Every model is small; SDNet-18 naps three times as long in its forward as the others."""
+def small_models(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """Make every model small; the forward pass of SDNet-18 sleeps three times as long as that of the others."""
 
-    def make(setting: Setting) -> nn.Module:
+    def make(setting: TrainingSetting) -> nn.Module:
         model = Small()
-        model.conv.forward = nap.before(model.conv.forward, 0.6 if setting.model == "sdnet18" else 0.2)
+        model.conv.forward = clock.before(model.conv.forward, 0.6 if setting.model == "sdnet18" else 0.2)
         return model
 
-    monkeypatch.setattr(participants, "make_model", make)
+    monkeypatch.setattr(training_run, "make_model", make)
 
 
-def setting(model: str, batch: int = 2) -> Setting:
-    return Setting(model, "cifar", batch, 8, 2, "fp32", "contiguous", compiled=False)
+def setting(model: str, batch: int = 2) -> TrainingSetting:
+    return TrainingSetting(model, "cifar", batch, 8, 2, "fp32", "contiguous", compiled=False)
 
 
 def train(out: Path, *arguments: str) -> tuple[int, list[Row]]:
@@ -86,47 +86,47 @@ def train(out: Path, *arguments: str) -> tuple[int, list[Row]]:
 
 
 @pytest.mark.usefixtures("small_models")
-def test_ratio_to_resnet_on_known_naps(tmp_path: Path) -> None:
+def test_ratio_to_resnet_on_known_delays(tmp_path: Path) -> None:
     status, rows = train(tmp_path, "--model", "resnet18", "sdnet18", "--turns", "5")
     assert status == 0
     assert [row.metrics["images_per_second"] for row in rows] == pytest.approx([2 / 0.2, 2 / 0.6])
     assert [row.metrics["forward_ms"] for row in rows] == pytest.approx([200, 600])
     _, _, resnet, sdnet = training_table(rows).splitlines()
-    assert "| 10 [10–10] | 1.00× | 0 | 0 | 100 | 0 | 0 |" in resnet
-    assert "| 3.33 [3.33–3.33] | 0.33× | 0 | 0 | 100 | 0 | 0 |" in sdnet
+    assert "| 10 [10–10] | 1.00× | 0% | 0% | 100% | 0% | 0% |" in resnet
+    assert "| 3.33 [3.33–3.33] | 0.33× | 0% | 0% | 100% | 0% | 0% |" in sdnet
 
 
 @pytest.mark.parametrize("phase", ["data", "refresh", "optimiser"])
-def test_planted_nap_is_seen_in_its_phase_alone(phase: str, monkeypatch: pytest.MonkeyPatch, nap: Nap) -> None:
-    monkeypatch.setattr(participants, "make_model", lambda _: Small())
-    participant = Participant(setting("resnet18"), CPU)
-    batches = noise(participant.setting, CPU)
+def test_a_planted_delay_appears_in_its_phase_alone(phase: str, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setattr(training_run, "make_model", lambda _: Small())
+    run = TrainingRun(setting("resnet18"), CPU)
+    batches = noise(run.setting, CPU)
     if phase == "data":
-        batches = map(nap.before(lambda batch: batch), batches)
+        batches = map(clock.before(lambda batch: batch), batches)
     elif phase == "refresh":
-        participant.optimizer.register_step_post_hook(nap.before(lambda *_: None))  # after the one of sdnet.attach
+        run.optimizer.register_step_post_hook(clock.before(lambda *_: None))  # after the one of sdnet.attach
     else:
-        participant.optimizer.register_step_pre_hook(nap.before(lambda *_: None))
-    participant.clock.lap()
-    participant.step(batches)
-    split = participant.clock.split()
+        run.optimizer.register_step_pre_hook(clock.before(lambda *_: None))
+    run.clock.lap()
+    run.step(batches)
+    split = run.clock.split()
     assert set(split) == {"data", "refresh", "forward", "backward", "optimiser"}
     assert {name for name, time in split.items() if time} == {phase}
     assert split[phase] == 250
 
 
 @pytest.mark.parametrize("model", ["resnet18", "sdnet18", "official_sdnet18"])
-def test_models_learn_and_keep_memory_for_it(model: str) -> None:
-    participant = Participant(setting(model), CPU)
-    before = [weight.detach().clone() for weight in participant.model.parameters()]
-    batches = noise(participant.setting, CPU)
-    participant.clock.lap()
-    participant.step(batches)
-    assert all(not torch.equal(a, b) for a, b in zip(before, participant.model.parameters(), strict=True))
-    assert participant.loss.isfinite()
-    assert set(participant.clock.split()) == {"data", "refresh", "forward", "backward", "optimiser"}
+def test_models_learn_and_keep_memory_for_the_backward_pass(model: str) -> None:
+    run = TrainingRun(setting(model), CPU)
+    before = [weight.detach().clone() for weight in run.model.parameters()]
+    batches = noise(run.setting, CPU)
+    run.clock.lap()
+    run.step(batches)
+    assert all(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+    assert run.loss.isfinite()
+    assert set(run.clock.split()) == {"data", "refresh", "forward", "backward", "optimiser"}
     first_codes = 2 * 64 * 8 * 8 * 4 / 2**20
-    assert first_codes < participant.kept_for_backward(batches) < 100 * first_codes
+    assert first_codes < run.kept_for_backward(batches) < 100 * first_codes
 
 
 @pytest.mark.parametrize(("keep", "residuals"), [(None, 3), (True, 3), (False, 0)])
@@ -134,47 +134,37 @@ def test_kept_memory_of_a_layer_counted_by_hand(
     keep: bool | None, residuals: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x, both codes and perhaps the residual; what the pooling, classifier and loss keep is 100 bytes a picture."""
-    monkeypatch.setattr(participants, "make_model", lambda _: Small())
-    participant = Participant(replace(setting("resnet18", batch=64), keep_residuals=keep), CPU)
-    kept = participant.kept_for_backward(noise(participant.setting, CPU)) * 2**20 / 64
+    monkeypatch.setattr(training_run, "make_model", lambda _: Small())
+    run = TrainingRun(replace(setting("resnet18", batch=64), keep_residuals=keep), CPU)
+    kept = run.kept_for_backward(noise(run.setting, CPU)) * 2**20 / 64
     assert 0 <= kept - 4 * 64 * (3 + residuals + 2 * 4) < 300
 
 
-def test_blown_up_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Setting) -> nn.Module:
+def test_a_model_with_a_nan_loss_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: TrainingSetting) -> nn.Module:
         model = Small()
         nn.init.constant_(model.linear.weight, float("nan"))
         return model
 
-    monkeypatch.setattr(participants, "make_model", broken)
+    monkeypatch.setattr(training_run, "make_model", broken)
     status, (row,) = train(tmp_path, "--model", "sdnet18")
     assert (status, row.status, row.reason) == (1, "refused", "its loss is nan")
 
 
-class Fragile:
-    """A workshop whose child does not survive SDNet-18 on the path that "auto" takes."""
-
-    def __init__(self, apart: bool) -> None:
-        pass
-
-    def __enter__(self) -> "Fragile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def run(self, work: Callable, settings: list[Setting], *arguments: Any) -> Iterator[dict[str, Any]]:
-        for item in settings:
-            if item.model == "sdnet18" and item.impl == "auto":
-                raise LostError("its process ended by signal 6", repr(item))
-        yield from work(settings, *arguments)
-
-
 @pytest.mark.usefixtures("small_models")
-def test_a_setting_that_breaks_the_device_is_refused_and_the_others_train(
+def test_a_setting_that_ends_its_process_is_refused_and_the_others_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure_training, "Workshop", Fragile)
+    """SDNet-18 ends its process if its implementation is "auto"."""
+    train_in_turns = measure_training.train_in_turns
+
+    def fragile(settings: list[TrainingSetting], *arguments: Any) -> Iterator[tuple[TrainingSetting, dict[str, Any]]]:
+        for item in settings:
+            if item.model == "sdnet18" and item.impl == "auto":
+                raise WorkerError("its process ended by signal 6", str(item))
+        yield from train_in_turns(settings, *arguments)
+
+    monkeypatch.setattr(measure_training, "train_in_turns", fragile)
     status, rows = train(tmp_path, "--model", "resnet18", "sdnet18", "--impl", "auto", "torch")
     assert status == 1
     assert [(row.provider, row.settings["impl"], row.status) for row in rows] == [
@@ -185,10 +175,17 @@ def test_a_setting_that_breaks_the_device_is_refused_and_the_others_train(
     assert rows[0].reason == "its process was lost: its process ended by signal 6"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton kernels can run on the GPU")
+def test_a_setting_that_cannot_run_is_reported_and_the_others_train(tmp_path: Path) -> None:
+    status, rows = train(tmp_path, "--model", "sdnet18", "--impl", "triton", "torch")
+    assert status == 0
+    assert [(row.settings["impl"], row.status) for row in rows] == [("triton", "unsupported"), ("torch", "ok")]
+
+
 @pytest.mark.usefixtures("small_models")
-def test_no_setting_is_begun_after_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nap: Nap) -> None:
-    """A model takes 0.2 s for its warm-up and as much to be asked what it keeps."""
-    monkeypatch.setattr(measure_training, "time", nap)
+def test_no_setting_is_started_after_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """A model takes 0.2 s for its warm-up, and 0.2 s for the measurement of its memory."""
+    monkeypatch.setattr(measure_training, "time", clock)
     models = ["--model", "resnet18", "official_sdnet18", "sdnet18"]
     status, rows = train(tmp_path, *models, "--budget", "0.5")
     assert status == 0
@@ -221,6 +218,6 @@ def test_official_runs_as_published() -> None:
 
 
 def test_unknown_model_gets_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    status, rows = train(tmp_path, "--model", "resnet50")
+    status, rows = train(tmp_path, "--model", "resnet51")
     assert (status, rows) == (2, [])
-    assert "it must be one of resnet18" in capsys.readouterr().err
+    assert "--model is resnet51; it must be one of resnet18" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Documents say what the ledger holds, and nothing else."""
+"""The tables and plots of the documents are those of the ledger."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,9 @@ import pytest
 
 from sdnet.bench import __main__ as front
 from sdnet.bench import report
-from sdnet.bench.ledger import Ledger, read
+from sdnet.bench.ledger import RESULTS, Ledger, read
 from sdnet.train.errors import UserError
 
-ROOT = Path(__file__).parent.parent.parent
 TEXT = "Before.\n\n<!-- bench:{} -->\nstale\n<!-- /bench -->\n\nAfter.\n"
 
 
@@ -51,7 +50,7 @@ def results(tmp_path: Path) -> Path:
     ledger = Ledger(folder, "kernels", environment("GPU A", "2026-01-02T12:00:00+00:00"))
     shape = {"operator": "csc", "layer": "64->64 3x3/1 @ 56x56", "batch": 8, "n_steps": 2}
     metrics = {"roofline_ms": 1.0, "flops": 4e9, "bytes": 2e6, "tflop_s": 2.0, "copy_gb_s": 1e3, "gemm_tflop_s": 4.0}
-    for provider, p50 in {"triton": 2.0, "reference": 5.0, "compile": 3.0}.items():
+    for provider, p50 in {"fused": 2.0, "cudnn": 2.5, "reference": 5.0, "compile": 3.0}.items():
         ledger.add(provider, "both", shape, time_ms=time_of(p50), metrics=metrics, memory_mib=10 * p50)
     ledger.add("official", "both", shape, status="refused", reason="wrong")
     return folder
@@ -68,21 +67,18 @@ def test_table_of_the_newest_run(results: Path, tmp_path: Path) -> None:
     assert "stale" not in text
     lines = [line for line in text.splitlines() if line.startswith("| sdnet18_all")]
     assert len(lines) == 2
-    assert "2560 [2327–2844] | 0.40× | 0 | 0 | 25 | 75 | 0 |" in lines[0]
-    assert "| 1000 [909–1111] | – |" in lines[1]
+    assert lines[0].endswith("| 2560 [2327–2844] | 0.40× | 0% | 0% | 25% | 75% | 0% |")
+    assert lines[1].endswith("| 1000 [909–1111] | 0% | 0% | 25% | 75% | 0% |")
     assert "520" not in text
-    assert "GPU A, driver 580.1, torch 2.11.0, commit 0123456789, 2026-01-02; [lines](../results/train_gpu-a_" in text
-    assert "(../results/train_gpu-b_2026-01-01.jsonl)" in text
+    assert "<sub>GPU A, driver 580.1, torch 2.11.0, 2026-01-02, [run 2026-01-02T10:00:00+00:00-" in text
+    assert "(../results/train_gpu-a_2026-01-02.jsonl)</sub>" in text
+    assert "(../results/train_gpu-b_2026-01-01.jsonl)</sub>" in text
 
 
-def test_short_table_has_the_same_ratios(results: Path, tmp_path: Path) -> None:
-    text = report.filled(TEXT.format("ratios"), list(read(results)), tmp_path / "page.md", tmp_path)
-    assert "| sdnet18_all, 32 px, batch 64, bf16, channels_last | 2560 | 0.40× |" in text
-
-
-def test_kernels_against_the_faster_rival(results: Path, tmp_path: Path) -> None:
+def test_the_faster_path_against_the_faster_baseline(results: Path, tmp_path: Path) -> None:
     text = report.filled(TEXT.format("kernels"), list(read(results)), tmp_path / "page.md", tmp_path)
-    assert "| 2 [1.8–2.2] | 5 [4.5–5.5] | 3 [2.7–3.3] | refused | 1.50× | 50% | 33% | 20 | 30 |" in text
+    assert "| 2 [1.8–2.2] | 2.5 [2.25–2.75] | 5 [4.5–5.5] | 3 [2.7–3.3] | 1.50× | 50% | 33% | 20 | 30 |" in text
+    assert "Not timed: official (1 refused)." in text
     assert "geometric mean over 1 shapes: 1.50×" in text
 
 
@@ -115,7 +111,7 @@ def test_command_writes_and_checks(results: Path, tmp_path: Path, capsys: pytest
     assert document.read_text() == TEXT.format("train")
     assert front.main(arguments) == 0
     assert front.main([*arguments, "--check"]) == 0
-    assert "Not what the ledger says" in capsys.readouterr().out
+    assert "Not what the ledger holds" in capsys.readouterr().out
     whole = tmp_path / "whole.md"
     assert front.main([*arguments, "--whole", str(whole)]) == 0
     assert whole.read_text().count("\n## ") == 4
@@ -127,10 +123,18 @@ def test_wrong_marks_get_a_sentence(tmp_path: Path, mark: str, sentence: str) ->
         report.filled(TEXT.format(mark), [], tmp_path / "page.md", tmp_path)
 
 
-def test_documents_of_this_repository_say_what_its_ledger_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    documents = [path for path in report.DOCUMENTS if path.is_file()]
-    found = list(read(Path("bench/results")))
-    for document in documents:
-        text = document.read_text()
-        assert report.filled(text, found, document, report.PICTURES, dry=True) == text
+def test_missing_files_get_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert front.main(["report", "--results", str(tmp_path / "nothing")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+    assert front.main(["report", "--results", str(tmp_path), "--document", str(tmp_path / "page.md")]) == 2
+    assert "which is not a file" in capsys.readouterr().err
+    assert front.main(["report", "--results", str(tmp_path), "--whole", str(tmp_path / "no" / "page.md")]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_the_committed_document_is_that_of_the_committed_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = report.DOCUMENT.read_text()
+    assert report.filled(text, list(read(RESULTS)), report.DOCUMENT, report.PICTURES, dry=True) == text

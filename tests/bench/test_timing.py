@@ -1,4 +1,4 @@
-"""The stopwatch itself, on sleeps of known length."""
+"""Timers on sleeps of known length."""
 
 import time
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdnet.bench import step_clock
-from sdnet.bench.ceilings import Ceilings
+from sdnet.bench.roofline import Ceilings
 from sdnet.bench.step_clock import StepClock
 from sdnet.bench.timing import burst_length, interleave, make_sampler, percentiles, wall_time
 
@@ -15,8 +15,14 @@ CPU = torch.device("cpu")
 
 
 def test_percentiles_interpolate() -> None:
-    timing = percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
-    assert timing == pytest.approx((2.0, 3.5, 5.0, 6))
+    assert percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0, 6))
+    assert percentiles([3.0]) == (3.0, 3.0, 3.0, 1)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1.1, 123.456])
+def test_percentiles_of_equal_samples_are_in_order(value: float) -> None:
+    p20, p50, p80, _ = percentiles([value] * 7)
+    assert p20 <= p50 <= p80 == pytest.approx(value)
 
 
 def test_ratio_of_known_sleeps() -> None:

@@ -1,4 +1,4 @@
-"""Who takes training steps: a registered model with `sdnet.attach`, or an official network as its own loop runs it."""
+"""A training run of a benchmark: a registered model with `sdnet.attach`, or an official network in its own loop."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sdnet
 from sdnet.bench.official import OfficialConfig, OfficialSDNet
-from sdnet.bench.operators import DTYPES, LAYOUTS
+from sdnet.bench.providers import DTYPES, LAYOUTS
 from sdnet.bench.step_clock import StepClock
 from sdnet.kernels.csc import KEEP_RESIDUALS
 from sdnet.models import Stem
@@ -31,10 +31,20 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a participant runs. `dtype` is autocast's, parameters are fp32; "fp32" and "tf32" are without autocast.
+class TrainingSetting:
+    """What a training run computes.
 
-    `keep_residuals` = None is the package's own choice.
+    Attributes:
+        model: A registered model or an official network.
+        stem: The stem of the model.
+        batch: Images of a batch.
+        image_size: Height and width of the images.
+        n_steps: Unrolled steps of a CSC layer.
+        dtype: The type of autocast. Parameters are fp32; "fp32" and "tf32" run without autocast.
+        layout: The memory format.
+        compiled: Whether the model runs through `torch.compile`.
+        impl: The implementation of the CSC operator.
+        keep_residuals: Whether the forward pass keeps the residuals for the backward pass; None for the default.
     """
 
     model: str
@@ -55,53 +65,50 @@ class Setting:
 
     @property
     def tf32(self) -> bool:
-        """Whether fp32 is multiplied in tf32."""
+        """Whether fp32 products are computed in tf32."""
         return self.dtype == "tf32"
 
     def describe(self) -> dict[str, Any]:
-        """The shape for the ledger."""
+        """Return the shape for the ledger."""
         return {
             name: value for name, value in asdict(self).items() if name in ("batch", "image_size", "n_steps", "stem")
         }
 
 
-class Participant:
-    """A model with its optimiser that trains on `batches`, one step after the other, marking a clock.
+class TrainingRun:
+    """A model and its optimiser; each training step marks the phases of a clock.
 
-    SGD has the CIFAR recipe's rate, 0.1, momentum and weight decay, because how fast weights move decides how many
-    power iterations the official loop takes. An official network gets what its loop does before every batch, the
-    refresh of all step sizes to tolerance; ours gets the hook of `sdnet.attach`.
+    The learning rate 0.1, momentum and weight decay of SGD are those of the CIFAR recipe, because the speed of the
+    weights decides how many power iterations the official loop takes. Before every batch an official network refreshes
+    all step sizes to tolerance, as its loop does; ours use the hook of `sdnet.attach`.
 
     Args:
-        setting: what to run.
-        device: where.
-        model: the network, if it is not the one that the setting names.
-
-    Raises:
-        UserError: no such model.
+        setting: What to run.
+        device: Where to run it.
+        model: The network, if it is not the one that the setting names.
     """
 
-    def __init__(self, setting: Setting, device: torch.device, model: nn.Module | None = None) -> None:
+    def __init__(self, setting: TrainingSetting, device: torch.device, model: nn.Module | None = None) -> None:
         self.setting, self.device = setting, device
         torch.manual_seed(0)
         model = (model or make_model(setting)).to(device)
         model.to(memory_format=LAYOUTS[setting.layout])  # pyright: ignore[reportCallIssue]  # torch has it
         self.refresh: Callable[[], None] | None = None
         if isinstance(model, OfficialSDNet):
-            model(torch.zeros(2, 3, setting.image_size, setting.image_size, device=device))  # makes the eigenvectors
+            model(torch.zeros(2, 3, setting.image_size, setting.image_size, device=device))  # makes its eigenvectors
             self.refresh = model.update_stepsize
         self.model: nn.Module = model.train()
         self.forward: Callable[[Tensor], Tensor] = torch.compile(model) if setting.compiled else model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.dtype == "fp16" and device.type == "cuda")
         self.clock = StepClock(device)
-        # Hooks run in the order of registration: this one ends the optimiser's phase, attach's is the refresh.
+        # Hooks run in the order of registration: this one ends the optimiser's phase, that of attach is the refresh.
         self.optimizer.register_step_post_hook(lambda *_: self.clock.mark("optimiser"))
         sdnet.attach(model, self.optimizer)
         self.loss = torch.zeros((), device=device)
 
     def step(self, batches: Batches) -> None:
-        """One training step on the next batch."""
+        """Take one training step on the next batch."""
         images, labels = next(batches)
         self.clock.mark("data")
         if self.refresh is not None:
@@ -119,7 +126,7 @@ class Participant:
         self.loss = loss.detach()
 
     def kept_for_backward(self, batches: Batches) -> float:
-        """MiB of distinct memory that autograd holds after a forward, parameters and buffers left out."""
+        """Return the memory that autograd holds after a forward pass, without parameters and buffers, in MiB."""
         sizes: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -130,7 +137,7 @@ class Participant:
         images, labels = next(batches)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = self._loss(self.model, images, labels)
-        # Asked after the forward, for the official one moves its weights to other memory.
+        # After the forward pass, because that of the official network moves its weights to other memory.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             sizes.pop(tensor.untyped_storage().data_ptr(), None)
         del loss
@@ -144,21 +151,19 @@ class Participant:
             return F.cross_entropy(forward(images), labels)
 
 
-def make_model(setting: Setting) -> nn.Module:
-    """The network of a setting.
+def known_models() -> list[str]:
+    """Return the names of the registered models and of the official networks."""
+    return [*sdnet.list_models(), *OFFICIAL]
 
-    Raises:
-        UserError: no such model.
-    """
+
+def make_model(setting: TrainingSetting) -> nn.Module:
+    """Return the network of a setting."""
     classes = CLASSES[setting.stem]
     if setting.model in OFFICIAL:
         config = OfficialConfig(
             **OFFICIAL[setting.model], stem=setting.stem, num_classes=classes, n_steps=setting.n_steps
         )
         return OfficialSDNet(config)
-    if setting.model not in sdnet.list_models():
-        known = ", ".join([*sdnet.list_models(), *OFFICIAL])
-        raise UserError(f"model is {setting.model!r}; it must be one of {known}.")
     return sdnet.create_model(
         setting.model,
         classes,
@@ -169,8 +174,8 @@ def make_model(setting: Setting) -> nn.Module:
     )
 
 
-def noise(setting: Setting, device: torch.device) -> Batches:
-    """A few batches of random images and labels on the device, again and again."""
+def noise(setting: TrainingSetting, device: torch.device) -> Batches:
+    """Yield a few batches of random images and labels on the device, again and again."""
     generator = torch.Generator(device).manual_seed(0)
     shape, classes = (setting.batch, 3, setting.image_size, setting.image_size), CLASSES[setting.stem]
     batches = [
@@ -183,8 +188,8 @@ def noise(setting: Setting, device: torch.device) -> Batches:
     return cycle(batches)
 
 
-def pictures(setting: Setting, device: torch.device, data: Path, threads: int) -> Batches:
-    """Training batches of an ImageFolder tree by DALI, epoch after epoch; labels modulo the model's classes."""
+def pictures(setting: TrainingSetting, device: torch.device, data: Path, threads: int) -> Batches:
+    """Yield training batches of an ImageFolder tree by DALI, epoch after epoch; labels modulo the number of classes."""
     from sdnet.train.data.dali import DaliLoader
     from sdnet.train.data.folder import read_image_folder
 
