@@ -170,11 +170,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_wheel_ships_every_module(wheel: Path) -> None:
+def test_wheel_ships_every_module_but_the_benchmarks(wheel: Path) -> None:
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT) for path in tracked() if path.suffix == ".py"}
     expected = {str(path) for path in modules if path.parts[0] == "sdnet"}
-    expected |= {str("sdnet" / path) for path in modules if path.parts[0] in SHARED_FOLDERS}
+    expected |= {
+        str("sdnet" / path) for path in modules if path.parts[0] in SHARED_FOLDERS and path.parts[0] != "bench"
+    }
     tables = {path.name for path in tracked() if path.parent.name == "measured"} | {MEASURED}
     expected |= {f"sdnet/kernels/triton_path/measured/{name}" for name in tables}
     assert shipped == expected | {"sdnet/py.typed"}
