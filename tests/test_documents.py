@@ -2,11 +2,14 @@
 
 import re
 import tomllib
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from unittest import SkipTest
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from sybil import Document
@@ -48,6 +51,15 @@ def run_blocks(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     return executed, reasons
 
 
+@pytest.fixture
+def no_accelerator() -> Iterator[None]:
+    """Forget the accelerator that a block creates."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("page", [page for page in PAGES if PYTHON_BLOCK.search(page.read_text())], ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -125,3 +137,10 @@ def test_every_environment_variable_is_in_the_design() -> None:
     sources = [path for folder in ("kernels", "sdnet", "train", "bench") for path in (ROOT / folder).glob("**/*.py")]
     used = {name for path in sources for name in re.findall(r"[\"'](SDNET_[A-Z_]+)[\"']", path.read_text())}
     assert used == {name.strip("`") for name, *_ in table("docs/design.md", "Environment variables")}
+
+
+@pytest.mark.parametrize("module", ["sdnet", "sdnet.kernels"])
+def test_the_api_page_lists_the_public_names(module: str) -> None:
+    listed = [name.strip("`") for name, _ in table("docs/api.md", f"`{module}`")]
+    assert listed == sorted(listed)
+    assert set(listed) == set(import_module(module).__all__), "docs/api.md has one line for each name of __all__"
