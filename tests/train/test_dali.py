@@ -1,5 +1,8 @@
 """DALI loaders on real JPEGs. In most trees every picture is a class of its own, so that labels tell pictures apart."""
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -152,3 +155,30 @@ def test_fewer_pictures_than_ranks(make_tree, make):
     train, _ = read_image_folder(make_tree([1, 1], [1, 1]))
     with pytest.raises(UserError, match="has 2 images, fewer than the 3 processes"):
         make(train, 0, 3)
+
+
+def test_a_centre_crop_must_fit_into_the_resized_image(pictures: tuple[ImageSet, ImageSet]) -> None:
+    with pytest.raises(UserError, match="resize is 31; it must be at least size, 32, for a centre crop"):
+        evaluation(pictures[1], resize=31)
+
+
+@pytest.mark.parametrize("extent", [(10_000, 1), (1, 10_000)])
+def test_an_image_of_extreme_aspect_takes_little_memory(tmp_path: Path, extent: tuple[int, int]) -> None:
+    """Resizing all of it, to a shorter side of 256, would take 2 GB; its centre is what Pillow's crop gives."""
+    for split in ("train", "val"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        line = np.random.default_rng(0).integers(0, 256, (extent[1], extent[0], 3), dtype=np.uint8)
+        Image.fromarray(line).save(tmp_path / split / "one/line.png")
+    train, val = read_image_folder(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for loader in (training(train, size=224, batch=1), evaluation(val, size=224, resize=256, batch=1)):
+        ((images, _),) = list(loader)
+        assert images.shape == (1, 3, 224, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "in KB"
+    middle = Image.fromarray(line).crop(
+        tuple(max(0, side // 2 - 10) for side in extent) + tuple(min(side, side // 2 + 10) for side in extent)
+    )
+    resized = middle.resize(tuple(256 * side for side in middle.size), Image.Resampling.BILINEAR)
+    left, top = ((side - 224) // 2 for side in resized.size)
+    expected = np.asarray(resized.crop((left, top, left + 224, top + 224)), np.float64)
+    assert np.abs(images[0].permute(1, 2, 0).numpy() * STD + MEAN - expected).mean() < 0.25

@@ -1,7 +1,7 @@
 """DALI loaders: decode, crop, flip and normalise; on the GPU if there is one, otherwise on the CPU.
 
-The order of the images is that of `EpochLoader`, not DALI's: a fresh pipeline reads the images of each epoch in
-turn, so they may lie in files or in tars. (DALI's `random_shuffle` shuffles within a buffer only, and its sharding policies
+The order of the images is that of `EpochLoader`, not DALI's: a fresh pipeline reads the images of each epoch in turn,
+so they may lie in files or in tars. (DALI's `random_shuffle` shuffles within a buffer only, and its sharding policies
 repeat or drop images when counts are uneven.)
 """
 
@@ -24,7 +24,7 @@ from sdnet.train.data.mixing import Mixing, mixing_of
 from sdnet.train.data.pipeline import make_pipeline
 from sdnet.train.data.read_ahead import ReadAhead
 from sdnet.train.data.sources import read_checked
-from sdnet.train.errors import DataError
+from sdnet.train.errors import DataError, UserError
 from sdnet.train.job import Job
 
 Extras = Literal["none", "trivial", "rand"]
@@ -83,7 +83,7 @@ class DaliLoader(EpochLoader):
         hw_decoder_load: Share of a batch for the GPU's JPEG unit, where it has one.
 
     Raises:
-        UserError: There are fewer images than ranks.
+        UserError: There are fewer images than ranks, or the evaluation crops more than it resizes to.
     """
 
     def __init__(
@@ -118,6 +118,8 @@ class DaliLoader(EpochLoader):
             dtype=dtype,
             channels_last=channels_last,
         )
+        if not augment and resize < size:
+            raise UserError(f"resize is {resize}; it must be at least size, {size}, for a centre crop.")
         self.images, self.threads, self.prefetch = images, threads, prefetch
         self._graph = {
             "size": size,

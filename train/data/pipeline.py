@@ -1,4 +1,4 @@
-"""What DALI does with a batch of encoded pictures."""
+"""The DALI pipeline that decodes and augments a batch of encoded images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,9 +26,24 @@ def make_pipeline(
     half: bool,
     **options: Any,
 ) -> Pipeline:
-    """A pipeline from the encoded pictures of `source(step)` to images [B, 3, size, size] or [B, size, size, 3].
+    """Build a pipeline from the encoded images of `source(step)` to normalised images.
 
-    Nothing follows a rotation flag. Every random operator is seeded by the pipeline's seed; `options` are DALI's.
+    Rotation flags are not applied. Every random operator is seeded by the seed of the pipeline.
+
+    Args:
+        source: Return the encoded images of a step, [bytes] uint8 each.
+        size: Height and width of the output.
+        resize: The shorter side before the centre crop; evaluation only.
+        augment: True for a random crop and flip, False for the centre crop.
+        extras: "none", "trivial" or "rand"; see `DaliLoader`.
+        decoder: "cpu", or "mixed" to decode on the GPU.
+        hw_decoder_load: Share of a batch for the GPU's JPEG unit.
+        layout: "CHW" or "HWC".
+        half: Give fp16 instead of fp32.
+        options: Arguments of DALI's `Pipeline`.
+
+    Returns:
+        The pipeline; its output is [B, 3, size, size], or [B, size, size, 3] for "HWC".
     """
     load = {"hw_decoder_load": hw_decoder_load} if decoder == "mixed" else {}
     decoding = {"device": decoder, "output_type": DALIImageType.RGB, "adjust_orientation": False, **load}
@@ -50,9 +65,7 @@ def make_pipeline(
             mirror = fn.random.coin_flip()
         else:
             images = fn.decoders.image(encoded, **decoding)
-            shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-            scaled = resize * shape[:2] // math.min(shape[0], shape[1])
-            images = fn.resize(images, size=fn.cast(scaled, dtype=DALIDataType.FLOAT), antialias=True)
+            images = _centre(images, fn.peek_image_shape(encoded, adjust_orientation=False)[:2], size, resize)
             mirror = 0
         return fn.crop_mirror_normalize(
             images,
@@ -67,3 +80,14 @@ def make_pipeline(
 
     made: Any = pipeline_def(enable_conditionals=augment and extras != "none")(graph)
     return made(**options)
+
+
+def _centre(images: Any, extent: Any, size: int, resize: int) -> Any:
+    """Resize the shorter side to `resize` and crop the centre to `size`, in one operator.
+
+    Only the crop is computed: resizing the whole of a 1 x 10000 image would take gigabytes. The sizes are rounded down
+    as Pillow's users do it, `extent` is [height, width].
+    """
+    scaled = fn.cast(resize * extent // math.min(extent[0], extent[1]), dtype=DALIDataType.FLOAT)
+    start, pixel = math.floor((scaled - size) / 2), extent / scaled
+    return fn.resize(images, size=(size, size), roi_start=start * pixel, roi_end=(start + size) * pixel, antialias=True)
