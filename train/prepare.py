@@ -28,9 +28,10 @@ import numpy as np
 
 from sdnet.train.cli import user_errors
 from sdnet.train.data.folder import ImageSet
+from sdnet.train.data.names import printable
 from sdnet.train.data.shard_writer import ShardPlan, Sources, Worker, begin_worker, write_in_worker
 from sdnet.train.data.shards import MANIFEST, read_manifest
-from sdnet.train.data.sources import NOT_PICTURES, read_pictures
+from sdnet.train.data.sources import NOT_IMAGES, read_pictures
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
 from sdnet.train.interrupt import Interrupt
@@ -86,7 +87,7 @@ def prepare(
             raise UserError(f"{name} is {value}; it must be between {least} and {most}.")
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} lies in {source}: choose a folder outside of it.")
-    train, val = read_pictures(source, labels)
+    train, val = read_pictures(source, labels, bad_files="skip")
     sets = {"train": train, "val": val}
     refuse_links(source, sets)
     shards = min(shards or -(-len(train) // PICTURES_PER_SHARD), len(train))
@@ -124,7 +125,7 @@ def refuse_links(source: Path, sets: dict[str, ImageSet]) -> None:
     folders = {path.parent for images in sets.values() for path in images.paths()}
     for folder in sorted(folders):
         if not folder.resolve().is_relative_to(inside):
-            raise UserError(f"{folder} leads out of {source}: only files inside of it are read.")
+            raise UserError(f"{printable(folder)} leads out of {printable(source)}: only files inside of it are read.")
 
 
 def _fingerprint(images: ImageSet) -> str:
@@ -214,7 +215,8 @@ def _gather(tasks: Sequence[ShardPlan], sets: Sources, plan: Plan, records: Path
     for split, images in sets.items():
         made = [json.loads(task.record(records).read_text()) for task in tasks if task.split == split]
         skipped = sorted((entry for record in made for entry in record["skipped"]), key=lambda entry: entry["file"])
-        skipped += [{"file": name, "reason": f"is {NOT_PICTURES}"} for name in images.ignored]
+        skipped += [{"file": name, "reason": reason} for name, reason in images.lost]
+        skipped += [{"file": name, "reason": f"is {NOT_IMAGES}"} for name in images.ignored]
         left_out = {entry["file"] for entry in skipped}
         kept = Counter(images.labels[at] for at in range(len(images)) if images.files[at] not in left_out)
         splits[split] = {
@@ -258,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"; {len(facts['skipped'])} left out"
         )
         for entry in facts["skipped"][:10]:
-            print(f"  {entry['file']} {entry['reason']}")
+            print(f"  {printable(entry['file'])} {printable(entry['reason'])}")
     print(f"Ready: {given.out}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdnet.train.data.check import check_pictures
+from sdnet.train.data.check import check_images
 from sdnet.train.data.dali import DaliLoader, open_pictures
 from sdnet.train.data.folder import read_image_folder
 from sdnet.train.data.loader import Rank
@@ -58,7 +58,7 @@ def tree(make_tree) -> Path:
 
 @pytest.mark.parametrize("verify", ["header", "full"])
 def test_one_of_each_bad_file_is_named_with_its_reason(tree, verify):
-    found = {Path(bad.name).name: bad.reason for bad in check_pictures(read_image_folder(tree)[0], verify, 2)}
+    found = {Path(bad.name).name: bad.reason for bad in check_images(read_image_folder(tree)[0], verify, 2)}
     assert found == BROKEN
 
 
@@ -67,7 +67,7 @@ def test_scrambled_pixels_are_found_by_a_full_check_alone(tree):
     data = file.read_bytes()
     file.write_bytes(data[:20] + bytes(len(data) - 40) + data[-20:])
     names = {
-        verify: [bad.name for bad in check_pictures(read_image_folder(tree)[0], verify, 1)]
+        verify: [bad.name for bad in check_images(read_image_folder(tree)[0], verify, 1)]
         for verify in ("header", "full")
     }
     assert str(file) not in names["header"]
@@ -75,7 +75,7 @@ def test_scrambled_pixels_are_found_by_a_full_check_alone(tree):
 
 
 def test_by_default_a_run_does_not_start(tree):
-    with pytest.raises(UserError, match=f"{len(BROKEN)} of the pictures .*--bad-files skip") as caught:
+    with pytest.raises(UserError, match=f"{len(BROKEN)} of the files .*--bad-files skip") as caught:
         read_checked(tree)
     assert all(name in str(caught.value) for name in BROKEN)
 
@@ -97,22 +97,22 @@ def test_skipping_lists_what_is_left_out_in_the_run_folder(tree, tmp_path):
 def test_a_class_of_bad_pictures_alone(tree):
     for file in (tree / "train/class 01").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(UserError, match="None of the pictures of class class 01"):
+    with pytest.raises(UserError, match="None of the images of class class 01"):
         read_checked(tree, bad_files="skip")
 
 
 def test_verdicts_are_remembered_until_a_file_changes(tree, cache, monkeypatch):
     images = read_image_folder(tree)[0]
-    found = check_pictures(images, "full", 1)
+    found = check_images(images, "full", 1)
     monkeypatch.setattr("sdnet.train.data.check.inspect", lambda *_: pytest.fail("looked again"))
-    assert check_pictures(images, "full", 1) == check_pictures(images, "header", 1) == found
+    assert check_images(images, "full", 1) == check_images(images, "header", 1) == found
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
     (tree / "train/class 01/000.jpg").write_bytes(b"")
-    assert len(check_pictures(images, "header", 1)) == len(found) + 1
+    assert len(check_images(images, "header", 1)) == len(found) + 1
     for file in cache.iterdir():
         file.write_text("{broken")
-    assert len(check_pictures(images, "header", 1)) == len(found) + 1
+    assert len(check_images(images, "header", 1)) == len(found) + 1
 
 
 def test_a_fifo_does_not_stop_the_check(make_tree):
@@ -120,7 +120,7 @@ def test_a_fifo_does_not_stop_the_check(make_tree):
     images = read_image_folder(root)[0]
     (root / "train/class 00/001.jpg").unlink()
     os.mkfifo(root / "train/class 00/001.jpg")
-    (bad,) = check_pictures(images, "full", 1)
+    (bad,) = check_images(images, "full", 1)
     assert bad.reason == "is not a regular file"
 
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from sdnet.train.cifar import main
-from sdnet.train.data.cifar import load_restricted, read_small_pictures
+from sdnet.train.data.cifar import read_small_pictures
+from sdnet.train.data.cifar_files import load_restricted
 from sdnet.train.data.loader import Rank
 from sdnet.train.data.mixing import Mixing
 from sdnet.train.data.resident import MEAN, STD, ResidentLoader
@@ -93,7 +94,7 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, whe
     write_official(tmp_path, 10)
     stored = {b"data": pixels(6).reshape(6, -1), b"labels": [0] * 6} | {where.encode(): Hostile()}
     (tmp_path / NAMES[10] / "data_batch_3").write_bytes(pickle.dumps(stored, 2))
-    with pytest.raises(UserError, match=r"not the official CIFAR data: UnpicklingError it asks for .*eval"):
+    with pytest.raises(UserError, match=r"not the official CIFAR-10: UnpicklingError it asks for .*eval"):
         read_small_pictures(tmp_path)
     assert not (tmp_path / "executed").exists()
 
@@ -116,7 +117,7 @@ def test_broken_official_files(tmp_path):
     for data, sentence in (
         (b"", "EOFError"),
         (b"text", "not the official"),
-        (pickle.dumps({b"data": np.zeros((6, 10), np.uint8), b"labels": [0] * 6}, 2), r"pictures of shape \(6, 10\)"),
+        (pickle.dumps({b"data": np.zeros((6, 10), np.uint8), b"labels": [0] * 6}, 2), r"images of shape \(6, 10\)"),
         (pickle.dumps({b"data": pixels(6).reshape(6, -1), b"labels": [11] * 6}, 2), "labels out of range"),
         (pickle.dumps([1, 2], 2), "holds no dictionary"),
     ):
@@ -282,5 +283,5 @@ def test_pictures_of_another_size_than_the_recipes(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "one").mkdir(parents=True)
         Image.fromarray(pixels(1, 16)[0].transpose(1, 2, 0)).save(tmp_path / split / "one/one.png")
-    with pytest.raises(SystemExit, match="pictures are 16 x 16: pass --image-size"):
+    with pytest.raises(SystemExit, match="images are 16 x 16, not 32 x 32: pass --image-size"):
         main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--batch", "1"])

@@ -175,10 +175,15 @@ def test_an_image_of_extreme_aspect_takes_little_memory(tmp_path: Path, extent: 
         ((images, _),) = list(loader)
         assert images.shape == (1, 3, 224, 224)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "in KB"
-    middle = Image.fromarray(line).crop(
-        tuple(max(0, side // 2 - 10) for side in extent) + tuple(min(side, side // 2 + 10) for side in extent)
+    width, height = extent
+    near = (
+        max(0, width // 2 - 10),
+        max(0, height // 2 - 10),
+        min(width, width // 2 + 10),
+        min(height, height // 2 + 10),
     )
-    resized = middle.resize(tuple(256 * side for side in middle.size), Image.Resampling.BILINEAR)
+    middle = Image.fromarray(line).crop(near)
+    resized = middle.resize((256 * middle.width, 256 * middle.height), Image.Resampling.BILINEAR)
     left, top = ((side - 224) // 2 for side in resized.size)
     expected = np.asarray(resized.crop((left, top, left + 224, top + 224)), np.float64)
     assert np.abs(images[0].permute(1, 2, 0).numpy() * STD + MEAN - expected).mean() < 0.25

@@ -60,7 +60,7 @@ def test_no_class_folders(make_tree):
     root = make_tree([1], [1])
     (root / "train/class 00/000.jpg").rename(root / "train/000.jpg")
     (root / "train/class 00").rmdir()
-    assert refusal(root) == f"The folder {root / 'train'} has no class folders: pictures belong in train/<class>/."
+    assert refusal(root) == f"The folder {root / 'train'} has no class folders: images belong in train/<class>/."
 
 
 def test_class_sets_that_differ(make_tree):
@@ -75,4 +75,4 @@ def test_empty_class_folder(make_tree):
     root = make_tree([1, 1], [1, 1])
     (root / "train/class 00/000.jpg").unlink()
     empty = root / "train/class 00"
-    assert refusal(root) == f"The class folder {empty} has no pictures: an empty class would shift the labels."
+    assert refusal(root) == f"The class folder {empty} has no images: an empty class would shift the labels."

@@ -154,7 +154,7 @@ def test_a_single_picture(make_tree, tmp_path):
 def test_a_class_folder_without_pictures(tree, tmp_path):
     for split in ("train", "val"):
         (tree / split / "empty").mkdir()
-    with pytest.raises(UserError, match=r"class folder .*empty has no pictures"):
+    with pytest.raises(UserError, match=r"class folder .*empty has no images"):
         quiet(tree, tmp_path / "out")
 
 

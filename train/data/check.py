@@ -1,8 +1,9 @@
-"""Finding pictures that would break a run, before it starts.
+"""Finding images that would break a run, before it starts.
 
-`"header"` looks at the first and the last bytes of each picture: a JPEG or PNG that begins and ends as it should is
-taken for whole, anything else is decoded. `"full"` decodes every picture. Both decode with Pillow. What was found is
-kept in the user's cache folder for as long as names, sizes and times of the files stay the same.
+`"header"` looks at the first and the last bytes of each image: a JPEG or PNG that begins and ends as it should is taken
+for complete, anything else is decoded. `"full"` decodes every image. Both decode with Pillow, and both refuse the kinds
+of images that DALI would decode otherwise (see `sdnet.train.data.formats`). The result is kept in the user's cache
+folder for as long as names, sizes and times of the files stay the same.
 """
 
 import hashlib
@@ -11,44 +12,40 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
-
 from sdnet.train.data.folder import ImageSet
+from sdnet.train.data.formats import HEAD, TAIL, looks_whole, why_unusable
+from sdnet.train.data.names import printable
 from sdnet.train.data.span import Span
 from sdnet.train.errors import DataError, UserError
 from sdnet.train.files import write_atomically
 from sdnet.train.job import Verify
 
-# What Pillow may take a picture for: formats that DALI decodes too.
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
-CHUNK = 1000  # pictures that a thread takes at a time
+CHUNK = 1000  # images that a thread takes at a time
+RULES = 2  # counts the changes of what is accepted: a result of other rules is not used
 
 
-class BadPicture(NamedTuple):
-    """A picture that cannot be used, by its place in the set and by its path, and why."""
+class BadImage(NamedTuple):
+    """An image that cannot be used: its position in the set, its path for messages, and the reason."""
 
-    place: int
+    position: int
     name: str
     reason: str
 
 
-def check_pictures(images: ImageSet, verify: Verify, threads: int) -> list[BadPicture]:
-    """The pictures of a set that are empty, truncated, no pictures or unreadable."""
+def check_images(images: ImageSet, verify: Verify, threads: int) -> list[BadImage]:
+    """Return the images of a set that are empty, truncated, unreadable, of an unsupported kind, or not images."""
     stamp, cache = _stamp(images), _cache_file(images)
     if (known := _recall(cache, stamp, verify)) is not None:
         return known
 
-    def check(start: int) -> list[BadPicture]:
+    def check(start: int) -> list[BadImage]:
         chunk = range(start, min(start + CHUNK, len(images)))
         verdicts = ((index, inspect(images.where(index), verify)) for index in chunk)
-        return [
-            BadPicture(index, str(images.root / images.files[index]), reason) for index, reason in verdicts if reason
-        ]
+        return [BadImage(index, images.name(index), reason) for index, reason in verdicts if reason]
 
     with ThreadPoolExecutor(threads) as executor:
         bad = list(chain.from_iterable(executor.map(check, range(0, len(images), CHUNK))))
@@ -57,56 +54,36 @@ def check_pictures(images: ImageSet, verify: Verify, threads: int) -> list[BadPi
 
 
 def inspect(span: Span, verify: Verify = "full") -> str | None:
-    """Why a picture cannot be used; None if nothing speaks against it."""
+    """Return why an image cannot be used; None if nothing speaks against it."""
     try:
         if not stat.S_ISREG(os.stat(span.path).st_mode):
             return "is not a regular file"
-        head, tail = span.ends(12)
+        head, tail = span.ends(HEAD, TAIL)
         if not head:
             return "is empty"
-        if verify == "header" and _looks_whole(head, tail):
+        if verify == "header" and looks_whole(head, tail):
             return None
-        return why_broken(span.read())
+        return why_unusable(span.read())
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    except DataError as error:
-        return str(error)
+        return "is a link whose target is missing" if span.path.is_symlink() else f"cannot be read: {error.strerror}"
+    except DataError:
+        return "is truncated: the file or archive ends within it"
 
 
-def why_broken(data: bytes) -> str | None:
-    """Why these bytes do not decode to a picture; None if they do."""
-    try:
-        with Image.open(BytesIO(data), formats=FORMATS) as picture:
-            picture.load()
-    except UnidentifiedImageError:
-        return "is not a picture" if data else "is empty"
-    except Image.DecompressionBombError:
-        return "has too many pixels"
-    except Exception as error:  # Pillow raises of every kind on broken files
-        return "is truncated" if "truncated" in str(error).lower() else f"cannot be decoded: {error}"
-    return None
-
-
-def refuse(root: Path, bad: Sequence[BadPicture], most: int = 10) -> None:
-    """Raise a UserError that lists bad pictures, if there are any."""
+def refuse(root: Path, bad: Sequence[tuple[str, str]], most: int = 10) -> None:
+    """Raise a UserError that lists (name, reason) of what cannot be used, if there is anything."""
     if bad:
-        listed = [f"  {picture.name} {picture.reason}" for picture in bad[:most]]
+        listed = [f"  {name} {reason}" for name, reason in bad[:most]]
         listed += [f"  and {len(bad) - most} more"] if len(bad) > most else []
         raise UserError(
-            f"{len(bad)} of the pictures in {root} cannot be used; repair them, or leave them out with "
+            f"{len(bad)} of the files in {printable(root)} cannot be used; repair them, or leave them out with "
             "--bad-files skip:\n" + "\n".join(listed)
         )
 
 
-def _looks_whole(head: bytes, tail: bytes) -> bool:
-    jpeg = head.startswith(b"\xff\xd8\xff") and tail.endswith(b"\xff\xd9")
-    png = head.startswith(b"\x89PNG\r\n\x1a\n") and tail == b"\0\0\0\0IEND\xaeB`\x82"
-    return jpeg or png
-
-
 def _stamp(images: ImageSet) -> str:
-    """Changes when a file is added, removed, renamed, or written to."""
-    stamp = hashlib.sha256(images.digest().encode())
+    """Return a text that changes when a file is added, removed, renamed, or written to, and with `RULES`."""
+    stamp = hashlib.sha256(f"{RULES} {images.digest()}".encode())
     for path in images.paths():
         try:
             facts = os.stat(path)
@@ -122,18 +99,18 @@ def _cache_file(images: ImageSet) -> Path:
     return folder / f"check-{place}-{images.digest()[:8]}.json"
 
 
-def _recall(cache: Path, stamp: str, verify: Verify) -> list[BadPicture] | None:
-    """What an earlier check found, if it was as thorough and nothing has changed since."""
+def _recall(cache: Path, stamp: str, verify: Verify) -> list[BadImage] | None:
+    """Return what an earlier check found, if it was as thorough and nothing has changed since."""
     try:
         stored = json.loads(cache.read_text())
         if stored["stamp"] == stamp and verify in ("header", stored["verify"]):
-            return [BadPicture(*picture) for picture in stored["bad"]]
+            return [BadImage(*image) for image in stored["bad"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no cache, or not one of ours: check again
     return None
 
 
-def _remember(cache: Path, stamp: str, verify: Verify, bad: Sequence[BadPicture]) -> None:
+def _remember(cache: Path, stamp: str, verify: Verify, bad: Sequence[BadImage]) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"stamp": stamp, "verify": verify, "bad": bad})

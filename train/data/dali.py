@@ -6,7 +6,6 @@ repeat or drop images when counts are uneven.)
 """
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from sdnet.train.data.epochs import EpochLoader, loader_options
 from sdnet.train.data.folder import ImageSet
+from sdnet.train.data.formats import why_unusable
 from sdnet.train.data.loader import Data, Rank
 from sdnet.train.data.mixing import Mixing, mixing_of
-from sdnet.train.data.pipeline import make_pipeline
+from sdnet.train.data.names import printable
+from sdnet.train.data.pipeline import decode, make_pipeline
 from sdnet.train.data.read_ahead import ReadAhead
 from sdnet.train.data.sources import read_checked
 from sdnet.train.errors import DataError, UserError
@@ -107,7 +108,7 @@ class DaliLoader(EpochLoader):
     ) -> None:
         super().__init__(
             total=len(images),
-            name=str(images.root),
+            name=printable(images.root),
             digest=images.digest(),
             batch=batch,
             augment=augment,
@@ -121,7 +122,7 @@ class DaliLoader(EpochLoader):
         if not augment and resize < size:
             raise UserError(f"resize is {resize}; it must be at least size, {size}, for a centre crop.")
         self.images, self.threads, self.prefetch = images, threads, prefetch
-        self._graph = {
+        self._graph: dict[str, Any] = {
             "size": size,
             "resize": resize,
             "augment": augment,
@@ -142,7 +143,7 @@ class DaliLoader(EpochLoader):
         labels = np.asarray(self.images.labels)
         reader = self._reader = ReadAhead(self.images, batches, self.prefetch)
         for step in range(begin, len(batches)):
-            with self._naming_image(reader, step):
+            with self._naming_image(reader):
                 if self._iterator is None:
                     self._iterator = self._open(reader)
                 images = next(self._iterator)[0]["images"].to(self.device, self.dtype, non_blocking=True)
@@ -174,7 +175,7 @@ class DaliLoader(EpochLoader):
             batch_size=self.batch,
             num_threads=self.threads,
             prefetch_queue_depth=self.prefetch,
-            device_id=self.device.index or 0 if self.device.type == "cuda" else None,
+            device_id=self._device_id,
             seed=int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1),
             enable_checkpointing=True,
             checkpoint=self._restored or None,
@@ -182,15 +183,25 @@ class DaliLoader(EpochLoader):
         return DALIGenericIterator([pipeline], ["images"], last_batch_policy=LastBatchPolicy.PARTIAL)
 
     @contextmanager
-    def _naming_image(self, reader: ReadAhead, step: int) -> Iterator[None]:
+    def _naming_image(self, reader: ReadAhead) -> Iterator[None]:
         """Turn DALI's error about an image into one that names the image."""
         try:
             yield
         except RuntimeError as error:
-            if broken := reader.broken():
-                name, reason = broken[0]
-                raise DataError(f"The picture {name} broke during the run: it {reason}.") from error
-            if sample := re.search(r"decode sample #(\d+)", str(error)):
-                name = reader.name(step, int(sample[1]))
-                raise DataError(f"DALI cannot decode the picture {name}.") from error
+            if broken := reader.first_broken(why_unusable):
+                raise DataError(f"The image {broken[0]} broke during the run: it {broken[1]}.") from error
+            if broken := reader.first_broken(self._why_not_decoded):
+                raise DataError(f"The image {broken[0]} {broken[1]}.") from error
             raise
+
+    def _why_not_decoded(self, data: bytes) -> str | None:
+        """Return what DALI alone objects to in an image; None if it decodes it."""
+        try:
+            decode(data, self._graph["decoder"], self._device_id)
+        except RuntimeError:
+            return "cannot be decoded by DALI"
+        return None
+
+    @property
+    def _device_id(self) -> int | None:
+        return (self.device.index or 0) if self.device.type == "cuda" else None

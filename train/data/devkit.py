@@ -1,19 +1,21 @@
-"""ImageNet's ground truth: which class each validation picture has.
+"""ImageNet's ground truth: which class each validation image has.
 
 The development kit numbers the classes (`ILSVRC2012_validation_ground_truth.txt`, one number a line in the order of
-the pictures) and says in `meta.mat` which number is which WordNet id. A given list says it itself, in any of the forms
-that are in use: `<file> <wnid>`, `<file> <index of the sorted wnids>`, `LOC_val_solution.csv` of Kaggle, or one wnid a
-line in the order of the pictures.
+the images) and says in `meta.mat` which number is which WordNet id. A list names the classes itself, in any of the
+forms that are in use: `<file> <class>`, `<file> <index of the sorted classes>`, Kaggle's `LOC_val_solution.csv`, or
+one class a line in the order of the images.
 """
 
+import codecs
 import re
-import struct
-import zlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path, PurePosixPath
 
 from sdnet.train.data.archives import read_members
+from sdnet.train.data.formats import EXTENSIONS
+from sdnet.train.data.names import printable
 from sdnet.train.errors import UserError
 
 KIT = "ILSVRC2012_devkit_t12"
@@ -22,130 +24,150 @@ LISTS = ("val.txt", "val_labels.txt", "LOC_val_solution.csv", "imagenet_2012_val
 
 
 def find_truth(root: Path) -> Path | None:
-    """The ground truth that lies in a folder: a list, or the development kit as an archive or unpacked."""
+    """Return the ground truth that lies in a folder: a list, or the development kit as an archive or unpacked."""
     names = (*LISTS, f"{KIT}.tar.gz", f"{KIT}.tar", KIT)
     return next((root / name for name in names if (root / name).exists()), None)
 
 
 def read_truth(path: Path, files: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """The label of each validation picture, an index of `classes`.
+    """Return the label of each validation image, an index of `classes`.
 
     Args:
-        path: a list, or the development kit as a folder or an archive.
-        files: names of the pictures, sorted.
-        classes: WordNet ids, sorted.
+        path: A list, or the development kit as a folder, as an archive, or as its list of numbers beside its meta.mat.
+        files: The names of the images, sorted.
+        classes: The names of the classes, sorted; WordNet ids for the development kit.
 
     Raises:
-        UserError: the list is unreadable, of another length, or lacks a picture or a class.
+        UserError: The ground truth is unreadable, of another length, lacks an image or a class, or is ambiguous.
     """
+    here = printable(path)
     if path.is_dir() or path.name.endswith((".tar", ".tar.gz", ".tgz")):
         names = _read_kit(path)
+    elif path.name == TRUTH and (path.parent / META).is_file():
+        names = _read_kit(path.parent)
     else:
         names = _read_list(path, files)
     if len(names) != len(files):
-        raise UserError(f"{path} has {len(names)} labels for {len(files)} validation pictures.")
-    index = {name: label for label, name in enumerate(classes)} | {str(label): label for label in range(len(classes))}
-    if unknown := next((name for name in names if name not in index), None):
-        raise UserError(f"{path} names the class {unknown}, which the training set does not have.")
+        raise UserError(f"{here} has {len(names)} labels for {len(files)} validation images.")
+    index = {name: label for label, name in enumerate(classes)}
+    unknown = next((name for name in names if name not in index), None)
+    if unknown is not None and all(name.isascii() and name.isdigit() for name in names):
+        index = _numbered(here, set(names), classes)
+        unknown = next((name for name in names if name not in index), None)
+    if unknown is not None:
+        raise UserError(f"{here} names the class {printable(unknown)}, which the training set does not have.")
     return [index[name] for name in names]
 
 
+def _numbered(here: str, numbers: set[str], classes: Sequence[str]) -> Mapping[str, int]:
+    """Return which label each number stands for, if the numbers can only be indices of the classes.
+
+    Raises:
+        UserError: They may count from 1, or stand for classes whose names are numbers.
+    """
+    hint = "name the classes instead"
+    values = {int(number) for number in numbers}
+    if 0 not in values:
+        raise UserError(
+            f"The labels in {here} are numbers from {min(values)} to {max(values)}, which may count from 0 (the sorted "
+            f"classes) or from 1 (the development kit's own numbers, which need its {META} beside {TRUTH}): {hint}."
+        )
+    if odd := next((name for at, name in enumerate(classes) if name.isdigit() and int(name) != at), None):
+        raise UserError(
+            f"The labels in {here} are numbers, and so is the name of class {printable(odd)}, which is not the class "
+            f"of that index: {hint}."
+        )
+    return {number: int(number) for number in numbers if int(number) < len(classes)}
+
+
 def _read_list(path: Path, files: Sequence[str]) -> list[str]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The list {path} cannot be read: {error}.") from error
-    rows = [re.split(r"[\s,]+", line.strip()) for line in lines if line.strip() and not line.startswith("ImageId,")]
+    """Return the class of each image by the names in a list, or in its order if it has no names."""
+    here = printable(path)
+    rows = [re.split(r"[\s,]+", line.strip()) for line in _lines(path) if line.strip()]
+    rows = rows[1:] if rows and rows[0][0] == "ImageId" else rows
     if all(len(row) == 1 for row in rows):
         return [row[0] for row in rows]
     if short := next((row for row in rows if len(row) < 2), None):
-        raise UserError(f"The list {path} has a line without a label: {short[0]}.")
-    known = {Path(row[0]).stem: row[1] for row in rows}
-    if missing := next((file for file in files if Path(file).stem not in known), None):
-        raise UserError(f"The list {path} has no label for {missing}.")
-    return [known[Path(file).stem] for file in files]
+        raise UserError(f"The list {here} has a line without a label: {printable(short[0])}.")
+    listed: dict[str, str] = {}
+    for name, label, *_ in rows:
+        if listed.setdefault(name, label) != label:
+            raise UserError(f"The list {here} gives {printable(name)} two labels: {listed[name]} and {label}.")
+    # A row may give the path of an image, its name, or its name without the extension.
+    base_names = _unambiguous({name: _base(name) for name in listed}, listed)
+    stems = _unambiguous({name: _stem(name) for name in listed}, listed)
+    bases, sharing = (Counter(map(short, files)) for short in (_base, _stem))
+    labels: list[str] = []
+    for file in files:
+        base, stem = _base(file), _stem(file)
+        label = listed.get(file)
+        if label is None and bases[base] == 1:
+            label = base_names.get(base)
+        if label is None and sharing[stem] == 1:
+            label = stems.get(stem)
+        if label is None:
+            reason = "" if sharing[stem] == 1 else f" alone: {sharing[stem]} images are called {printable(stem)}"
+            raise UserError(f"The list {here} has no label for {printable(file)}{reason}.")
+        labels.append(label)
+    return labels
+
+
+def _unambiguous(short: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the label of every short name that stands for one listed name alone."""
+    counts = Counter(short.values())
+    return {short[name]: label for name, label in labels.items() if counts[short[name]] == 1}
+
+
+def _base(name: str) -> str:
+    """Return the last part of a path."""
+    return PurePosixPath(name).name
+
+
+def _stem(name: str) -> str:
+    """Return the last part of a path without the extension of an image."""
+    base = PurePosixPath(name)
+    return base.stem if base.suffix.lower() in EXTENSIONS else base.name
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text in UTF-8, or in UTF-16 with its mark; names in it may hold other bytes."""
+    try:
+        data = path.read_bytes()
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16") if utf16 else data.decode("utf-8-sig", errors="surrogateescape")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The list {printable(path)} cannot be read: {error}.") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _read_kit(path: Path) -> list[str]:
-    """The WordNet id of each validation picture, in their order."""
+    """Return the WordNet id of each validation image, in their order."""
+    here = printable(path)
     if path.is_dir():
         found = {name: next(iter(sorted(path.rglob(name))), None) for name in (TRUTH, META)}
-        contents = {name: file.read_bytes() for name, file in found.items() if file}
+        try:
+            contents = {name: file.read_bytes() for name, file in found.items() if file}
+        except OSError as error:
+            raise UserError(f"The development kit {here} cannot be read: {error}.") from error
     else:
         members = read_members(path, lambda name: name.endswith(("/" + TRUTH, "/" + META)))
         contents = {name.rsplit("/", 1)[-1]: data for name, data in members.items()}
     if missing := [name for name in (TRUTH, META) if name not in contents]:
-        raise UserError(f"The development kit {path} lacks {' and '.join(missing)}.")
+        raise UserError(f"The development kit {here} lacks {' and '.join(missing)}.")
+    wnids = _read_meta(contents[META], here)
+    lines = contents[TRUTH].removeprefix(codecs.BOM_UTF8).split()
+    if strange := next((line for line in lines if not line.isdigit() or int(line) not in wnids), None):
+        raise UserError(f"The development kit {here} gives an image the number {strange!r}, which is no class of it.")
+    return [wnids[int(line)] for line in lines]
+
+
+def _read_meta(data: bytes, kit: str) -> dict[int, str]:
+    """Return the WordNet id of each number of a class in meta.mat."""
+    from scipy.io import loadmat  # heavy, and for the development kit alone
+
     try:
-        synsets = read_mat(contents[META])["synsets"]
-        wnids = {int(entry["ILSVRC2012_ID"][0]): entry["WNID"] for entry in synsets if not entry["num_children"][0]}
-        return [wnids[int(line)] for line in contents[TRUTH].split()]
-    except (KeyError, ValueError, IndexError, TypeError, struct.error, zlib.error) as error:
-        raise UserError(f"The development kit {path} cannot be understood: {type(error).__name__} {error}.") from error
-
-
-# MATLAB's level 5 format: tagged elements, matrices nested in structures, each variable compressed by itself.
-_NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
-_MATRIX, _COMPRESSED = 14, 15
-_CELL, _STRUCT, _CHAR = 1, 2, 4
-
-
-def read_mat(data: bytes) -> dict[str, Any]:
-    """The variables of a little-endian MATLAB 5 file: numbers and cells as lists, structures as lists of dictionaries.
-
-    Raises:
-        ValueError: it is no such file.
-    """
-    if len(data) < 128 or data[126:128] != b"IM":
-        raise ValueError("not a little-endian MATLAB 5 file")
-    variables: dict[str, Any] = {}
-    for kind, payload in _elements(data[128:]):
-        inner = _elements(zlib.decompress(payload)) if kind == _COMPRESSED else [(kind, payload)]
-        for kind, payload in inner:
-            if kind == _MATRIX:
-                name, value = _matrix(payload)
-                variables[name] = value
-    return variables
-
-
-def _elements(data: bytes) -> list[tuple[int, bytes]]:
-    elements: list[tuple[int, bytes]] = []
-    at = 0
-    while at + 8 <= len(data):
-        kind, size = struct.unpack_from("<II", data, at)
-        if kind >> 16:  # a small element: its size shares the tag, its bytes follow at once
-            kind, size, begin, after = kind & 0xFFFF, kind >> 16, at + 4, at + 8
-        else:
-            begin = at + 8
-            after = begin + size if kind == _COMPRESSED else begin + -(-size // 8) * 8
-        if begin + size > len(data):
-            raise ValueError("an element breaks off")
-        elements.append((kind, data[begin : begin + size]))
-        at = after
-    return elements
-
-
-def _matrix(data: bytes) -> tuple[str, Any]:
-    """Name and value of a matrix."""
-    if not data:
-        return "", []
-    (_, flags), _, (_, name), *parts = _elements(data)
-    kind = flags[0]
-    if kind == _STRUCT:
-        (_, width), (_, joined), *values = parts
-        step = struct.unpack("<i", width)[0]
-        fields = [joined[at : at + step].split(b"\0")[0].decode() for at in range(0, len(joined), step)]
-        cells = [_matrix(payload)[1] for _, payload in values]
-        rows = [
-            dict(zip(fields, cells[at : at + len(fields)], strict=True)) for at in range(0, len(cells), len(fields))
-        ]
-        return name.decode(), rows
-    if kind == _CELL:
-        return name.decode(), [_matrix(payload)[1] for _, payload in parts]
-    if not parts:
-        return name.decode(), "" if kind == _CHAR else []
-    stored, payload = parts[0]
-    if kind == _CHAR:
-        return name.decode(), payload.decode("utf-16-le" if stored in (4, 17) else "utf-8")
-    form = _NUMBERS[stored]
-    return name.decode(), list(struct.unpack(f"<{len(payload) // struct.calcsize(form)}{form}", payload))
+        synsets = loadmat(BytesIO(data), variable_names=["synsets"], squeeze_me=True)["synsets"].reshape(-1)
+        leaves = [row for row in synsets if not int(row["num_children"])]
+        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
+    except Exception as error:  # SciPy raises exceptions of every kind on broken files
+        raise UserError(f"The {META} of the development kit {kit} cannot be read: {error}.") from error

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from nvidia.dali import fn, math
 from nvidia.dali.auto_aug import rand_augment, trivial_augment
 from nvidia.dali.pipeline import Pipeline, pipeline_def
@@ -82,12 +83,40 @@ def make_pipeline(
     return made(**options)
 
 
+def decode(data: bytes, decoder: str, device_id: int | None) -> np.ndarray:
+    """Decode one image with DALI.
+
+    Args:
+        data: The encoded image.
+        decoder: "cpu", or "mixed" to decode on the GPU.
+        device_id: The GPU, None for the CPU.
+
+    Returns:
+        The pixels, [H, W, 3] uint8.
+
+    Raises:
+        RuntimeError: DALI cannot decode it.
+    """
+
+    def graph() -> Any:
+        encoded: Any = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8)], batch=True)
+        images: Any = fn.decoders.image(
+            encoded, device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False
+        )
+        return images.cpu()
+
+    options: dict[str, Any] = {"batch_size": 1, "num_threads": 1, "device_id": device_id}
+    made: Any = pipeline_def(**options)(graph)
+    (images,) = made().run()
+    return np.array(images.at(0))
+
+
 def _centre(images: Any, extent: Any, size: int, resize: int) -> Any:
     """Resize the shorter side to `resize` and crop the centre to `size`, in one operator.
 
     Only the crop is computed: resizing the whole of a 1 x 10000 image would take gigabytes. The sizes are rounded down
     as Pillow's users do it, `extent` is [height, width].
     """
-    scaled = fn.cast(resize * extent // math.min(extent[0], extent[1]), dtype=DALIDataType.FLOAT)
+    scaled: Any = fn.cast(resize * extent // math.min(extent[0], extent[1]), dtype=DALIDataType.FLOAT)
     start, pixel = math.floor((scaled - size) / 2), extent / scaled
     return fn.resize(images, size=(size, size), roi_start=start * pixel, roi_end=(start + size) * pixel, antialias=True)

@@ -1,26 +1,25 @@
-"""Feeds DALI the encoded pictures of batch after batch, reading those that come next meanwhile."""
+"""Reads the encoded images of coming batches while DALI works on the current one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from sdnet.train.data.check import why_broken
 from sdnet.train.data.folder import ImageSet
 
 READERS = 4  # threads that wait for the disk; they hardly use a core
 
 
 class ReadAhead:
-    """Call it with a step to get the batch of that step, a list of encoded pictures [bytes] uint8.
+    """Call it with a step to get the batch of that step, a list of encoded images [bytes] uint8.
 
-    DALI does not copy what it is given, so the batches that it may still work on are held: `depth` queued ones and
-    that in work, on either side.
+    DALI does not copy what it is given, so the batches that it may still work on are kept: `depth` batches that are
+    queued and the one in work, before and after the current step.
 
     Args:
-        images: where the bytes are.
-        batches: indices of the pictures of each step.
-        depth: how many batches DALI asks for in advance.
+        images: The images to read.
+        batches: The indices of the images of each step.
+        depth: How many batches DALI asks for in advance.
     """
 
     def __init__(self, images: ImageSet, batches: Sequence[np.ndarray], depth: int) -> None:
@@ -29,11 +28,11 @@ class ReadAhead:
         self._held: dict[int, Future[list[np.ndarray]]] = {}
 
     def __call__(self, step: int) -> list[np.ndarray]:
-        """The batch of a step.
+        """Return the batch of a step.
 
         Raises:
-            StopIteration: the epoch has no such step.
-            DataError: a file is missing or unreadable.
+            StopIteration: The epoch has no such step.
+            DataError: A file is missing or unreadable.
         """
         if step >= len(self._batches):
             raise StopIteration
@@ -43,18 +42,13 @@ class ReadAhead:
         self._held.pop(step - 2 * self._depth - 2, None)
         return self._held[step].result()
 
-    def broken(self) -> list[tuple[str, str]]:
-        """Name and flaw of every picture in hand that Pillow cannot decode."""
-        found: list[tuple[str, str]] = []
+    def first_broken(self, flaw: Callable[[bytes], str | None]) -> tuple[str, str] | None:
+        """Return the name and the flaw of the first image in memory that `flaw` objects to; None if there is none."""
         for step, future in sorted(self._held.items()):
-            for sample, data in enumerate(future.result()):
-                if reason := why_broken(data.tobytes()):
-                    found.append((self.name(step, sample), reason))
-        return found
-
-    def name(self, step: int, sample: int) -> str:
-        """The picture that is `sample` of the batch of a step."""
-        return str(self._images.root / self._images.files[int(self._batches[step][sample])])
+            for index, data in zip(self._batches[step], future.result(), strict=True):
+                if reason := flaw(data.tobytes()):
+                    return self._images.name(int(index)), reason
+        return None
 
     def close(self) -> None:
         """Stop reading."""

@@ -1,4 +1,4 @@
-"""Writing one shard: decode, shrink, store; whole or not at all."""
+"""Writing one shard: decode, shrink and store the images. A shard appears complete or not at all."""
 
 import hashlib
 import json
@@ -14,9 +14,11 @@ from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
-from sdnet.train.data.check import FORMATS, why_broken
+from sdnet.train.data.archives import Member
 from sdnet.train.data.folder import ImageSet
-from sdnet.train.data.shards import INDEX_HEADER, index_line, sample_key
+from sdnet.train.data.formats import FORMATS, why_unusable
+from sdnet.train.data.shard_index import INDEX_HEADER, index_line
+from sdnet.train.data.shards import sample_key
 from sdnet.train.data.span import Span
 from sdnet.train.errors import DataError
 from sdnet.train.files import write_atomically
@@ -27,7 +29,16 @@ SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "BMP": "bmp", "PPM": "ppm
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A shard to make in `out`: pictures `indices` of `split`, shorter sides at most `size` (0: as they are)."""
+    """A shard to make.
+
+    Attributes:
+        out: The folder of the shards.
+        split: "train" or "val".
+        number: The number of the shard within its split.
+        indices: The images of the split that go into it.
+        size: The longest shorter side, in pixels; 0 for none.
+        quality: The JPEG quality of images that are shrunk.
+    """
 
     out: Path
     split: str
@@ -38,15 +49,15 @@ class ShardPlan:
 
     @property
     def tar(self) -> Path:
-        """The shard."""
+        """Return the path of the shard."""
         return self.out / f"{self.split}-{self.number:05}.tar"
 
     def record(self, records: Path) -> Path:
-        """What is known about the shard; written last, so it stands for a finished shard."""
+        """Return the path of the facts about the shard, which are written last: they stand for a finished shard."""
         return records / f"{self.tar.stem}.json"
 
     def is_done(self, records: Path) -> bool:
-        """Whether an earlier run has finished it."""
+        """Return whether an earlier run has finished the shard."""
         record = self.record(records)
         return (
             record.is_file()
@@ -57,14 +68,14 @@ class ShardPlan:
 
 
 class Worker(NamedTuple):
-    """What writing a shard needs to know besides its plan."""
+    """What writing a shard needs besides its plan."""
 
     sets: Sources
     records: Path
     stopped: Callable[[], bool]
 
     def write(self, plan: ShardPlan) -> bool:
-        """`write_shard` with all of this."""
+        """Call `write_shard` with these settings."""
         return write_shard(plan, self.sets[plan.split], self.records, self.stopped)
 
 
@@ -72,19 +83,19 @@ _workers: list[Worker] = []  # the one of this process, if it was started to be 
 
 
 def begin_worker(sets: Sources, records: Path, stop: Any) -> None:
-    """Make a worker process ready; it stops when the event `stop` is set, not by signals."""
+    """Set up a worker process; the event `stop` ends it, not a signal."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     _workers.append(Worker(sets, records, stop.is_set))
 
 
 def write_in_worker(plan: ShardPlan) -> bool:
-    """`write_shard` in a worker process."""
+    """Call `write_shard` in a worker process."""
     return _workers[0].write(plan)
 
 
 def write_shard(plan: ShardPlan, images: ImageSet, records: Path, stopped: Callable[[], bool]) -> bool:
-    """Make the shard, its index and its record; False if it was stopped before and left nothing behind."""
+    """Write the shard, its index and its record; return False if it was stopped before and left nothing behind."""
     temporary = plan.tar.with_name(f".{plan.tar.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -122,48 +133,49 @@ def _write_tar(
             stored, suffix = shrink(data, plan.size, plan.quality)
             shrunk += stored is not data
             key = sample_key(images.classes[images.labels[index]], index)
-            picture = _add(tar, f"{key}.{suffix}", stored)
+            image = _add(tar, f"{key}.{suffix}", stored)
             label = _add(tar, f"{key}.cls", str(images.labels[index]).encode())
-            lines.append(index_line(picture, label))
+            lines.append(index_line(image, label))
     return lines, {"pictures": len(lines), "shrunk": shrunk, "skipped": skipped}
 
 
 def _read(span: Span) -> tuple[bytes, str | None]:
-    """The bytes of a picture, and what is wrong with it; no link is followed and nothing but a file is opened."""
+    """Return the bytes of an image and what is wrong with it; follow no link and open nothing but a regular file."""
     try:
         if not stat.S_ISREG(os.lstat(span.path).st_mode):
             return b"", "is a link or a device, not a file"
         data = span.read()
     except (OSError, DataError) as error:
         return b"", f"cannot be read: {error}"
-    return data, why_broken(data)
+    return data, why_unusable(data)
 
 
 def shrink(data: bytes, size: int, quality: int) -> tuple[bytes, str]:
-    """The picture with its shorter side at most `size`, and the suffix of its format; unchanged if it is (or size 0).
+    """Return an image with its shorter side at most `size`, and the suffix of its format.
 
-    A shrunk picture is an RGB JPEG, made with Lanczos' filter as Pillow does it; rotation flags are not applied.
+    An image that is small enough keeps its bytes, as all do for `size` 0. A shrunk image is an RGB JPEG, made with
+    Pillow's Lanczos filter; rotation flags are not applied.
     """
-    with Image.open(BytesIO(data), formats=FORMATS) as picture:
-        shorter = min(picture.size)
-        if not size or shorter <= size or picture.mode.startswith("I"):  # 16 bit: Pillow would clip it
-            return data, SUFFIXES[picture.format or "JPEG"]
-        width, height = (max(size, round(side * size / shorter)) for side in picture.size)
+    with Image.open(BytesIO(data), formats=FORMATS) as image:
+        shorter = min(image.size)
+        if not size or shorter <= size:
+            return data, SUFFIXES[image.format or "JPEG"]
+        width, height = (max(size, round(side * size / shorter)) for side in image.size)
         out = BytesIO()
-        picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(out, "JPEG", quality=quality)
+        image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(out, "JPEG", quality=quality)
     return out.getvalue(), "jpg"
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[str, int, int]:
-    """Append a member; its name, and the offset and size of its bytes."""
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> Member:
+    """Append a member and return where its bytes lie."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, BytesIO(data))
-    return name, tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(data)
+    return Member(name, tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(data))
 
 
 class _Hashing(RawIOBase):
-    """A file to write to that digests what passes."""
+    """A file that computes a digest of what is written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest = file, hashlib.sha256()

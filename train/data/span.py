@@ -1,9 +1,10 @@
-"""The bytes of one picture, in a file of its own or inside a tar."""
+"""The bytes of one image, in a file of its own or inside a tar."""
 
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+from sdnet.train.data.names import printable
 from sdnet.train.errors import DataError
 
 
@@ -15,26 +16,29 @@ class Span(NamedTuple):
     size: int | None = None
 
     def read(self) -> bytes:
-        """All of the bytes.
+        """Return all of the bytes.
 
         Raises:
-            DataError: the file is missing, unreadable or too short.
+            DataError: The file is missing, unreadable or too short.
         """
         try:
             with open(self.path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size if self.size is None else self.size
                 data = os.pread(file.fileno(), size, self.offset)
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error.strerror}.") from error
+            raise DataError(f"{printable(self.path)} cannot be read: {error.strerror}.") from error
         if len(data) != size:
-            raise DataError(f"{self.path} has become shorter: {size} bytes from {self.offset} are not there.")
+            raise DataError(f"{printable(self.path)} has become shorter: {size} bytes from {self.offset} are missing.")
         return data
 
-    def ends(self, count: int) -> tuple[bytes, bytes]:
-        """The first and the last `count` bytes, fewer if there are not so many; raises an OSError."""
+    def ends(self, head: int, tail: int) -> tuple[bytes, bytes]:
+        """Return the first `head` and the last `tail` bytes, fewer if there are not so many.
+
+        Raises:
+            OSError: The file is missing or unreadable.
+        """
         with open(self.path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size if self.size is None else self.size
-            count = min(count, size)
-            return os.pread(file.fileno(), count, self.offset), os.pread(
-                file.fileno(), count, self.offset + size - count
+            return os.pread(file.fileno(), min(head, size), self.offset), os.pread(
+                file.fileno(), min(tail, size), self.offset + max(0, size - tail)
             )
