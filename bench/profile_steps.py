@@ -19,8 +19,8 @@ from sdnet.bench.ledger import writable_folder
 from sdnet.bench.tables import profile_table
 from sdnet.bench.timing import percentiles, wall_time
 from sdnet.bench.training_run import TrainingRun, TrainingSetting, noise, pictures
+from sdnet.train.build import make_model
 from sdnet.train.recipes import RECIPES, Recipe
-from sdnet.train.trainer import make_model
 
 STEP = "sdnet.bench.step"
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
@@ -84,7 +84,7 @@ def setting_of(recipe: Recipe, options: argparse.Namespace, device: torch.device
         stem=recipe.stem,
         batch=options.batch or (recipe.batch if device.type == "cuda" else 8),
         image_size=options.image_size or recipe.image_size,
-        n_steps=recipe.n_steps,
+        n_steps=recipe.coding.n_steps,
         dtype=single if recipe.mixed_precision == "no" else recipe.mixed_precision,
         layout="channels_last" if recipe.channels_last else "contiguous",
         compiled=recipe.compile,

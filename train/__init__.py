@@ -1,1 +1,1 @@
-"""Programs that learn: recipes, the trainer, its loaders and its run folder."""
+"""Training programs: recipes, the trainer, its loaders and its run folder."""

@@ -1,33 +1,93 @@
-"""The state of a run in one file: written whole or not at all, read without executing pickles."""
+"""The state of a run in one file: written whole or not at all, and read without executing a pickle."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from zipfile import BadZipFile, ZipFile
 
 import torch
-from torch import Tensor
 
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
 
+State = dict[str, Any]
+
+
+class Stateful(Protocol):
+    """A part of a run that a checkpoint stores: anything that can give and take its state."""
+
+    def state_dict(self) -> State:
+        """Return the state as nested dictionaries of tensors, numbers and strings."""
+        ...
+
+    def load_state_dict(self, state_dict: State, /) -> object:
+        """Set the state to one that `state_dict` returned."""
+        ...
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; an epoch is a fixed number of optimiser steps.
+
+    Attributes:
+        epoch: The number of finished epochs.
+        batch: The number of finished batches of the running epoch.
+        step: The number of optimiser steps of the whole run.
+        best_top1: The highest validation top-1 accuracy so far, in percent; -1 before the first evaluation.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_top1: float = -1.0
+
+    def state_dict(self) -> State:
+        """Return all fields."""
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: State, /) -> None:
+        """Set all fields."""
+        for item in fields(self):
+            setattr(self, item.name, type(item.default)(state_dict[item.name]))
+
+
+class RandomState:
+    """The state of the random number generators of PyTorch on one device.
+
+    Args:
+        device: The device of the run; the generator of the CPU is always included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def state_dict(self) -> State:
+        """Return the states of the generators, on the CPU."""
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return {"cpu": torch.get_rng_state(), **cuda}
+
+    def load_state_dict(self, state_dict: State, /) -> None:
+        """Set the generators; a run that moved to another kind of device keeps the fresh generator there."""
+        torch.set_rng_state(state_dict["cpu"])
+        if "cuda" in state_dict and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state_dict["cuda"], self.device)
+
 
 @dataclass
 class Checkpoint:
-    """All that decides how a run goes on, of all ranks.
+    """Everything that decides how a run continues, for all processes.
 
-    `epoch` whole epochs are done and `batch` batches of the next one; `data` is the digest of the training set.
-    `ranks` holds what differs between processes, one dictionary each: a single file cannot disagree with itself.
+    Attributes:
+        data: The digest of the training set.
+        shared: The state of each part that is the same in all processes, by the name of the part.
+        ranks: For each process the state of each part that is its own, by the name of the part. One file holds them
+            all, so that the processes cannot resume from different steps.
     """
 
-    epoch: int
-    batch: int
-    step: int
-    best_top1: float
     data: str
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
-    ranks: list[dict[str, Tensor]]
+    shared: dict[str, State]
+    ranks: list[dict[str, State]]
 
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
@@ -39,15 +99,81 @@ class Checkpoint:
         """Read a checkpoint onto the CPU.
 
         Raises:
-            UserError: there is none.
+            UserError: There is no checkpoint, it is damaged, or it is another kind of file.
         """
         if not path.is_file():
             raise UserError(f"{path.parent} holds no checkpoint yet: there is no {path.name}.")
-        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            with ZipFile(path) as archive:  # torch.load does not compare the checksums of the archive
+                broken = archive.testzip()
+            if broken:
+                raise UserError(f"The checkpoint {path} is damaged: the checksum of {broken} is wrong.")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except UserError:
+            raise
+        except BadZipFile as error:
+            raise UserError(f"The checkpoint {path} is damaged or cut off: it is no whole archive.") from error
+        except Exception as error:  # torch.load raises many kinds of errors on a damaged or foreign file
+            raise UserError(f"The checkpoint {path} cannot be read: {_one_line(error)}.") from error
+        kinds = {"data": str, "shared": dict, "ranks": list}
+        if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != kinds:
+            raise UserError(f"{path} is no checkpoint of this version of sdnet: it does not hold {', '.join(kinds)}.")
+        return cls(**state)
 
-    def check(self, data: str, processes: int) -> None:
-        """Raise a UserError if the run would go on with other pictures or another number of processes."""
-        if self.data != data:
-            raise UserError("The run cannot be resumed: the files or classes of the training data have changed.")
+    def check_processes(self, processes: int) -> None:
+        """Check that the run continues with as many processes as it began with.
+
+        Raises:
+            UserError: It does not.
+        """
         if len(self.ranks) != processes:
             raise UserError(f"The run cannot be resumed with {processes} processes: it began with {len(self.ranks)}.")
+
+    def check_data(self, data: str) -> None:
+        """Check that the run continues with the training set that it began with.
+
+        Args:
+            data: The digest of the training set.
+
+        Raises:
+            UserError: It does not.
+        """
+        if self.data != data:
+            raise UserError("The run cannot be resumed: the files or classes of the training data have changed.")
+
+
+def states_of(parts: Mapping[str, Stateful]) -> dict[str, State]:
+    """Return the state of each part."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def restore(parts: Mapping[str, Stateful], states: Mapping[str, State], path: Path) -> tuple[str, ...]:
+    """Set the state of each part to the stored one; a part that is not stored keeps its fresh state.
+
+    Args:
+        parts: The parts of the run.
+        states: What a checkpoint stored for them.
+        path: The file of the checkpoint, for messages.
+
+    Returns:
+        Sentences about parts that the checkpoint lacks, for the user.
+
+    Raises:
+        UserError: A stored state does not fit its part, or there is no such part.
+    """
+    if unknown := sorted(set(states) - set(parts)):
+        raise UserError(f"The checkpoint {path} holds parts that this run does not have: {', '.join(unknown)}.")
+    for name in parts:
+        if name in states:
+            try:
+                parts[name].load_state_dict(states[name])
+            except UserError:
+                raise
+            except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(f"The {name} in the checkpoint {path} does not fit: {_one_line(error)}.") from error
+    missing = [name for name in parts if name not in states]
+    return tuple(f"{path} is from an older version of sdnet and lacks {name}, which starts afresh." for name in missing)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")

@@ -1,115 +1,128 @@
-"""The command line of the training programs: one option per field of `Recipe`, and where things lie."""
+"""The command line of the training programs: every setting of a `Recipe` and a `Job` is an option."""
 
-import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, arg
 
 from sdnet.train.errors import DataError, UserError
-from sdnet.train.job import BadFiles, Job, Verify
+from sdnet.train.job import Job
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
+from sdnet.train.settings import settings_of, type_hints
+
+Recipes = Mapping[str, Callable[[], Recipe]]
 
 
-def parse_job(recipes: Mapping[str, Callable[[], Recipe]], default: str, argv: Sequence[str] | None = None) -> Job:
-    """The job that the command line asks for.
+def parse_job(recipes: Recipes, default: str, argv: Sequence[str] | None = None) -> Job:
+    """Return the job that a command line describes.
+
+    The defaults of the settings are those of the recipe that --recipe names, or of the run that --resume names.
+
+    Args:
+        recipes: The recipes that --recipe can name.
+        default: The recipe of a new run without --recipe.
+        argv: The arguments; None for those of the process.
 
     Raises:
-        UserError: a value out of range, an --out that holds a run, or a --resume with another recipe (which fields).
+        UserError: A value is not allowed, --out names a folder that cannot be used, or --resume names a folder with no
+            run, with a damaged one or with another recipe.
+        SystemExit: The arguments ask for help or cannot be parsed.
     """
-    options = vars(_parser(recipes, default).parse_args(argv))
-    changes = {item.name: options[item.name] for item in fields(Recipe) if item.name in options}
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
-    chosen, out, resume = options["recipe"], options["out"], options["resume"]
-    if resume is None:
-        recipe = replace(recipes[chosen or default](), **changes)
-        run = RunFolder(out or Path("runs", recipe.name))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
+    where = _place(recipes, default)
+    place, _ = _parse(make_dataclass("Place", where), argv, return_unknown_args=True, add_help=False)
+    stored, notes, out = None, (), place.out
+    if place.resume is not None and not asks_for_help:
+        if out is not None:
+            raise UserError("--out and --resume exclude each other: a resumed run stays in its folder.")
+        out = place.resume
+        stored, notes = RunFolder(out).check_resumable()
+    base = stored if stored and not place.recipe else recipes[place.recipe or default]()
+
+    groups = asdict(_parse(_options(where, base), argv, description=_description(recipes)))
+    values = {name: value for group in groups.values() for name, value in group.items()}
+    recipe = base.with_settings(values)
+    run = RunFolder(out or Path("runs", recipe.name))
+    if stored is None:
         run.check_unused()
-    else:
-        run = RunFolder(resume)
-        stored = run.recipe()
-        recipe = replace(recipes[chosen]() if chosen else stored, **changes)
-        if differences := recipe.differences(stored):
-            raise UserError(f"{resume} cannot be resumed with another recipe; {'; '.join(differences)}.")
-    for name, least in (("threads", 0), ("log_every", 1), ("prefetch", 1)):
-        if options[name] < least:
-            raise UserError(f"{name} is {options[name]}; it must be at least {least}.")
-    if not 0 <= options["hw_decoder_load"] <= 1:
-        raise UserError(f"hw_decoder_load is {options['hw_decoder_load']}; it must be between 0 and 1.")
-    same = {item.name: options[item.name] for item in fields(Job) if item.name not in ("recipe", "run", "resume")}
-    return Job(recipe=recipe, run=run, resume=resume is not None, **same)
+    elif differences := recipe.differences(stored):
+        raise UserError(f"{out} cannot be resumed with another recipe; {'; '.join(differences)}.")
+    run.check_writable()
+    settings = {item.name: values[item.name] for item in settings_of(Job)}
+    return Job(recipe, values["data"], run, resume=stored is not None, notes=notes, **settings)
 
 
-def _parser(recipes: Mapping[str, Callable[[], Recipe]], default: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --data DIR [--recipe NAME] [--out RUN | --resume RUN] [settings]",
-        description="Train on an image folder (train/<class>/* and val/<class>/*) or another source of pictures.\n"
-        f"A recipe gives the settings, options override them; brackets show those of {default}.",
-        epilog="recipes:\n" + "\n".join(f"  {name:22} {recipe.__doc__}" for name, recipe in recipes.items()),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=110),
+def _place(recipes: Recipes, default: str) -> list[Any]:
+    """Return the fields of the options that say where to run."""
+    chosen: Any = Literal[tuple(recipes)]
+    rows = (
+        ("recipe", chosen, "NAME", "one of the recipes above", default),
+        ("out", Path, "RUN", "folder of a new run", "runs/<name>"),
+        ("resume", Path, "RUN", "folder of the run to continue", "none"),
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="where the pictures are")
-    parser.add_argument("--recipe", choices=recipes, metavar="NAME", help=f"one of those below [{default}]")
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--out", type=Path, metavar="RUN", help="folder of a new run [runs/<name>]")
-    place.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--log-every", type=int, default=20, metavar="INT", help="steps between reports [20]")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--verify", choices=get_args(Verify), default="header", help="look at, or decode, each picture [header]"
+    return [
+        (name, Annotated[kind | None, arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {shown})")], None)
+        for name, kind, metavar, text, shown in rows
+    ]
+
+
+def _options(place: list[Any], base: Recipe) -> type:
+    """Return a dataclass with one group of options per heading; `base` gives the defaults."""
+    groups: dict[str, Any] = {"run": [("data", Annotated[Path, arg(metavar="DIR", help="folder of the images")])]}
+    groups["run"] += place
+    for owner in (Job, Recipe):
+        for item in fields(owner):
+            kind = type_hints(owner)[item.name]
+            default = getattr(base, item.name) if owner is Recipe else item.default
+            if is_dataclass(default):
+                groups[item.name] = (kind, default)
+            elif "group" in item.metadata:
+                option = arg(help=item.metadata["help"], metavar="FILE" if default is None else None)
+                group = groups.setdefault(item.metadata["group"], [])
+                group.append((item.name, Annotated[kind, option], default))
+    return make_dataclass(
+        "Options",
+        [
+            (title, OmitArgPrefixes[kind], default)
+            for title, group in groups.items()
+            for kind, default in [group if isinstance(group, tuple) else (make_dataclass(title, group), MISSING)]
+        ],
+        kw_only=True,
     )
-    data.add_argument(
-        "--bad-files", choices=get_args(BadFiles), default="fail", help="what to do with broken ones [fail]"
+
+
+def _parse(options: type, argv: Sequence[str], **settings: Any) -> Any:
+    """Return the parsed options; under a launcher only the first process prints help and errors."""
+    return tyro.cli(options, args=argv, console_outputs=os.environ.get("RANK", "0") == "0", **settings)
+
+
+def _description(recipes: Recipes) -> str:
+    names = "\n".join(f"  {name:22} {recipe.__doc__}" for name, recipe in recipes.items())
+    return (
+        "Train on an image folder (train/<class>/* and val/<class>/*) or another source of images.\n"
+        f"A recipe gives the settings, and options override them.\n\nrecipes:\n{names}"
     )
-    data.add_argument("--val-labels", type=Path, metavar="FILE", help="ground truth of a flat validation folder")
-    data.add_argument("--threads", type=int, default=0, metavar="INT", help="decoding threads [its share of the cores]")
-    data.add_argument(
-        "--prefetch", type=int, default=2, metavar="INT", help="batches that DALI works on in advance [2]"
-    )
-    data.add_argument(
-        "--hw-decoder-load", type=float, default=0.65, metavar="FLOAT", help="share for the GPU's JPEG unit [0.65]"
-    )
-
-    groups: dict[str, Any] = {}
-    hints, shown = get_type_hints(Recipe), recipes[default]()
-    for item in fields(Recipe):
-        title = item.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(
-            "--" + item.name.replace("_", "-"),
-            dest=item.name,
-            default=argparse.SUPPRESS,
-            help=f"{item.metadata['help']} [{_show(getattr(shown, item.name))}]",
-            **_argument(hints[item.name]),
-        )
-    return parser
-
-
-def _argument(hint: Any) -> dict[str, Any]:
-    """How argparse reads a field of this type."""
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
-    if get_origin(hint) is tuple:
-        kind = get_args(hint)[0]
-        return {"type": kind, "nargs": "*", "metavar": kind.__name__.upper()}
-    return {"type": hint, "metavar": hint.__name__.upper()}
-
-
-def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the program with the sentence of a `UserError`, said once, instead of a traceback."""
+    """End the program with the sentence of a `UserError` instead of a traceback, and print it once.
+
+    Raises:
+        SystemExit: A `UserError` or Ctrl-C ended the block.
+    """
     try:
         yield
     except UserError as error:
         said_here = isinstance(error, DataError) or os.environ.get("RANK", "0") == "0"
         raise SystemExit(f"error: {error}" if said_here else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

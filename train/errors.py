@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend."""
+"""Errors that a user can cause and correct."""
 
 
 class UserError(Exception):
@@ -6,8 +6,8 @@ class UserError(Exception):
 
 
 class NonFiniteLossError(UserError):
-    """The training loss became infinite or NaN."""
+    """A loss or a weight became infinite or NaN."""
 
 
 class DataError(UserError):
-    """A picture broke during the run: on one process alone, which must say so itself."""
+    """An image could not be read during the run; only the process that met it can report it."""

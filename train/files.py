@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Writing files that are either whole or absent."""
 
 import os
 from collections.abc import Callable
@@ -6,9 +6,18 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, then rename to `path`: a reader or a crash never meets half a file."""
+    """Write a file so that a reader or a crash never meets half of it; if this fails, the old file stays.
+
+    Args:
+        path: The file.
+        write: Called with the path of a temporary file beside it, which is then renamed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,4 +1,4 @@
-"""Train on ImageNet or any folder of pictures: `accelerate launch train/imagenet.py --data DIR`."""
+"""Train on ImageNet or any other folder of images: `accelerate launch train/imagenet.py --data DIR`."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from sdnet.train.recipes import RECIPES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and run the job; `--help` lists recipes and options."""
+    """Parse the command line and run the training; `--help` lists recipes and options."""
     with user_errors():
         job = parse_job(RECIPES, "imagenet_sdnet18", argv)
-        # Heavy: imported only when there is something to train.
+        # Imported late, so that `--help` and wrong options need not wait for them.
         from sdnet.train.data.dali import open_pictures
         from sdnet.train.trainer import Trainer
 

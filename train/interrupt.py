@@ -1,11 +1,15 @@
-"""Ctrl-C and SIGTERM as a wish that the trainer meets at its next safe point."""
+"""Ctrl-C and SIGTERM, noted for a program that stops at its next safe point."""
 
 import signal
 from types import FrameType, TracebackType
 
 
 class Interrupt:
-    """While it is open, the first SIGINT or SIGTERM is noted in `signal`; a second one has its usual effect."""
+    """Note the first SIGINT or SIGTERM while this context manager is open; a second one has its usual effect.
+
+    Attributes:
+        signal: The number of the signal, 0 before one came.
+    """
 
     def __init__(self) -> None:
         self.signal = 0

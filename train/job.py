@@ -1,4 +1,4 @@
-"""What a training program was asked to do: a recipe, and where its data and its run folder are."""
+"""The request of a training program: a recipe, the place of its data and its run folder, and how to run it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,27 +6,43 @@ from typing import Literal
 
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
+from sdnet.train.settings import check_settings, setting
 
-Verify = Literal["header", "full"]  # look at the ends of every picture, or decode it
+Verify = Literal["header", "full"]
 BadFiles = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to run and where: the recipe, and what does not change its numbers.
+    """A recipe, where to run it, and the settings that do not change its results.
 
-    `threads` are the decoding threads of each process, 0 for its share of the machine's cores; `prefetch` and
-    `hw_decoder_load` are DALI's. `verify`, `bad_files` and `val_labels` are those of `sdnet.train.data.sources`.
+    `sdnet.train.cli` makes a command-line option of every field that is a `setting`.
+
+    Attributes:
+        recipe: The settings that decide the results.
+        data: The folder of the pictures.
+        run: The run folder.
+        resume: Whether the run continues from its last checkpoint.
+        notes: Sentences that the user should read before the training.
+
+    Raises:
+        UserError: A setting has the wrong type or is out of range.
     """
 
     recipe: Recipe
     data: Path
     run: RunFolder
-    resume: bool
-    threads: int
-    log_every: int
-    verify: Verify = "header"
-    bad_files: BadFiles = "fail"
-    val_labels: Path | None = None
-    prefetch: int = 2
-    hw_decoder_load: float = 0.65
+    resume: bool = False
+
+    threads: int = setting(0, "data", "decoding threads of each process, 0 for its share of the cores")
+    log_every: int = setting(20, "run", "optimiser steps between two reports", least=1)
+    verify: Verify = setting("header", "data", "check the header of each image before the training, or decode it")
+    bad_files: BadFiles = setting("fail", "data", "stop at images that cannot be read, or leave them out")
+    val_labels: Path | None = setting(None, "data", "labels of the images of a flat validation folder")
+    prefetch: int = setting(2, "data", "batches that DALI prepares in advance", least=1)
+    hw_decoder_load: float = setting(0.65, "data", "share of the images for the JPEG unit of the GPU", most=1)
+
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_settings(self)

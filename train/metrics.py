@@ -1,4 +1,4 @@
-"""Sums that live on the device and reach the host only when somebody asks."""
+"""The training loss and the evaluation; sums stay on the device until they are read."""
 
 from typing import NamedTuple, cast
 
@@ -13,7 +13,13 @@ NEVER = 2**62
 
 
 class LossReading(NamedTuple):
-    """Mean loss since the start of the epoch and since the last reading; the first step without a finite one."""
+    """What a `LossMeter` has measured.
+
+    Attributes:
+        epoch: The mean loss since the start of the epoch.
+        recent: The mean loss since the previous reading.
+        bad_step: The first step whose loss was not finite, or None.
+    """
 
     epoch: float
     recent: float
@@ -21,38 +27,66 @@ class LossReading(NamedTuple):
 
 
 class LossMeter:
-    """The mean training loss of an epoch, and the first step whose loss was not finite; no sync on update.
+    """The mean training loss of an epoch, and the first step whose loss was not finite; `update` needs no host sync.
 
-    `state` [4] fp64: sum of losses x pictures, pictures, the same sum since the last `read`, pictures since then.
+    Args:
+        device: The device of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.state = torch.zeros(4, dtype=torch.float64, device=device)
-        self.bad_step = torch.tensor(NEVER, device=device)
+        # Sum of losses x images, images, the same two since the previous reading: [4] fp64.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._bad_step = torch.tensor(NEVER, device=device)
 
     def update(self, loss: Tensor, count: int, step: int) -> None:
-        """Add the mean loss (0-d) of `count` pictures, met in optimiser step `step`."""
-        self.state[0::2] += loss.double() * count
-        self.state[1::2] += count
-        self.bad_step = torch.where(loss.isfinite(), self.bad_step, self.bad_step.clamp(max=step))
+        """Add the mean loss of a batch.
+
+        Args:
+            loss: The mean loss, 0-d.
+            count: The number of images of the batch.
+            step: The optimiser step that the batch belongs to.
+        """
+        self._sums[0::2] += loss.double() * count
+        self._sums[1::2] += count
+        self._bad_step = torch.where(loss.isfinite(), self._bad_step, self._bad_step.clamp(max=step))
 
     def read(self) -> LossReading:
-        """Means over all ranks; a sync and a collective."""
-        sums = of_all_ranks(self.state).sum(0).tolist()
-        bad_step = int(of_all_ranks(self.bad_step).min())
-        self.state[2:] = 0
+        """Return the means over all ranks; a host sync and a collective operation."""
+        sums = of_all_ranks(self._sums).sum(0).tolist()
+        bad_step = int(of_all_ranks(self._bad_step).min())
+        self._sums[2:] = 0
         epoch, recent = sums[0] / max(sums[1], 1), sums[2] / max(sums[3], 1)
         return LossReading(epoch, recent, None if bad_step == NEVER else bad_step)
+
+    def reset(self) -> None:
+        """Begin a new epoch."""
+        self._sums.zero_()
+        self._bad_step.fill_(NEVER)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the sums, on the CPU; a checkpoint is only written while all losses are finite."""
+        return {"sums": self._sums.cpu()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], /) -> None:
+        """Set the sums."""
+        self._sums.copy_(state_dict["sums"])
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Loader, size: int, device: torch.device) -> dict[str, float]:
-    """Cross-entropy and top-1, top-5 accuracy in percent over all ranks' pictures.
+    """Return the cross-entropy and the top-1 and top-5 accuracy, in percent, over the images of all ranks.
 
-    `model` is the bare module: ranks may take different numbers of steps, which DDP's forward would not survive.
+    Args:
+        model: The bare module, not its DDP wrapper: ranks may run different numbers of batches.
+        loader: The validation images of this rank.
+        size: The number of validation images of all ranks.
+        device: The device of the model.
+
+    Returns:
+        `val_loss`, `val_top1` and `val_top5`.
 
     Raises:
-        RuntimeError: the loaders did not give exactly `size` pictures.
+        RuntimeError: The loaders did not give exactly `size` images.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -63,10 +97,14 @@ def evaluate(model: nn.Module, loader: Loader, size: int, device: torch.device) 
         sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(labels))])
     loss, top1, top5, count = of_all_ranks(sums).sum(0).tolist()
     if count != size:
-        raise RuntimeError(f"The evaluation saw {count:.0f} pictures of {size}.")
+        raise RuntimeError(f"The evaluation saw {count:.0f} images of {size}.")
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
 
 def of_all_ranks(values: Tensor) -> Tensor:
-    """[...] on each rank -> [ranks, ...] on all."""
+    """Gather a tensor of every rank.
+
+    Shape:
+        values: [...] on each rank; the result is [ranks, ...] on all ranks.
+    """
     return cast(Tensor, gather(values[None]))

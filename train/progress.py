@@ -1,4 +1,4 @@
-"""What a person sees: a live bar on a terminal, plain lines in a log."""
+"""The display of a run: a live bar on a terminal, plain lines in a log."""
 
 import resource
 import sys
@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 class Stopwatch:
-    """Wall time since the start, and how much of it was spent waiting for data."""
+    """The wall time since the start, and how much of it was spent waiting for data."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -24,7 +24,7 @@ class Stopwatch:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """The seconds since the start."""
         return time.perf_counter() - self.start
 
     @property
@@ -33,7 +33,7 @@ class Stopwatch:
         return self.waited / max(self.elapsed, 1e-9)
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with the time until each one counted as waiting."""
+        """Yield the items and count the time until each one arrives as waiting."""
         iterator = iter(items)
         while True:
             before = time.perf_counter()
@@ -45,15 +45,18 @@ class Stopwatch:
 
 
 class Display:
-    """Progress of the run; silent on all ranks but one.
+    """The progress of a run, shown while the display is open as a context manager.
 
-    `steps` are the optimiser steps of the whole run, `done` those already taken when it opens.
+    Args:
+        steps: The optimiser steps of the whole run.
+        done: The optimiser steps already taken when the display opens.
+        active: Whether this process shows anything; only one should.
     """
 
     def __init__(self, steps: int, done: int, active: bool) -> None:
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
         self.steps = steps
-        self._begin, self._done = time.perf_counter(), done
+        self._begin, self._done = 0.0, done
         self._live: Live | None = None
         if active and self.console.is_terminal:
             self._text = Text("starting")
@@ -62,6 +65,7 @@ class Display:
             self._live = Live(Group(self._text, self._bar), console=self.console)
 
     def __enter__(self) -> "Display":
+        self._begin = time.perf_counter()
         if self._live:
             self._live.start()
         return self
@@ -71,11 +75,16 @@ class Display:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(text, markup=False)
+        """Print a line that stays."""
+        self.console.print(printable(text, self.console.encoding), markup=False)
 
     def show(self, step: int, text: str) -> None:
-        """Where the run stands: above the bar, or as a line with the time that is left."""
+        """Show where the run stands: above the bar, or in a line with the time that is left.
+
+        Args:
+            step: The optimiser steps taken.
+            text: What to say about them.
+        """
         if self._live:
             self._text.plain = text
             self._bar.update(self._task, completed=step)
@@ -84,8 +93,22 @@ class Display:
         self.say(f"step {step}/{self.steps}  {text}  {_clock(left)} left")
 
 
+def printable(text: str, encoding: str) -> str:
+    """Return a text that can be printed on one line in an encoding.
+
+    File names may hold line breaks, escape sequences of a terminal, and bytes that are not UTF-8 (which Python keeps
+    as lone surrogates). Such characters are replaced by backslash escapes.
+
+    Args:
+        text: The text.
+        encoding: The encoding of the output.
+    """
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def peak_memory(device: torch.device) -> str:
-    """The most memory that this process has held: of the GPU, or resident on a CPU."""
+    """Return the most memory that this process has held, in GB: of the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
     unit = 1 if sys.platform == "darwin" else 1024

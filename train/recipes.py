@@ -1,101 +1,101 @@
-"""Recipes: everything that decides the numbers of a training run, as one typed, frozen dataclass.
+"""Recipes: the settings that decide the results of a training run, as one frozen dataclass.
 
-Functions return them; `RECIPES` and `CIFAR_RECIPES` name those that train/imagenet.py and train/cifar.py offer.
-`sdnet.train.cli` makes an option of every field, so a new field with a `setting(...)` needs nothing else.
+A recipe is a function that returns a `Recipe`. `RECIPES` and `CIFAR_RECIPES` list those that train/imagenet.py and
+train/cifar.py offer. `sdnet.train.cli` makes a command-line option of every field, and run folders store every field,
+so a new setting is one new line in `Recipe`; a new option of the coding is one in `sdnet.kernels.coding.Coding`.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from sdnet.kernels.coding import CODING_FIELDS, Coding
+import sdnet
+from sdnet.kernels.coding import Coding
+from sdnet.kernels.dispatch import Impl
 from sdnet.train.errors import UserError
-
-
-def setting(default: Any, group: str, text: str, least: float | None = None) -> Any:
-    """A recipe's field: its heading and sentence in `--help`, and the least value that makes sense."""
-    return field(default=default, metadata={"group": group, "help": text, "least": least})
+from sdnet.train.settings import check_settings, setting, settings_of
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one training run; two runs with equal recipes, data and processes give equal losses.
+    """The settings of one training run.
+
+    Two runs with equal recipes, data and number of processes give equal losses. `coding` holds the options of the
+    sparse coding in every CSC layer; on the command line and in recipe.json they stand beside the other settings.
 
     Raises:
-        UserError: a count below 1, a rate out of range, or an evaluation that crops more than it resized.
+        UserError: A setting has the wrong type or is out of range, or two settings contradict each other.
     """
 
-    name: str = setting("imagenet_sdnet18", "recipe", "name, for the run folder and reports")
+    name: str = setting("imagenet_sdnet18", "recipe", "name of the run folder and in reports")
 
-    model: str = setting("sdnet18", "model", "one of sdnet.list_models()")
+    model: str = setting("sdnet18", "model", f"one of {', '.join(sdnet.list_models())}")
     stem: Literal["imagenet", "cifar"] = setting("imagenet", "model", "7x7 stride 2 and pooling, or 3x3 stride 1")
-    shortcut: bool = setting(True, "model", "residual connections; without them only *_all models")
-    n_steps: int = setting(2, "model", "steps of the sparse coding in every CSC layer", 1)
-    lam: float = setting(0.1, "model", "lambda, the weight of |z|_1", 0)
-    mu: float = setting(0.0, "model", "mu, the weight of |z|_2^2 / 2", 0)
-    nonnegative: bool = setting(True, "model", "codes >= 0")
-    solver: Literal["ista", "fista", "sdnet"] = setting("fista", "model", "they differ from the third step on")
-    data_term: Literal["squared", "norm"] = setting("squared", "model", "|x - Az|^2 / 2, or the official norm")
-    n_dict: int = setting(1, "model", "dictionaries per layer", 1)
-    impl: str = setting("auto", "model", "implementation of the CSC operator")
+    shortcut: bool = setting(True, "model", "residual connections; only *_all models can do without")
+    lam: float = setting(0.1, "model", "lambda, the weight of |z|_1")
+    impl: Impl = setting("auto", "model", "implementation of the CSC operator")
 
-    image_size: int = setting(224, "pictures", "height and width that the model sees, in pixels", 1)
-    eval_resize: int = setting(256, "pictures", "shorter side before the centre crop of the evaluation, in pixels", 1)
+    coding: Coding = Coding()
 
-    crop_padding: int = setting(4, "pictures", "black margin of random crops, in pixels; train/cifar.py only", 0)
+    image_size: int = setting(224, "images", "height and width of the input of the model, in pixels", least=1)
+    eval_resize: int = setting(256, "images", "shorter side before the centre crop of evaluation, in pixels", least=1)
+    crop_padding: int = setting(4, "images", "black margin of random crops, in pixels; train/cifar.py only")
     extras: Literal["none", "trivial", "rand"] = setting(
-        "none", "pictures", "DALI's TrivialAugmentWide or RandAugment after the crop; train/imagenet.py only"
+        "none", "images", "TrivialAugmentWide or RandAugment of DALI after the crop; train/imagenet.py only"
     )
-    mixup: float = setting(0.0, "pictures", "alpha of Mixup, 0 for none", 0)
-    cutmix: float = setting(0.0, "pictures", "alpha of CutMix, 0 for none", 0)
+    mixup: float = setting(0.0, "images", "alpha of Mixup, 0 for none", most=1000)
+    cutmix: float = setting(0.0, "images", "alpha of CutMix, 0 for none", most=1000)
 
-    epochs: int = setting(100, "optimisation", "passes over the training set", 1)
-    batch: int = setting(512, "optimisation", "pictures of one step over all processes and accumulated batches", 1)
-    accumulate: int = setting(1, "optimisation", "batches whose gradients make one step", 1)
-    lr: float = setting(0.1, "optimisation", "learning rate at its highest", 0)
+    epochs: int = setting(100, "optimisation", "passes over the training set", least=1)
+    batch: int = setting(512, "optimisation", "images of one step, over all processes and accumulated batches", least=1)
+    accumulate: int = setting(1, "optimisation", "batches whose gradients make one step", least=1)
+    lr: float = setting(0.1, "optimisation", "highest learning rate")
     schedule: Literal["step", "cosine"] = setting("step", "optimisation", "x gamma at milestones, or cosine to lr_min")
-    milestones: tuple[int, ...] = setting((30, 60, 90), "optimisation", "epochs at which step drops the rate")
-    gamma: float = setting(0.1, "optimisation", "the factor of a drop", 0)
-    lr_min: float = setting(0.0, "optimisation", "learning rate at the end of the cosine", 0)
-    warmup_epochs: float = setting(0.0, "optimisation", "epochs of linear rise from zero, part of the epochs", 0)
-    momentum: float = setting(0.9, "optimisation", "of SGD", 0)
-    nesterov: bool = setting(False, "optimisation", "Nesterov's momentum")
-    weight_decay: float = setting(1e-4, "optimisation", "of all parameters", 0)
-    label_smoothing: float = setting(0.0, "optimisation", "share of the target spread over all classes", 0)
+    milestones: tuple[int, ...] = setting(
+        (30, 60, 90), "optimisation", "epochs at which step changes the rate", least=1
+    )
+    gamma: float = setting(0.1, "optimisation", "factor of the rate at a milestone", most=1)
+    lr_min: float = setting(0.0, "optimisation", "learning rate at the end of cosine")
+    warmup_epochs: float = setting(0.0, "optimisation", "epochs of linear rise from zero, part of the epochs")
+    momentum: float = setting(0.9, "optimisation", "momentum of SGD", most=1)
+    nesterov: bool = setting(False, "optimisation", "Nesterov momentum")
+    weight_decay: float = setting(1e-4, "optimisation", "weight decay of all parameters")
+    label_smoothing: float = setting(0.0, "optimisation", "share of the target spread over all classes", most=1)
 
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "execution", "autocast type; fp16 needs a GPU")
     input_dtype: Literal["fp32", "fp16", "bf16"] = setting(
-        "fp32", "execution", "type of the pictures that the loader gives; fp16 and bf16 need that mixed precision"
+        "fp32", "execution", "type of the loaded images; fp16 and bf16 need the same mixed precision"
     )
     channels_last: bool = setting(False, "execution", "NHWC memory format")
     compile: bool = setting(False, "execution", "torch.compile the model")
-    seed: int = setting(0, "execution", "of weights, order and augmentation", 0)
+    seed: int = setting(0, "execution", "seed of weights, order and augmentation", most=2**63 - 1)
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            least = item.metadata["least"]
-            if least is not None and not least <= value < float("inf"):
-                raise UserError(f"{item.name} is {value}; it must be a finite number of at least {least}.")
+        check_settings(self)
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise UserError(f"name is {self.name!r}; it must be the name of a folder, without a slash.")
+        if self.model not in sdnet.list_models():
+            raise UserError(f"model is {self.model!r}; it must be one of {', '.join(sdnet.list_models())}.")
         if self.eval_resize < self.image_size:
             raise UserError(f"eval_resize is {self.eval_resize}, less than image_size, {self.image_size}.")
         if self.input_dtype not in ("fp32", self.mixed_precision):
             raise UserError(f"input_dtype {self.input_dtype} needs mixed_precision {self.input_dtype}.")
-
-    @property
-    def coding(self) -> Coding:
-        """The options of the sparse coding.
-
-        Raises:
-            ValueError: an option has a wrong type or value.
-        """
-        return Coding(**{name: getattr(self, name) for name in CODING_FIELDS})
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise UserError(f"milestones is {' '.join(map(str, self.milestones))}; the epochs must rise.")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(f"warmup_epochs is {self.warmup_epochs}, more than epochs, {self.epochs}.")
+        if self.schedule == "cosine" and self.lr_min > self.lr:
+            raise UserError(f"lr_min is {self.lr_min}, more than lr, {self.lr}.")
+        if self.momentum == 1:
+            raise UserError("momentum is 1; it must be less than 1.")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("nesterov needs a momentum above 0; momentum is 0.")
 
     def local_batch(self, processes: int) -> int:
-        """Pictures of one batch of one process.
+        """Return the number of images in one batch of one process.
 
         Raises:
-            UserError: `batch` does not divide among processes and accumulated batches.
+            UserError: `batch` cannot be divided among processes and accumulated batches.
         """
         local, left = divmod(self.batch, processes * self.accumulate)
         if left:
@@ -104,27 +104,39 @@ class Recipe:
         return local
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that `json` can write and `from_json` reads."""
-        return asdict(self)
+        """Return the settings as one flat dictionary that `json` can write and `from_json` reads."""
+        values = asdict(self)
+        return values | values.pop("coding")
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Recipe":
-        """The recipe that `to_json` wrote.
+    def from_json(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe that `to_json` stored; settings that `values` lacks keep their defaults.
 
         Raises:
-            UserError: fields are missing or unknown, as in a run of another version.
+            UserError: `values` holds settings that this version does not have, or values that are not allowed.
         """
-        wrong = sorted({item.name for item in fields(cls)} ^ set(values))
-        if wrong:
-            raise UserError(f"The recipe was stored by another version of sdnet: {', '.join(wrong)} came or went.")
-        restored: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return cls(**restored)
+        if unknown := sorted(set(values) - set(cls().to_json())):
+            raise UserError(f"this version of sdnet has no setting {', '.join(unknown)}.")
+        return cls().with_settings(
+            {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        )
+
+    def with_settings(self, values: Mapping[str, Any]) -> "Recipe":
+        """Return a copy in which the settings in `values` are changed, those of the coding included.
+
+        Raises:
+            UserError: A value is not allowed.
+        """
+        try:
+            coding = replace(self.coding, **{name: values[name] for name in asdict(self.coding) if name in values})
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+        own = {item.name: values[item.name] for item in settings_of(Recipe) if item.name in values}
+        return replace(self, **own, coding=coding)
 
     def differences(self, other: "Recipe") -> list[str]:
-        """`field: ours, not theirs` for every field that differs."""
-        ours, theirs = asdict(self), asdict(other)
+        """Return `field: ours, not theirs` for every field that differs."""
+        ours, theirs = self.to_json(), other.to_json()
         return [f"{name}: {ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]]
 
 
@@ -134,7 +146,7 @@ def imagenet_sdnet18() -> Recipe:
 
 
 def imagenet_sdnet18_all() -> Recipe:
-    """SDNet-18 with CSC layers throughout on ImageNet, official settings."""
+    """SDNet-18 with CSC layers throughout on ImageNet with the official settings."""
     return Recipe(name="imagenet_sdnet18_all", model="sdnet18_all")
 
 
@@ -144,12 +156,12 @@ def imagenet_sdnet34() -> Recipe:
 
 
 def imagenet_resnet18() -> Recipe:
-    """ResNet-18 under the same protocol: the yardstick."""
+    """ResNet-18 on ImageNet with the same settings, for comparison."""
     return Recipe(name="imagenet_resnet18", model="resnet18")
 
 
 def demo() -> Recipe:
-    """SDNet-18 at 64 px on the pictures of sdnet.train.demo_data: minutes on two CPU cores."""
+    """SDNet-18 at 64 px on the images of sdnet.train.demo_data; takes minutes on two CPU cores."""
     return Recipe(
         name="demo",
         image_size=64,
@@ -185,7 +197,7 @@ def cifar_sdnet18() -> Recipe:
 
 
 def cifar_sdnet18_all() -> Recipe:
-    """SDNet-18 with CSC layers throughout on CIFAR, official settings."""
+    """SDNet-18 with CSC layers throughout on CIFAR with the official settings."""
     return replace(cifar_sdnet18(), name="cifar_sdnet18_all", model="sdnet18_all")
 
 
@@ -195,7 +207,7 @@ def cifar_sdnet34() -> Recipe:
 
 
 def cifar_resnet18() -> Recipe:
-    """ResNet-18 on CIFAR under the same protocol: the yardstick."""
+    """ResNet-18 on CIFAR with the same settings, for comparison."""
     return replace(cifar_sdnet18(), name="cifar_resnet18", model="resnet18")
 
 

@@ -1,17 +1,19 @@
 """The run folder: what was run, what came out, and what a resume needs.
 
-recipe.json        the resolved recipe
-environment.json   versions, commit, devices, data and command line, one entry per start
-metrics.jsonl      one line per epoch: epoch, step, loss, rate, val top-1 and top-5, images/s, data wait
+recipe.json        the settings of the run
+environment.json   versions, commit, devices and command line, one entry per start
+metrics.jsonl      one line per epoch: epoch, step, losses, rate, top-1 and top-5, step margin, images/s, data wait
 curve.png          loss and accuracy over the epochs
 tensorboard/       the same, and the training loss within epochs
-left_out.tsv       files of the data that are not used, and why
-best.safetensors   weights of the epoch with the highest val top-1
+left_out.tsv       files of the data that are not used, and why; a line break, tab or backslash in a name is escaped
+best.safetensors   weights of the epoch with the highest validation top-1
 last.safetensors   weights of the last checkpoint
 last.pt            all that a resume needs, in one file (see sdnet.train.checkpoint)
 """
 
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,16 @@ from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
 from sdnet.train.recipes import Recipe
 
+CURVES = ("train_loss", "val_loss", "val_top1", "val_top5")
+ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
 
 class RunFolder:
-    """Paths, writing and reading of one run folder; only the main process writes."""
+    """Paths, reading and writing of one run folder; only the main process writes.
+
+    Args:
+        path: The folder.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,66 +45,127 @@ class RunFolder:
         self.checkpoint_file = path / "last.pt"
 
     def create(self, recipe: Recipe) -> None:
-        """Make the folder of a new run."""
+        """Make the folder, if it is new, and store the recipe."""
         self.path.mkdir(parents=True, exist_ok=True)
         _write_json(self.recipe_file, recipe.to_json())
 
     def check_unused(self) -> None:
-        """Raise a UserError if the folder holds a run that got as far as a checkpoint."""
+        """Check that a new run would overwrite no other.
+
+        Raises:
+            UserError: The folder holds a run with a checkpoint.
+        """
         if self.checkpoint_file.exists():
             raise UserError(f"{self.path} holds a run: go on with --resume {self.path} or choose another --out.")
 
-    def recipe(self) -> Recipe:
-        """The recipe of the run.
+    def check_writable(self) -> None:
+        """Check that files can be written into the folder, which need not exist yet; leaves nothing behind.
 
         Raises:
-            UserError: there is no run in this folder, or not one of this version.
+            UserError: It is a file or lies below one, or the system refuses to write there.
+        """
+        place = next(place for place in (self.path, *self.path.absolute().parents) if os.path.lexists(place))
+        if not place.is_dir():
+            raise UserError(f"The run folder {self.path} cannot be made: {place} is not a folder.")
+        try:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"0")
+        except OSError as error:
+            raise UserError(f"The run folder {self.path} cannot be written: {error.strerror}.") from error
+
+    def check_resumable(self) -> tuple[Recipe, tuple[str, ...]]:
+        """Read the files that a resume needs, apart from the checkpoint.
+
+        Returns:
+            The recipe of the run, and sentences that the user should read.
+
+        Raises:
+            UserError: There is no run in this folder, or one of its files is damaged.
+        """
+        recipe, notes = self.recipe(), []
+        if missing := sorted(set(recipe.to_json()) - set(_read_json(self.recipe_file, dict))):
+            values = ", ".join(f"{name} {recipe.to_json()[name]}" for name in missing)
+            notes.append(f"{self.recipe_file} is from an older version of sdnet; the defaults are used for {values}.")
+        self.metrics()
+        self.environments()
+        return recipe, tuple(notes)
+
+    def recipe(self) -> Recipe:
+        """Return the recipe of the run.
+
+        Raises:
+            UserError: There is no run in this folder, or its recipe cannot be read by this version.
         """
         if not self.recipe_file.is_file():
             raise UserError(f"{self.path} holds no run to resume: there is no {self.recipe_file.name}.")
-        return Recipe.from_json(json.loads(self.recipe_file.read_text()))
+        values = _read_json(self.recipe_file, dict)
+        try:
+            return Recipe.from_json(values)
+        except UserError as error:
+            raise UserError(f"The recipe in {self.recipe_file} cannot be used: {error}") from error
+
+    def environments(self) -> list[dict[str, Any]]:
+        """Return the environment of each start of the run.
+
+        Raises:
+            UserError: environment.json is damaged.
+        """
+        return _read_json(self.environment_file, list) if self.environment_file.exists() else []
 
     def add_environment(self, environment: dict[str, Any]) -> None:
-        """Note under what a start or resume of the run happened."""
-        starts = json.loads(self.environment_file.read_text()) if self.environment_file.exists() else []
-        _write_json(self.environment_file, [*starts, environment])
+        """Store the environment of a start or resume of the run."""
+        _write_json(self.environment_file, [*self.environments(), environment])
 
     def note_left_out(self, files: Sequence[tuple[str, str]]) -> None:
-        """Write which files of the data are not used, and why."""
+        """Write which files of the data are not used, and why: one line for each file."""
         path = self.path / "left_out.tsv"
-        text = "".join(f"{file}\t{reason}\n" for file, reason in files)
+        text = "".join(f"{file.translate(ESCAPES)}\t{reason.translate(ESCAPES)}\n" for file, reason in files)
         if files:
-            write_atomically(path, lambda temporary: temporary.write_text(text, errors="surrogateescape"))
+            write_atomically(path, lambda temporary: temporary.write_bytes(text.encode(errors="surrogateescape")))
         else:
             path.unlink(missing_ok=True)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are whole."""
+        """Return the lines of metrics.jsonl; one that an interruption cut off at the end is left out.
+
+        Raises:
+            UserError: Another line is damaged.
+        """
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        lines: list[dict[str, Any]] = []
+        for number, text in enumerate(_read_text(self.metrics_file).split("\n")[:-1], 1):
+            try:
+                lines.append(json.loads(text))
+                whole = all(isinstance(lines[-1][name], int | float) for name in ("epoch", *CURVES))
+            except (ValueError, TypeError, KeyError):
+                whole = False
+            if not whole:
+                raise UserError(f"Line {number} of {self.metrics_file} is damaged; remove this line to go on.")
+        return lines
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Append one epoch and redraw the curve."""
-        with self.metrics_file.open("a") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.draw_curve()
 
     def keep_metrics(self, epochs: int) -> None:
-        """Forget lines of epochs that the checkpoint does not know: they will be run again."""
+        """Remove the lines of epochs after the checkpoint, which will be run again."""
         kept = [line for line in self.metrics() if line["epoch"] <= epochs]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(self.metrics_file, lambda path: path.write_text(text))
+        write_atomically(self.metrics_file, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_weights(self, name: str, weights: dict[str, Tensor], facts: dict[str, str]) -> None:
-        """Write `name`.safetensors; `facts` go into its header."""
+        """Write `name`.safetensors with `facts` in its header."""
         tensors = {key: value.contiguous() for key, value in weights.items()}
         content = save(tensors, metadata=facts)
         write_atomically(self.path / f"{name}.safetensors", lambda path: path.write_bytes(content))
 
     def draw_curve(self) -> None:
-        """Loss (left axis) and val top-1 in percent (right axis) against the epoch."""
+        """Draw loss and validation accuracy, in percent, over the epochs."""
         from matplotlib.figure import Figure
 
         lines = self.metrics()
@@ -114,4 +184,29 @@ class RunFolder:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    """Return the value in a JSON file.
+
+    Raises:
+        UserError: The file is damaged, or its value is not of the type `kind`.
+    """
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged: it should hold a JSON {'object' if kind is dict else 'list'}.")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: it is not UTF-8 text.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error

@@ -6,12 +6,17 @@ from sdnet.train.recipes import Recipe
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The rate of optimiser step `step`, counted from 0 over the whole run.
+    """Return the learning rate of an optimiser step.
 
     With e = step / steps_per_epoch, W warm-up epochs and E epochs in all:
         warm-up, e < W:  lr (step + 1) / (W steps_per_epoch)
         "step":          lr gamma^(number of milestones <= e)
         "cosine":        lr_min + (lr - lr_min) (1 + cos(pi (e - W) / (E - W))) / 2
+
+    Args:
+        recipe: The recipe.
+        step: The optimiser step, counted from 0 over the whole run.
+        steps_per_epoch: The number of optimiser steps in an epoch.
     """
     epoch = step / steps_per_epoch
     if epoch < recipe.warmup_epochs:

@@ -1,7 +1,7 @@
 """A program for test_ranks: `frozen_ranks.py RUN ACCUMULATE` takes three steps on whatever ranks it is launched with.
 
 Batch norm's statistics are frozen, so that a step depends on how the batch is divided through rounding alone. Every
-rank writes its whole state to RUN/rank<n>.pt.
+rank writes its whole state after the last step, before the step sizes converge, to RUN/rank<n>.pt.
 """
 
 import sys
@@ -59,8 +59,14 @@ def main() -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
             module.train = lambda mode=True, frozen=module: frozen
+    state: dict[str, Tensor] = {}
+
+    def keep_state(*_: object) -> None:
+        state.update({name: value.clone() for name, value in trainer.model.state_dict().items()})
+
+    trainer.optimizer.optimizer.register_step_post_hook(keep_state)  # after the hook of sdnet.attach
     trainer.train()
-    torch.save(trainer.model.state_dict(), run / f"rank{trainer.accelerator.process_index}.pt")
+    torch.save(state, run / f"rank{trainer.accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The trainer in one process, on pictures through DALI."""
 
 import json
+import shutil
 import signal
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import sdnet
+from sdnet.step_size import csc_layers
 from sdnet.train import trainer as trainer_module
+from sdnet.train.build import MPI_AND_SLURM, launched_processes
 from sdnet.train.checkpoint import Checkpoint
 from sdnet.train.data.dali import DaliLoader, open_pictures
 from sdnet.train.data.folder import read_image_folder
@@ -21,19 +26,23 @@ from sdnet.train.metrics import evaluate
 from sdnet.train.recipes import Recipe, demo
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.schedule import learning_rate
+from sdnet.train.step_size_check import converge_step_sizes, converged_step_sizes
 from sdnet.train.trainer import Trainer
 
-# 21 pictures: 5 steps an epoch.
+WriteTree = Callable[[Path, Sequence[int], Sequence[int]], Path]
+MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
+
+# 21 images: 5 steps an epoch.
 SMALL = replace(demo(), epochs=2, batch=4, image_size=32, eval_resize=36, lr=0.01)
 
 
 @pytest.fixture(scope="module")
-def data(write_tree, tmp_path_factory) -> Path:
+def data(write_tree: WriteTree, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tree(tmp_path_factory.mktemp("data"), [8, 7, 6], [3, 2, 2])
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from beginning to end."""
     run = tmp_path_factory.mktemp("whole") / "run"
     trainer(data, run).train()
@@ -42,14 +51,33 @@ def whole(data, tmp_path_factory) -> Path:
 
 
 def trainer(data: Path, run: Path, recipe: Recipe = SMALL, resume: bool = False) -> Trainer:
-    job = Job(recipe, data, RunFolder(run), resume, threads=1, log_every=2)
-    return Trainer(job, open_pictures)
+    return Trainer(Job(recipe, data, RunFolder(run), resume, threads=1, log_every=2), open_pictures)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
     """Without what depends on the machine's speed."""
     lines = RunFolder(run).metrics()
     return [{key: line[key] for key in line if key not in ("images_per_second", "data_wait")} for line in lines]
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Exported weights and the whole checkpoint are equal to the bit."""
+    for name in ("last", "best"):
+        weights = load_file(run / f"{name}.safetensors")
+        for key, value in load_file(expected / f"{name}.safetensors").items():
+            assert torch.equal(weights[key], value), f"{name} {key}"
+    stored, wanted = (flat(vars(Checkpoint.load(folder / "last.pt"))) for folder in (run, expected))
+    assert stored.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(stored[key], value) if isinstance(value, torch.Tensor) else stored[key] == value, key
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries and lists, by their path."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return {path: leaf for key, inner in pairs for path, leaf in flat(inner, f"{name}/{key}").items()}
 
 
 def send_signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +91,7 @@ def send_signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(trainer_module, "learning_rate", rate)
 
 
-def test_a_run_leaves_its_folder(whole):
+def test_a_run_leaves_its_folder(whole: Path) -> None:
     files = {"recipe.json", "environment.json", "metrics.jsonl", "curve.png", "tensorboard"}
     assert {file.name for file in whole.iterdir()} == files | {"best.safetensors", "last.safetensors", "last.pt"}
     assert RunFolder(whole).recipe() == SMALL
@@ -74,7 +102,7 @@ def test_a_run_leaves_its_folder(whole):
     assert {"train_loss", "val_loss", "val_top1", "val_top5", "images_per_second", "data_wait", "lr"} <= lines[0].keys()
 
 
-def test_saved_weights_give_the_reported_accuracy(data, whole):
+def test_saved_weights_give_the_reported_accuracy(data: Path, whole: Path) -> None:
     _, val = read_image_folder(data)
     loader = DaliLoader(val, batch=3, size=32, resize=36, augment=False, threads=1)
     for name in ("best", "last"):
@@ -92,24 +120,25 @@ def test_saved_weights_give_the_reported_accuracy(data, whole):
     ids=["ctrl-c", "early", "last step of an epoch", "second epoch"],
 )
 def test_a_signal_ends_with_a_checkpoint_and_a_resume_gives_the_same_run(
-    data, whole, tmp_path, monkeypatch, number, step
-):
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: int
+) -> None:
     with monkeypatch.context() as patch:
         send_signal_at(step, number, patch)
         with pytest.raises(SystemExit) as caught:
             trainer(data, tmp_path / "halves").train()
     assert caught.value.code == 128 + number
     checkpoint = Checkpoint.load(tmp_path / "halves" / "last.pt")
-    assert (checkpoint.epoch, checkpoint.batch, checkpoint.step) == (step // 5, step % 5 + 1, step + 1)
+    state = checkpoint.shared["state"]
+    assert (state["epoch"], state["batch"], state["step"]) == (step // 5, step % 5 + 1, step + 1)
 
     trainer(data, tmp_path / "halves", resume=True).train()
     assert metrics(tmp_path / "halves") == metrics(whole)
-    weights = load_file(tmp_path / "halves" / "last.safetensors")
-    for name, value in load_file(whole / "last.safetensors").items():
-        assert torch.equal(weights[name], value), name
+    assert_same_run(tmp_path / "halves", whole)
 
 
-def test_a_finished_run_can_be_resumed_and_says_so(data, tmp_path, capsys):
+def test_a_finished_run_can_be_resumed_and_says_so(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = replace(SMALL, epochs=1)
     trainer(data, tmp_path / "run", recipe).train()
     before = metrics(tmp_path / "run")
@@ -120,36 +149,49 @@ def test_a_finished_run_can_be_resumed_and_says_so(data, tmp_path, capsys):
     assert said.count("Done: best top-1") == said.count(f"the run folder is {tmp_path / 'run'}") == 2
 
 
-def test_resume_with_other_pictures_is_refused(make_tree, whole):
+def test_resume_with_other_pictures_is_refused(make_tree: MakeTree, whole: Path) -> None:
     with pytest.raises(UserError, match="the files or classes of the training data have changed"):
         trainer(make_tree([8, 7, 5], [3, 2, 2]), whole, resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, tmp_path):
-    explodes_in_epoch_2 = replace(SMALL, schedule="step", milestones=(1,), gamma=1e30)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "learning_rate", lambda recipe, step, steps: 0.01 if step < 5 else 1e30)
     with pytest.raises(NonFiniteLossError) as caught:
-        trainer(data, tmp_path / "run", explodes_in_epoch_2).train()
+        trainer(data, tmp_path / "run").train()
     kept = tmp_path / "run" / "last.pt"
     assert str(caught.value) == (
         f"The training loss became infinite or NaN at step 7, in epoch 2; the last good checkpoint is {kept}."
     )
     checkpoint = Checkpoint.load(kept)
-    assert (checkpoint.epoch, checkpoint.step) == (1, 5)
-    assert all(value.isfinite().all() for value in checkpoint.model.values())
+    assert (checkpoint.shared["state"]["epoch"], checkpoint.shared["state"]["step"]) == (1, 5)
+    assert all(value.isfinite().all() for value in checkpoint.shared["model"].values())
 
 
 # One step an epoch: its loss is still finite, the weights after it are not.
 EXPLODES_AT_ONCE = replace(SMALL, batch=16, lr=1e38, weight_decay=1e30)
+# The weights after it are finite, but the validation loss is not.
+OVERFLOWS_IN_EVALUATION = replace(SMALL, batch=16, lr=1e20)
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    sentence = "The validation loss became infinite or NaN after step 1, in epoch 1; no checkpoint had been written yet"
+def test_weights_that_are_not_finite_stop_the_run_before_the_evaluation(data: Path, tmp_path: Path) -> None:
+    sentence = r"^[a-z0-9.]+ became infinite or NaN after step 1, in epoch 1; no checkpoint had been written yet\.$"
     with pytest.raises(NonFiniteLossError, match=sentence):
         trainer(data, tmp_path / "run", EXPLODES_AT_ONCE).train()
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_weights_that_are_not_finite_are_not_saved_on_a_signal(data, tmp_path, monkeypatch):
+def test_a_validation_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
+    sentence = "The validation loss became infinite or NaN after step 1, in epoch 1; no checkpoint had been written yet"
+    with pytest.raises(NonFiniteLossError, match=sentence):
+        trainer(data, tmp_path / "run", OVERFLOWS_IN_EVALUATION).train()
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved_on_a_signal(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     send_signal_at(0, signal.SIGTERM, monkeypatch)
     with pytest.raises(
         NonFiniteLossError, match=r"[a-z0-9.]+ became infinite or NaN after step 1, in epoch 1; no check"
@@ -158,17 +200,73 @@ def test_weights_that_are_not_finite_are_not_saved_on_a_signal(data, tmp_path, m
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+def margins_of(weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    model = sdnet.create_model("sdnet18", 3, image_size=32)
+    model.load_state_dict(weights)
+    return sdnet.step_margins(model)
+
+
+def test_evaluated_and_exported_weights_have_converged_step_sizes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.9 is the official margin; in the training itself the step size follows the weights approximately."""
+    evaluated: list[dict[str, float]] = []
+
+    def note_margins(model: torch.nn.Module, *rest: Any) -> dict[str, float]:
+        evaluated.append(sdnet.step_margins(model))
+        return evaluate(model, *rest)
+
+    monkeypatch.setattr(trainer_module, "evaluate", note_margins)
+    send_signal_at(7, signal.SIGTERM, monkeypatch)
+    with pytest.raises(SystemExit):
+        trainer(data, tmp_path / "run", replace(SMALL, lr=0.5, warmup_epochs=0.0)).train()
+    within_epoch_2 = margins_of(load_file(tmp_path / "run" / "last.safetensors"))
+    for margins in (*evaluated, margins_of(load_file(tmp_path / "run" / "best.safetensors")), within_epoch_2):
+        assert margins == pytest.approx(dict.fromkeys(margins, 0.9), rel=1e-3)
+    live = Checkpoint.load(tmp_path / "run" / "last.pt").shared["model"]
+    exported = load_file(tmp_path / "run" / "last.safetensors")
+    different = {name for name, value in live.items() if not torch.equal(value, exported[name])}
+    assert "stem.conv.step_size" in different, "a stop must not change the training"
+    assert different <= {name for name in live if name.startswith("stem.conv.") and name != "stem.conv.weight"}
+
+
+def test_the_margin_is_step_size_times_eigenvalue_before_the_convergence() -> None:
+    model = sdnet.create_model("sdnet18_all", 3, image_size=32)
+    sdnet.refresh_step_size(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    csc_layers(model)["stem.conv"].step_size.mul_(2)
+    with converged_step_sizes(model):
+        assert sdnet.step_margins(model)["stem.conv"] == pytest.approx(0.9, rel=1e-3)
+    assert torch.equal(model.state_dict()["stem.conv.step_size"], 2 * before["stem.conv.step_size"])
+    margins = converge_step_sizes(model)
+    assert margins == pytest.approx(dict.fromkeys(margins, 0.9) | {"stem.conv": 1.8}, rel=1e-3)
+    assert sdnet.step_margins(model) == pytest.approx(dict.fromkeys(margins, 0.9), rel=1e-3)
+
+
+def test_the_largest_step_margin_is_logged(whole: Path) -> None:
+    assert all(0.5 < line["step_margin"] < 3 for line in RunFolder(whole).metrics())
+
+
+def test_a_step_size_that_diverges_is_reported_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer_module, "DIVERGENCE", 0.1)
+    trainer(data, tmp_path / "run", replace(SMALL, epochs=2)).train()
+    said = capsys.readouterr().out
+    assert said.count("Warning: step size x eigenvalue of stem.conv is ") == 1
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"mixed_precision": "bf16"}, {"channels_last": True}, {"accumulate": 2}, {"model": "resnet18"}],
     ids=str,
 )
-def test_execution_settings_train(data, tmp_path, changes):
+def test_execution_settings_train(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     trainer(data, tmp_path / "run", replace(SMALL, epochs=1, **changes)).train()
     assert metrics(tmp_path / "run")[0]["train_loss"] < 10
 
 
-def test_channels_last_gives_the_same_losses(data, tmp_path):
+def test_channels_last_gives_the_same_losses(data: Path, tmp_path: Path) -> None:
     """In the first step: later ones amplify rounding."""
     losses = []
     for channels_last in (False, True):
@@ -178,14 +276,14 @@ def test_channels_last_gives_the_same_losses(data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_fp16_needs_a_gpu(data, tmp_path):
+def test_fp16_needs_a_gpu(data: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UserError, match="Mixed precision fp16 needs a GPU; this run has cpu"):
         trainer(data, tmp_path / "run", replace(SMALL, mixed_precision="fp16"))
 
 
-def test_the_launcher_and_the_recipe_must_agree(data, tmp_path, monkeypatch):
+def test_the_launcher_and_the_recipe_must_agree(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(UserError, match="launched with mixed precision bf16 but the recipe says no: pass --mixed"):
         trainer(data, tmp_path / "run")
@@ -198,14 +296,79 @@ def test_the_launcher_and_the_recipe_must_agree(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"batch": 32}, "The training set is smaller than one batch of 32."),
-        ({"model": "sdnet19"}, "name is 'sdnet19'; it must be one of "),
+        ({"batch": 4, "accumulate": 3}, "batch is 4, which does not divide among 1 processes x 3 accumulated batches."),
         ({"shortcut": False}, "shortcut=False is for "),
+        ({"impl": "triton"}, "the argument impl is 'triton', but x is on cpu: "),
+        (
+            {"accumulate": 4, "image_size": 8, "eval_resize": 8},
+            "A batch of one process has one image and the last stage is 1 x 1 at image_size 8: batch norm needs more",
+        ),
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_said_before_the_run_folder_is_made(data, tmp_path, changes, sentence):
+def test_what_only_this_launch_decides_is_said_before_the_data_are_opened(
+    tmp_path: Path, changes: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if changes.get("impl") == "triton" and torch.cuda.is_available():
+        pytest.skip("the Triton kernels run on this machine")
     with pytest.raises(UserError) as caught:
-        trainer(data, tmp_path / "run", replace(SMALL, **changes))
+        trainer(tmp_path / "no data", tmp_path / "run", replace(SMALL, **changes))
     assert sentence in str(caught.value)
-    assert not (tmp_path / "run").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_image_a_batch_trains_where_the_last_stage_is_larger(data: Path, tmp_path: Path) -> None:
+    recipe = replace(SMALL, stem="cifar", epochs=1, batch=16, accumulate=16, image_size=16, eval_resize=16)
+    trainer(data, tmp_path / "run", recipe).train()
+    assert metrics(tmp_path / "run")[0]["train_loss"] < 10
+
+
+def test_a_training_set_smaller_than_a_batch_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^The training set is smaller than one batch of 32\.$"):
+        trainer(data, tmp_path / "run", replace(SMALL, batch=32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_said_before_the_data_are_opened(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    file = tmp_path / "run" / "last.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"^The checkpoint {file} is damaged or cut off"):
+        trainer(tmp_path / "no data", tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_with_other_parameters_is_refused_in_one_sentence(data: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(UserError, match=r"^The model in the checkpoint .*last\.pt does not fit: [^\n]*$"):
+        trainer(data, tmp_path / "run", replace(SMALL, model="resnet18"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, 4),  # srun starts torchrun once on each node
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, 2),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PTY_PORT": "40000"}, 1),
+    ],
+    ids=str,
+)
+def test_the_launcher_tells_how_many_processes_it_started(
+    environment: dict[str, str], processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", *MPI_AND_SLURM, "SLURM_PTY_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched_processes() == processes
+
+
+def test_processes_that_do_not_form_a_group_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match=r"^2 processes were launched, but this one is in a group of 1: they would"):
+        trainer(data, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,44 @@
+"""Converged step sizes for evaluation and export, and the margins that training left them with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+import sdnet
+from sdnet.step_size import csc_layers
+
+CONVERGED = 0.9
+"""Step size times largest eigenvalue after `sdnet.refresh_step_size`."""
+
+DIVERGENCE = 4 / 3
+"""FISTA can diverge where step size times largest eigenvalue is above this bound."""
+
+
+@torch.no_grad()
+def converge_step_sizes(model: nn.Module) -> dict[str, float]:
+    """Converge the step size of every CSC layer in place to the official 0.9 / eigenvalue.
+
+    Returns:
+        The step size before, times the largest eigenvalue, by layer.
+    """
+    layers = csc_layers(model)
+    before = {name: layer.step_size.clone() for name, layer in layers.items()}
+    sdnet.refresh_step_size(model)
+    return {name: float(CONVERGED * before[name] / layer.step_size) for name, layer in layers.items()}
+
+
+@contextmanager
+def converged_step_sizes(model: nn.Module) -> Iterator[None]:
+    """Converge the step size of every CSC layer inside the block, and restore the state of the layers after it."""
+    layers = csc_layers(model).values()
+    before = [
+        {name: value.clone() for name, value in layer.state_dict().items() if name != "weight"} for layer in layers
+    ]
+    converge_step_sizes(model)
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer.load_state_dict(state, strict=False)
