@@ -3,9 +3,21 @@
 They are shared by the operator, the layer and the models, so that one fault has one message.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
+
+LONGEST = 60
+"""The most characters of a value that an error shows."""
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error, in one short line: arrays and tensors by their shape, others by their repr."""
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape):
+        return f"of type {type(value).__name__} and shape {list(shape)}"
+    line = " ".join(repr(value).split())
+    return line if len(line) <= LONGEST else line[:LONGEST] + "..."
 
 
 def integer(name: str, value: Any, least: int) -> int:
@@ -15,7 +27,7 @@ def integer(name: str, value: Any, least: int) -> int:
         ValueError: `value` is not such an integer.
     """
     if isinstance(value, bool) or not isinstance(value, (int, Integral)) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be an int of at least {least}.")
+        raise ValueError(f"{name} is {shown(value)}; it must be an int of at least {least}.")
     return int(value)
 
 
@@ -26,7 +38,7 @@ def number(name: str, value: Any) -> float:
         ValueError: `value` is not such a number.
     """
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)) or not 0 <= float(value) < float("inf"):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0.")
+        raise ValueError(f"{name} is {shown(value)}; it must be a finite number of at least 0.")
     return float(value)
 
 
@@ -37,7 +49,7 @@ def flag(name: str, value: Any) -> bool:
         ValueError: `value` is no bool.
     """
     if not isinstance(value, bool) and str(getattr(value, "dtype", None)) != "bool":
-        raise ValueError(f"{name} is {value!r}; it must be True or False.")
+        raise ValueError(f"{name} is {shown(value)}; it must be True or False.")
     return bool(value)
 
 
@@ -48,7 +60,7 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
         ValueError: `value` is not among them.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(allowed)}.")
     return value
 
 
@@ -58,7 +70,7 @@ def pair(name: str, value: Any, least: int) -> tuple[int, int]:
     Raises:
         ValueError: `value` is neither.
     """
-    values = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value, value)
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
     if len(values) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, Integral)) or n < least for n in values):
-        raise ValueError(f"{name} is {value!r}; it must be an int or a pair of ints of at least {least}.")
+        raise ValueError(f"{name} is {shown(value)}; it must be an int or a pair of ints of at least {least}.")
     return int(values[0]), int(values[1])

@@ -45,19 +45,9 @@ class CSCConv2d(CodingState):
     optimizer is followed by the projection of the atoms and an update of the step size.
     `sdnet.refresh_step_size(model)` makes the step size exact.
 
-    What differs from `nn.Conv2d`:
-
-    | | `nn.Conv2d` | `CSCConv2d` |
-    |---|---|---|
-    | positional arguments | up to dilation, groups, bias, ... | up to stride, padding; others by keyword |
-    | padding | 0 unless given; also "same", "valid" | kernel_size // 2 unless given; ints and pairs |
-    | bias, groups, dilation, padding_mode | taken | refused, with the reason |
-    | weight | any, [out, in / groups, kh, kw] | atoms of unit norm, [out, n_dict in, kh, kw] |
-    | input | [N, C, H, W] or [C, H, W] | [N, C, H, W] |
-    | output | linear in the input | sparse, not linear; at least 0 if nonnegative |
-    | state dict | weight, bias | weight, step_size, power_vector |
-    | training loop | | needs `sdnet.attach(model, optimizer)` |
-    | isinstance(layer, nn.Conv2d) | yes | no |
+    This is not a drop-in replacement for `nn.Conv2d`: the output is sparse and not linear in the input, the padding is
+    kernel_size // 2 unless given, and there are no bias, groups, dilation, padding modes or inputs without a batch
+    dimension. docs/conv2d.md lists all differences.
 
     Args:
         in_channels: the number of input channels, C.
@@ -127,7 +117,7 @@ class CSCConv2d(CodingState):
         self.impl = checks.choice("impl", impl, IMPLEMENTATIONS)
         lam = checks.number("lam", lam)
         if dtype is not None and dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(str, WEIGHT_DTYPES))}.")
+            raise ValueError(f"dtype is {checks.shown(dtype)}; it must be one of {', '.join(map(str, WEIGHT_DTYPES))}.")
 
         size = checks.pair("input_size", DEFAULT_INPUT_SIZE if input_size is None else input_size, 1)
         out_size = self.codes_size(size)
@@ -194,7 +184,7 @@ class CSCConv2d(CodingState):
             ValueError: `codes` has another shape, or no input of `size` has codes of this size.
         """
         if not isinstance(codes, Tensor) or codes.ndim != 4 or codes.shape[1] != self.out_channels:
-            raise ValueError(f"codes is {_described(codes)}; it must be a tensor [N, {self.out_channels}, h, w].")
+            raise ValueError(f"codes is {checks.shown(codes)}; it must be a tensor [N, {self.out_channels}, h, w].")
         given = (codes.shape[2], codes.shape[3])
         height, width = given[0] * self.stride[0], given[1] * self.stride[1]
         size = (height, width) if size is None else checks.pair("size", size, 1)
@@ -224,7 +214,7 @@ class CSCConv2d(CodingState):
             ValueError: `x`, `codes` or `lam` has a wrong shape.
         """
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x is {_described(x)}; it must be a tensor [N, {self.in_channels}, H, W].")
+            raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, {self.in_channels}, H, W].")
         with torch.autocast(x.device.type, enabled=False):
             x, codes = at_least_single(x), at_least_single(codes)
             reconstruction = self.reconstruct(codes, (x.shape[2], x.shape[3]))
@@ -319,11 +309,6 @@ def refuse_convolution_only(options: Iterable[str]) -> None:
     for name in options:
         if name in CONVOLUTION_ONLY:
             raise TypeError(f"CSCConv2d has no argument {name!r}: {CONVOLUTION_ONLY[name]}.")
-
-
-def _described(value: Any) -> str:
-    """Return a shape, or the name of a type, for an error."""
-    return f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def _coding_attribute(name: str) -> property:

@@ -279,9 +279,7 @@ class SDNet(nn.Module):
         Raises:
             ValueError: `x` is not such a tensor.
         """
-        if not isinstance(x, Tensor):
-            raise ValueError(f"x is of type {type(x).__name__}; it must be a tensor [N, 3, H, W].")
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"x has shape {list(x.shape)}; it must be [N, 3, H, W].")
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, 3, H, W].")
         out = self.stages(self.stem(x))
         return self.linear(out.mean(dim=(2, 3)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdnet.kernels import checks
 from sdnet.step_size import converge_power_vectors
 
 UNIT_NORM_TOLERANCE = 1e-5
@@ -46,9 +47,9 @@ def load_official_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Non
             is no network, or is on the meta device. `model` is unchanged.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is of type {type(model).__name__}; it must be a network of sdnet.create_model.")
+        raise ValueError(f"model is {checks.shown(model)}; it must be a network of sdnet.create_model.")
     if not isinstance(path, (str, PathLike)):
-        raise ValueError(f"path is {path!r}; it must be a path of a file.")
+        raise ValueError(f"path is {checks.shown(path)}; it must be the path of a file.")
     source = Path(path)
     state = _state_dict(_read(source), source)
     target = model.state_dict()

@@ -82,8 +82,6 @@ def set_impl(model: nn.Module, impl: str) -> None:
 
 def _layers_of(model: nn.Module, setting: str) -> list[CSCConv2d]:
     """Return the CSC layers of `model`, of which there must be one at least."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is of type {type(model).__name__}; it must be an nn.Module.")
     found = list(csc_layers(model).values())
     if not found:
         raise ValueError(f"model has no CSC layers, so there is no {setting} to set.")

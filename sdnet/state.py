@@ -46,7 +46,7 @@ def checked_lambda(value: Any) -> float | Tensor:
     """
     if not isinstance(value, Tensor):
         if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
-            raise ValueError(f"lam is {value!r}; it must be {LAMBDA_SHAPES}.")
+            raise ValueError(f"lam is {checks.shown(value)}; it must be {LAMBDA_SHAPES}.")
         return checks.number("lam", value)
     if value.requires_grad:
         raise ValueError(
@@ -60,7 +60,7 @@ def checked_lambda(value: Any) -> float | Tensor:
     if value.ndim and not (value.ndim in (1, 4) and value.numel() == value.shape[0] > 0):
         raise ValueError(f"lam has shape {list(value.shape)}; it must be {LAMBDA_SHAPES}.")
     if value.device.type == "cpu" and not bool(((value >= 0) & value.isfinite()).all()):
-        raise ValueError(f"lam is {value.tolist()}; it must be {LAMBDA_SHAPES}.")
+        raise ValueError(f"lam is {checks.shown(value.squeeze().tolist())}; it must be {LAMBDA_SHAPES}.")
     return value.reshape(-1, 1, 1, 1) if value.ndim else value
 
 

@@ -7,13 +7,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sdnet.kernels import step_sizes
+from sdnet.kernels import checks, step_sizes
 from sdnet.kernels.reference import Pair
 from sdnet.layers import CSCConv2d
 
 
 def csc_layers(model: nn.Module) -> dict[str, CSCConv2d]:
-    """The CSC layers of a model by name, in the order of definition, which for `create_model` is that of the data."""
+    """Return the CSC layers of a model by name, in the order of definition (of the data for `create_model`).
+
+    Raises:
+        ValueError: `model` is no `nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {checks.shown(model)}; it must be an nn.Module.")
     return {name: module for name, module in model.named_modules() if isinstance(module, CSCConv2d)}
 
 

@@ -1,5 +1,8 @@
 """Objective, sparsity and residual of every CSC layer, for the last batch or for a given one."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -48,7 +51,7 @@ def test_the_objective_serves_as_a_reconstruction_loss(model: nn.Sequential, x: 
         assert layer.weight.grad.abs().max() > 0
 
 
-def test_a_recording_knows_the_last_batch(model: nn.Sequential, x: torch.Tensor) -> None:
+def test_a_recording_keeps_the_last_batch(model: nn.Sequential, x: torch.Tensor) -> None:
     model.eval()
     with sdnet.record(model) as recording:
         model(x)
@@ -58,12 +61,12 @@ def test_a_recording_knows_the_last_batch(model: nn.Sequential, x: torch.Tensor)
     assert not torch.equal(last["0"].residual, sdnet.diagnose(model, x)["0"].residual)
 
 
-def test_before_a_batch_there_is_nothing_to_tell(model: nn.Sequential) -> None:
+def test_before_a_batch_there_is_nothing_to_diagnose(model: nn.Sequential) -> None:
     with sdnet.record(model) as recording, pytest.raises(RuntimeError, match="no batch has gone through the model"):
         recording.diagnose()
 
 
-def test_an_ended_recording_has_forgotten_the_batch_and_left_the_model(model: nn.Sequential, x: torch.Tensor) -> None:
+def test_an_ended_recording_has_dropped_the_batch_and_records_no_other(model: nn.Sequential, x: torch.Tensor) -> None:
     recording = sdnet.record(model)
     model(x)
     recording.remove()
@@ -74,3 +77,119 @@ def test_an_ended_recording_has_forgotten_the_batch_and_left_the_model(model: nn
 
 def test_a_model_without_csc_layers_has_no_diagnostics(x: torch.Tensor) -> None:
     assert sdnet.diagnose(nn.Conv2d(3, 4, 3), x) == {}
+
+
+@pytest.mark.parametrize("lam", [0.7, torch.tensor([0.4, 0.9])], ids=["number", "per sample"])
+def test_the_objective_is_that_of_the_lambda_of_the_forward(lam: float | torch.Tensor, x: torch.Tensor) -> None:
+    layer = CSCConv2d(3, 6, 3, lam=0.1)
+    with sdnet.record(layer) as recording:
+        codes = layer(x, lam=lam)
+        layer.lam = 0.2
+        found = recording.diagnose()[""]
+    torch.testing.assert_close(found.objective, layer.objective(x, codes, lam))
+    assert not torch.isclose(found.objective, layer.objective(x, codes)).any()
+    layer.lam = lam
+    torch.testing.assert_close(found.objective, layer.objective(x, codes))
+
+
+def test_a_lambda_that_changes_after_the_forward_does_not_change_its_diagnostics(x: torch.Tensor) -> None:
+    layer = CSCConv2d(3, 6, 3, lam=0.3)
+    expected = layer.objective(x, layer(x))
+    with sdnet.record(layer) as recording:
+        layer(x)
+        layer.lam = 0.9
+        torch.testing.assert_close(recording.diagnose()[""].objective, expected)
+
+
+class ByKeyword(nn.Module):
+    """Calls its layer by keyword and changes input and codes in place afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = CSCConv2d(3, 6, 3, lam=0.3, nonnegative=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes = self.layer(x=x)
+        x.zero_()
+        return codes.relu_()
+
+
+def test_a_call_by_keyword_and_later_changes_in_place_are_recorded_right(x: torch.Tensor) -> None:
+    model = ByKeyword()
+    with torch.no_grad():
+        codes = model.layer(x)
+        expected = model.layer.objective(x, codes)
+        found = sdnet.diagnose(model, x.clone())["layer"]
+    torch.testing.assert_close(found.objective, expected)
+    torch.testing.assert_close(found.sparsity, (codes == 0).float().flatten(1).mean(dim=1))
+
+
+def test_a_model_that_is_compiled_already_is_recorded(model: nn.Sequential, x: torch.Tensor) -> None:
+    model.eval()
+    torch._dynamo.reset()
+    compilations = 0
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    forward = torch.compile(model, backend=backend, fullgraph=True)
+    forward(x)
+    for scale in (1, 2, 3):
+        with sdnet.record(model) as recording:
+            forward(scale * x)
+            actual = recording.diagnose()
+        for name, expected in sdnet.diagnose(model, scale * x).items():
+            for ours, theirs in zip(actual[name], expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
+    forward(x)
+    assert compilations == 2  # once as it is, once for all recordings
+
+
+def test_two_recordings_keep_batches_of_their_own(model: nn.Sequential, x: torch.Tensor) -> None:
+    model.eval()
+    first, second = sdnet.record(model), sdnet.record(model)
+    model(x)
+    second.remove()
+    model(2 * x)
+    torch.testing.assert_close(first.diagnose()["0"].residual, sdnet.diagnose(model, 2 * x)["0"].residual)
+    first.remove()
+
+
+def test_copies_of_a_recorded_model_are_not_recorded(model: nn.Sequential, x: torch.Tensor) -> None:
+    with sdnet.record(model) as recording:
+        model(x)
+        before = recording.diagnose()["0"].residual
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            other(2 * x)
+        torch.testing.assert_close(recording.diagnose()["0"].residual, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sums_do_not_overflow_in_half_precision(dtype: torch.dtype) -> None:
+    """|x|^2 of this input is 4e6, and fp16 ends at 65504."""
+    torch.manual_seed(0)
+    layer = CSCConv2d(3, 8, 7, stride=2, input_size=112).to(dtype)
+    x = (10 * torch.randn(2, 3, 112, 112)).to(dtype)
+    with torch.no_grad():
+        found = sdnet.diagnose(layer, x)[""]
+        layer.double()
+        codes = layer(x.double())
+        expected = layer.objective(x.double(), codes)
+        error = x.double() - layer.reconstruct(codes, 112)
+    assert found.objective.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.objective.double(), expected, rtol=tolerance, atol=0)
+    squares = error.square().flatten(1).sum(dim=1)
+    torch.testing.assert_close(found.residual.double(), squares, rtol=tolerance, atol=0)
+    relative = (squares / x.double().square().flatten(1).sum(dim=1)).sqrt()
+    torch.testing.assert_close(found.relative_residual.double(), relative, rtol=tolerance, atol=0)
+
+
+def test_autocast_does_not_lower_the_precision_of_the_diagnostics(x: torch.Tensor) -> None:
+    layer = CSCConv2d(3, 6, 3)
+    codes = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = layer.objective(x, codes)
+    torch.testing.assert_close(actual, layer.objective(x, codes), rtol=0, atol=0)

@@ -142,7 +142,7 @@ def test_a_bad_argument_is_refused_in_one_sentence(name: str, options: dict[str,
 
 @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (3, 32, 32)], ids=str)
 def test_an_input_that_is_no_batch_of_colour_images_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"x has shape .*; it must be \[N, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"x is of type Tensor and shape .*; it must be a tensor \[N, 3, H, W\]"):
         create("resnet18")(torch.zeros(shape))
 
 
