@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -190,6 +190,10 @@ def read(folder: Path) -> Iterator[tuple[Path, Row]]:
                 raise UserError(f"{path}, line {number}, is not a row of the ledger: {error}") from error
 
 
-def refused(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows of wrong answers and crashes."""
-    return [row for row in rows if row.status == "refused"]
+def print_outcome(ledger: Ledger) -> int:
+    """Print why rows have no time, and where the rows are; return 1 if one was refused, else 0."""
+    left_out = [row for row in ledger.rows if row.status != "ok"]
+    for provider, status, reason in dict.fromkeys((row.provider, row.status, row.reason) for row in left_out):
+        print(f"{provider} {status}: {reason}")
+    print(f"{len(ledger.rows)} rows in {ledger.path}")
+    return 1 if any(row.status == "refused" for row in left_out) else 0

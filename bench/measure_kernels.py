@@ -19,7 +19,7 @@ from sdnet.bench import accuracy, isolation, step_providers, timing
 from sdnet.bench.common_options import add_common_options, at_least, open_ledger, seconds
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.layer_shapes import LayerShape, csc_layers, csc_models, distinct
-from sdnet.bench.ledger import Ledger, refused
+from sdnet.bench.ledger import Ledger, print_outcome
 from sdnet.bench.providers import (
     CSC,
     DTYPES,
@@ -91,12 +91,8 @@ def run(options: argparse.Namespace) -> int:
                 continue
             limits = (modes[workload.operator], ceilings[workload.dtype], options.seconds)
             measure_all(workload, providers, *limits, ledger, worker)
-    print("\n" + kernels_table(ledger.rows))
-    print(f"\n{len(ledger.rows)} rows in {ledger.path}")
-    wrong = refused(ledger.rows)
-    for row in wrong:
-        print(f"REFUSED {row.provider} {row.mode} {dict(row.shape)} {row.dtype} {row.layout}: {row.reason}")
-    return 1 if wrong else 0
+    print("\n" + kernels_table(ledger.rows) + "\n")
+    return print_outcome(ledger)
 
 
 def workloads(options: argparse.Namespace, device: torch.device) -> Iterator[Workload]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from sdnet.bench.common_options import add_common_options, at_least, open_ledger
-from sdnet.bench.ledger import Ledger, read
+from sdnet.bench.ledger import Ledger, print_outcome, read
 from sdnet.bench.tables import loading_and_training, loading_table
 from sdnet.bench.timing import percentiles
 from sdnet.train.data.cifar import Arrays, decode_all, read_small_pictures
@@ -171,9 +171,8 @@ def run(options: argparse.Namespace) -> int:
     measure(loads, options.rounds, ledger)
     print("\n" + loading_table(ledger.rows))
     trained = [row for _, row in read(options.out) if row.theme == "train"]
-    print("\n" + "\n".join(loading_and_training(ledger.rows, trained)))
-    print(f"\n{len(ledger.rows)} rows in {ledger.path}")
-    return 0
+    print("\n" + "\n".join(loading_and_training(ledger.rows, trained)) + "\n")
+    return print_outcome(ledger)
 
 
 def open_source(text: str, least: int) -> Source:

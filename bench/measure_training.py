@@ -20,7 +20,7 @@ from sdnet.bench import isolation
 from sdnet.bench.common_options import add_common_options, at_least, open_ledger, seconds
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.layer_shapes import stem_for
-from sdnet.bench.ledger import Ledger, refused
+from sdnet.bench.ledger import Ledger, print_outcome
 from sdnet.bench.providers import DTYPES, LAYOUTS
 from sdnet.bench.tables import training_table
 from sdnet.bench.timing import Timing, fp32_products, interleave, wall_time
@@ -80,9 +80,8 @@ def run(options: argparse.Namespace) -> int:
         ):
             settings = [item for item in chosen(options, device, batch, image_size) if item.tf32 == tf32]
             measure_group(settings, device, options, deadline, ledger, worker)
-    print("\n" + training_table(ledger.rows))
-    print(f"\n{len(ledger.rows)} rows in {ledger.path}")
-    return 1 if refused(ledger.rows) else 0
+    print("\n" + training_table(ledger.rows) + "\n")
+    return print_outcome(ledger)
 
 
 def chosen(options: argparse.Namespace, device: torch.device, batch: int, image_size: int) -> Iterator[TrainingSetting]:

@@ -23,7 +23,8 @@ from sdnet.train.errors import UserError
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 PICTURES = ROOT / "docs" / "figures" / "bench"
-MARK = re.compile(r"(<!-- bench:(\S+)([^\n]*?) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+MARK = re.compile(r"^(<!-- bench:(\S+)([^\n]*?) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL | re.MULTILINE)
+OPENING = re.compile(r"^<!-- bench:", re.MULTILINE)
 NOTHING = "Not measured yet.\n"
 VERSIONS = ("torch", "triton")
 
@@ -91,13 +92,15 @@ def filled(text: str, found: Sequence[Found], document: Path, pictures: Path, dr
         dry: Draw no plots.
 
     Raises:
-        UserError: A mark asks for a view that does not exist, or has a condition that is not name=value.
+        UserError: A mark is not closed, asks for a view that does not exist, or has a condition that is not name=value.
     """
 
     def block(match: re.Match[str]) -> str:
         opening, view, conditions, _, closing = match.groups()
         return opening + render(view, parse_conditions(conditions), found, document, pictures, dry) + closing
 
+    if len(OPENING.findall(text)) != len(MARK.findall(text)):
+        raise UserError(f"A mark <!-- bench:... --> in {document} is not closed by <!-- /bench -->.")
     return MARK.sub(block, text)
 
 

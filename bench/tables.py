@@ -26,8 +26,10 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def with_left_out(table: str, rows: Iterable[Row]) -> str:
     """Return a table with a line below it that counts the rows without a time."""
-    counts = Counter((row.provider, row.status) for row in rows if row.time_ms is None)
-    words = [f"{provider} ({count} {status})" for (provider, status), count in counts.items()]
+    words = []
+    for provider, members in grouped((row for row in rows if row.time_ms is None), lambda row: row.provider).items():
+        counts = Counter(row.status for row in members)
+        words.append(f"{provider} ({', '.join(f'{count} {status}' for status, count in counts.items())})")
     return f"{table}\n\nNot timed: {', '.join(words)}." if words else table
 
 

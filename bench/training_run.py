@@ -58,6 +58,11 @@ class TrainingSetting:
     impl: str = "auto"
     keep_residuals: bool | None = None
 
+    def __str__(self) -> str:
+        words = [self.model, f"{self.image_size} px", f"batch {self.batch}", f"n_steps {self.n_steps}"]
+        words += [self.dtype, self.layout, f"impl {self.impl}"] + ["compiled"] * self.compiled
+        return ", ".join([*words, f"keep_residuals {self.keep_residuals}"])
+
     @property
     def half(self) -> bool:
         """Whether autocast is on."""

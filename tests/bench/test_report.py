@@ -123,6 +123,14 @@ def test_wrong_marks_get_a_sentence(tmp_path: Path, mark: str, sentence: str) ->
         report.filled(TEXT.format(mark), [], tmp_path / "page.md", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ["<!-- bench:train -->\nkept\n", "<!-- bench:train -->\nkept\n" + TEXT.format("train")]
+)
+def test_a_mark_that_is_not_closed_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="is not closed"):
+        report.filled(text, [], tmp_path / "page.md", tmp_path)
+
+
 def test_missing_files_get_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert front.main(["report", "--results", str(tmp_path / "nothing")]) == 2
     assert "There is no folder" in capsys.readouterr().err
