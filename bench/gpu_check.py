@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from sdnet.bench.common_options import choose_device, seconds
 from sdnet.bench.ledger import ROOT, read, writable_folder
 from sdnet.train.environment import describe_environment
@@ -28,6 +30,9 @@ GRACE = 8
 
 REPORT = 15
 """Seconds kept for the report."""
+
+TEST_MEMORY = 10 * 2**30
+"""Bytes of GPU memory that a process of the tests may need."""
 
 LEAST = 45
 """A stage with less time than this is not started: the start alone takes half of it."""
@@ -60,7 +65,8 @@ def stages(out: Path) -> list[Stage]:
     train = ["sdnet.bench", "train", "--layout", "channels_last", "--out", str(out)]
     large = ["--image-size", "224", "--dtype", "bf16", "--impl", "auto", "torch", "--seconds", "20"]
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))  # each holds a CUDA context of half a gigabyte
+    memory = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2, memory // TEST_MEMORY))
     parallel = ["--numprocesses", str(workers), "--dist", "worksteal"] if find_spec("xdist") else []
     tests = ["pytest", "-m", "gpu", "-v", *parallel, f"--rootdir={ROOT}", f"--junitxml={out / 'tests.xml'}", *files]
     return [

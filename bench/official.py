@@ -1,10 +1,10 @@
-"""The official SDNet, transcribed step by step: the oracle of the parity tests and the rival of the benchmarks.
+"""The official SDNet, transcribed step by step: the oracle of the parity tests and a model of the benchmarks.
 
-Slow and literal on purpose, and independent of `sdnet.kernels`: the recurrences, the layout of the networks and the
-names in the state dict are those of the official release (Delay-Xili/SDNet), so that its checkpoints load here as they
-are. Three things are left out. The reconstruction losses that its forward computes and drops are not computed. Its
-threshold goes stale until the next `update_stepsize`; here it is lam * step_size at once. Its adaptive lambda takes
-effect from the second refresh; here from the first forward.
+Slow and literal on purpose, and independent of `sdnet.kernels`: the recurrences, the structure of the networks and the
+names in the state dict are those of the official release (Delay-Xili/SDNet), so that its checkpoints load unchanged.
+Three things differ. The official forward pass computes reconstruction losses and does not use them; here they are left
+out. The official threshold keeps its old value until the next `update_stepsize`; here it is lam * step_size at once.
+The official adaptive lambda takes effect from the second refresh on; here from the first forward pass on.
 """
 
 import math
@@ -20,7 +20,7 @@ NORM_FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class OfficialConfig:
-    """What the official configuration files choose; the field names are theirs where they have one."""
+    """The options of the official configuration files, under their names where they have one."""
 
     depth: Literal[18, 34] = 18
     all_layers: bool = False
@@ -54,28 +54,29 @@ class DictConv2d(nn.Module):
         self.eigenvector: Tensor | None = None
 
     def conv(self, x: Tensor) -> Tensor:
+        """Return A'x."""
         return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
 
     def conv_transpose(self, codes: Tensor) -> Tensor:
-        """The adjoint of `conv` where inputs are `stride` times the size of their codes; no other size is supported."""
+        """Return A c for an input of `stride` times the size of its codes; no other size is supported."""
         output_padding = 0 if self.stride == 1 else 1
         return F.conv_transpose2d(
             codes, self.weight, stride=self.stride, padding=self.padding, output_padding=output_padding
         )
 
     def normalize_weight(self) -> None:
-        """Scale each atom to unit norm, in place and unseen by autograd; in evaluation mode too."""
+        """Scale each atom to unit norm in place, without a gradient, in evaluation mode too."""
         with torch.no_grad():
             norm = self.weight.flatten(1).norm(dim=1).clamp_min(NORM_FLOOR)
             self.weight.data = self.weight.data / norm.view(-1, 1, 1, 1)
 
     def update_stepsize(self, max_iterations: int = 50, tolerance: float = 1e-5) -> None:
-        """step_size = 0.9 / |A v|^2, v by at least one and at most `max_iterations` power iterations on A'A.
+        """Set step_size = 0.9 / |A v|^2, with v from 1 to `max_iterations` power iterations on A'A.
 
-        Starts from the last v; the first one is random and lies on the codes' grid of the first forward.
+        They start from the last v. The first v is random and has the codes' size of the first forward pass.
         """
         if self.eigenvector is None:
-            raise RuntimeError("update_stepsize needs one forward before it: the codes' size is not known yet.")
+            raise RuntimeError("update_stepsize needs a forward pass before it, which sets the codes' size.")
         with torch.no_grad():
             v, error = self.eigenvector, float("inf")
             for _ in range(max_iterations):
@@ -89,12 +90,13 @@ class DictConv2d(nn.Module):
             self.step_size.copy_(0.9 / self.conv_transpose(v).square().sum())
 
     def prox(self, v: Tensor, lmbd: float, step: float) -> Tensor:
+        """Return the proximal operator of step * (lmbd |c|_1 + mu/2 |c|^2), one-sided if nonnegative."""
         scale = 1 + self.config.mu * step
         codes = F.softshrink(v / scale, lmbd * step / scale)
         return F.relu(codes) if self.config.nonnegative else codes
 
     def gradient(self, x: Tensor, codes: Tensor) -> Tensor:
-        """A'r of the residual r = x - A c, or A'(r / |r|) / 2 with the norm detached and taken per sample."""
+        """Return A'r of the residual r = x - A c, or A'(r / |r|) / 2 with the norm of each sample detached."""
         residual = x - self.conv_transpose(codes)
         if self.config.square_noise:
             return self.conv(residual)
@@ -102,6 +104,7 @@ class DictConv2d(nn.Module):
         return 0.5 * self.conv(residual / norm.view(-1, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the codes of x."""
         self.normalize_weight()
         step, lmbd = self.step_size.item(), self.config.lmbd
         height, width = x.shape[2:]
@@ -123,25 +126,26 @@ class DictConv2d(nn.Module):
 
 
 class DictBlock(nn.Module):
-    """The wrapper that gives the official state dict its `dn`."""
+    """A wrapper for the name `dn` in the official state dict."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, config: OfficialConfig):
         super().__init__()
         self.dn = DictConv2d(in_channels, out_channels, kernel_size, stride, config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the codes of x."""
         return self.dn(x)
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """The 1x1 convolution of a shortcut where the shape changes; empty where it does not."""
+    """Return the 1x1 convolution of a shortcut, or an empty module if the shape does not change."""
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
 class ResidualBlock(nn.Module):
-    """The block of sdnet18 and sdnet34: ResNet's own."""
+    """The block of sdnet18 and sdnet34, which is ResNet's."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -152,13 +156,14 @@ class ResidualBlock(nn.Module):
         self.shortcut = projection(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the block."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return F.relu(out + self.shortcut(x))
 
 
 class DictResidualBlock(nn.Module):
-    """The block of sdnet18_all and sdnet34_all: no ReLU but the one after a shortcut."""
+    """The block of sdnet18_all and sdnet34_all, whose only ReLU follows the shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, config: OfficialConfig):
         super().__init__()
@@ -169,24 +174,26 @@ class DictResidualBlock(nn.Module):
         self.shortcut = projection(in_channels, out_channels, stride) if config.shortcut else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the block."""
         out = self.bn1(self.conv1(x))
         out = self.bn2(self.conv2(out))
         return out if self.shortcut is None else F.relu(out + self.shortcut(x))
 
 
 class DictStage(nn.Module):
-    """The wrapper that gives the official state dict of the _all networks its `layers`."""
+    """A wrapper for the name `layers` in the official state dict of the _all networks."""
 
     def __init__(self, blocks: list[nn.Module]):
         super().__init__()
         self.layers = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the stage."""
         return self.layers(x)
 
 
 class OfficialSDNet(nn.Module):
-    """Logits [N, num_classes] of an image [N, 3, H, W], H and W such that every strided layer meets an even size."""
+    """The network, from images [N, 3, H, W] to logits [N, num_classes]; every strided layer needs an even size."""
 
     def __init__(self, config: OfficialConfig):
         super().__init__()
@@ -213,15 +220,16 @@ class OfficialSDNet(nn.Module):
         return nn.Sequential(*(ResidualBlock(*shape) for shape in shapes))
 
     def dict_layers(self) -> list[DictConv2d]:
-        """The CSC layers, from the input to the logits."""
+        """Return the CSC layers, from the input to the logits."""
         return [module for module in self.modules() if isinstance(module, DictConv2d)]
 
     def update_stepsize(self) -> None:
-        """What the official loop does before every batch, training or validation."""
+        """Refresh all step sizes, as the official loop does before every batch of training and validation."""
         for layer in self.dict_layers():
             layer.update_stepsize()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of x."""
         out = self.layer0(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             out = stage(out)
