@@ -18,7 +18,6 @@ def work(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_module("isolated_work")
 
 
-@pytest.mark.slow
 def test_a_lost_child_is_named_and_replaced(work: ModuleType) -> None:
     with Worker(isolated=True) as worker:
         first = list(worker.run(work.count, 3))

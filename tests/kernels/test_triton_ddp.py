@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 PROGRAM = Path(__file__).with_name("triton_ranks.py")
@@ -16,6 +17,7 @@ ENVIRONMENT = {
 }
 
 
+@pytest.mark.slow
 def test_two_ranks_with_half_the_batch_have_the_gradients_of_one_with_the_whole(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(

@@ -170,6 +170,7 @@ def learned(name: str, impl: str, n_steps: int) -> tuple[Tensor, Tensor]:
     return torch.stack(curve), gradient
 
 
+@pytest.mark.slow
 def test_the_torch_path_learns_as_the_reference_does() -> None:
     expected, _ = learned("sdnet18", "reference", n_steps=20)
     actual, _ = learned("sdnet18", "torch", n_steps=20)

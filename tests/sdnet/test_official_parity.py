@@ -39,6 +39,7 @@ CONFIGURATIONS = {
     "sdnet34_all-cifar": (replace(ALL, depth=34), 8),
     "sdnet18_all-everything-else": (replace(ALL, square_noise=False, expansion_factor=2, **ELSE), 16),
 }
+SLOW = ("sdnet18_all-everything-else",)
 
 
 def pictures(batch: int, image_size: int) -> Tensor:
@@ -113,7 +114,13 @@ def active_shares(network: OfficialSDNet, images: Tensor) -> list[float]:
     return shares
 
 
-@pytest.mark.parametrize(("config", "image_size"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize(
+    ("config", "image_size"),
+    [
+        pytest.param(*values, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, values in CONFIGURATIONS.items()
+    ],
+)
 @torch.no_grad()
 def test_logits_are_those_of_the_official_network(config: OfficialConfig, image_size: int, tmp_path: Path) -> None:
     images = pictures(8, image_size)

@@ -65,7 +65,6 @@ def test_two_ranks_with_half_the_batch_take_the_steps_of_one_with_the_whole(
     assert_same_steps(halves[0], whole)
 
 
-@pytest.mark.slow
 def test_step_sizes_vectors_and_weights_are_equal_on_both_ranks(halves: list[dict[str, Tensor]]) -> None:
     names = [name for name in halves[0] if name.endswith((".step_size", ".power_vector"))]
     assert names
@@ -113,7 +112,6 @@ def test_two_ranks_train_on_pictures_and_resume_exactly_after_sigterm(make_tree:
     assert metrics(tmp_path / "halves") == expected
 
 
-@pytest.mark.slow
 def test_an_error_is_said_once(tmp_path: Path) -> None:
     done = run(2, PROGRAM, "--data", tmp_path / "absent", "--out", tmp_path / "run")
     assert done.returncode != 0
@@ -121,7 +119,6 @@ def test_an_error_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_processes_that_do_not_know_each_other_are_refused(make_tree: MakeTree, tmp_path: Path) -> None:
     """As under `mpirun -n 2 python train/imagenet.py`, but without what a group needs: an address to meet at."""
     data = make_tree([4, 4], [2, 2])
