@@ -91,7 +91,11 @@ class CodingState(nn.Module):
         """
         device = self.weight.device
         self.register_buffer("step_size", torch.full((), float("nan"), dtype=torch.float32, device=device))
-        self.power_vector = torch.empty(1, channels, *size, dtype=torch.float32, device=device)
+        power_vector = torch.empty(1, channels, *size, dtype=torch.float32, device=device)
+        if power_vector.is_meta:  # a buffer at first, because what fills empty models looks for buffers (accelerate)
+            self.register_buffer("power_vector", power_vector)
+        else:
+            self.power_vector = power_vector
         # Lambda is never on the meta device: nothing that loads weights would bring its value back.
         device = torch.device("cpu") if device.type == "meta" else device
         self._lam = torch.zeros((), dtype=_lambda_dtype(self.weight.dtype), device=device)
@@ -149,6 +153,7 @@ class CodingState(nn.Module):
         """Move the state with the weights. `half()` and `double()` change the precision of the weights alone."""
         step_size, power_vector, lam = self.step_size, self.power_vector, self._lam
         with persistent_state():
+            self._unregister_power_vector()
             super()._apply(fn, recurse)
             if self.step_size.dtype != torch.float32:
                 self.step_size = step_size.to(self.step_size.device)
@@ -176,6 +181,12 @@ class CodingState(nn.Module):
         else:
             self._lam = torch.full((), self._exact_lam, device=device, dtype=dtype)
 
+    def _unregister_power_vector(self) -> None:
+        """Make the power vector of a module that was built on the meta device an attribute outside the buffers."""
+        power_vector = self._buffers.pop("power_vector", None)
+        if power_vector is not None:
+            self.power_vector = power_vector
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "power_vector"] = self.power_vector
@@ -190,6 +201,7 @@ class CodingState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._unregister_power_vector()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
@@ -108,6 +109,14 @@ def assigned_on_empty_weights_and_buffers(model: nn.Module) -> nn.Module:
     return other
 
 
+def dispatched_by_accelerate(model: nn.Module) -> nn.Module:
+    with init_empty_weights():
+        other = network()
+    with TemporaryDirectory() as folder:
+        torch.save(state(model), f"{folder}/pytorch_model.bin")
+        return load_checkpoint_and_dispatch(other, f"{folder}/pytorch_model.bin", device_map={"": "cpu"})
+
+
 def averaged(model: nn.Module) -> nn.Module:
     average = AveragedModel(model)
     average.update_parameters(model)
@@ -199,6 +208,7 @@ UNCHANGED: dict[str, Callable[[nn.Module], nn.Module | Forward]] = {
     "meta, load_state_dict(assign=True)": assigned_on_meta,
     "init_empty_weights": assigned_on_empty_weights,
     "init_empty_weights(include_buffers=True)": assigned_on_empty_weights_and_buffers,
+    "init_empty_weights, load_checkpoint_and_dispatch": dispatched_by_accelerate,
     "AveragedModel": averaged,
     "AveragedModel(use_buffers=True)": averaged_with_buffers,
     "EMA of the state dict": averaged_by_state_dict,
