@@ -23,7 +23,7 @@ def make_ledger(folder: Path) -> Ledger:
     return Ledger(folder, "kernels", facts)
 
 
-def test_a_row_survives_the_file(tmp_path: Path) -> None:
+def test_a_row_is_read_back_unchanged(tmp_path: Path) -> None:
     ledger = make_ledger(tmp_path)
     row = ledger.add("torch", "forward", {"batch": 2}, time_ms=TIMES, dtype="fp32", metrics={"gb_s": 1.5})
     ((path, found),) = read(tmp_path)

@@ -61,7 +61,7 @@ def test_forward_is_the_operator_with_the_layers_own_state() -> None:
     torch.testing.assert_close(norm(x), expected, rtol=0, atol=0)
 
 
-def test_the_padding_keeps_the_size_unless_told() -> None:
+def test_the_default_padding_keeps_the_size() -> None:
     assert layer(kernel_size=(5, 3))(images()).shape == (2, 8, 9, 8)
     assert layer(kernel_size=(5, 3), padding=0)(images()).shape == (2, 8, 5, 6)
 
@@ -121,12 +121,12 @@ def test_reconstruct_is_the_adjoint_on_any_input_size(stride: int | tuple[int, i
     torch.testing.assert_close((pixels * x).sum(), (codes * correlations).sum(), rtol=1e-4, atol=1e-3)
 
 
-def test_reconstruct_takes_the_stride_times_the_codes_size_unless_told() -> None:
+def test_reconstruct_takes_the_stride_times_the_codes_size_by_default() -> None:
     assert layer(stride=2).reconstruct(torch.randn(2, 8, 4, 5)).shape == (2, 3, 8, 10)
     assert layer().reconstruct(torch.randn(2, 8, 4, 5)).shape == (2, 3, 4, 5)
 
 
-def test_reconstruct_names_the_sizes_that_the_codes_stand_for() -> None:
+def test_reconstruct_names_the_possible_sizes() -> None:
     with pytest.raises(ValueError, match=r"size is \[12, 10\]; .* stand for inputs of \[7, 9\] to \[8, 10\]"):
         layer(stride=2).reconstruct(torch.randn(2, 8, 4, 5), (12, 10))
 

@@ -54,7 +54,7 @@ def test_parameters_are_as_many_as_the_official_ones(name: str, stem: str, short
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_csc_layers_stand_where_the_table_says() -> None:
+def test_csc_layers_are_where_the_table_says() -> None:
     assert csc_names(create("resnet18", stem="imagenet")) == []
     assert csc_names(create("sdnet18", stem="imagenet")) == ["stem.conv"]
     assert len(csc_names(create("sdnet18_all"))) == 17

@@ -34,7 +34,7 @@ def write_tar(path: Path, contents: dict[str, bytes], extra: tarfile.TarInfo | N
     return path
 
 
-def test_members_lie_where_they_are_said_to(tmp_path):
+def test_members_are_at_their_recorded_offsets(tmp_path):
     contents = {"a/one.jpg": b"1" * 700, "a/two.jpg": b"", "three.jpg": b"3"}
     path = write_tar(tmp_path / "plain.tar", contents)
     data = path.read_bytes()

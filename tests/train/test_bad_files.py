@@ -140,7 +140,7 @@ def test_a_file_that_breaks_during_an_epoch_is_named(make_tree, breaks):
     loader.close()
 
 
-def test_a_run_that_meets_a_broken_file_keeps_its_checkpoint(make_tree, tmp_path, monkeypatch):
+def test_a_broken_file_during_a_run_leaves_the_checkpoint(make_tree, tmp_path, monkeypatch):
     root = make_tree([40], [2])
     small = demo().__class__(model="resnet18", image_size=32, eval_resize=32, epochs=3, batch=2, lr=0.01)
     trainer = Trainer(Job(small, root, RunFolder(tmp_path / "run"), False, 1, 1), open_pictures)

@@ -199,7 +199,7 @@ def test_evaluation_gives_the_pictures_as_they_are():
 
 
 @pytest.mark.parametrize("batches", [0, 2, 5])
-def test_goes_on_in_the_midst_of_an_epoch(batches):
+def test_resumes_in_the_middle_of_an_epoch(batches):
     first, second = loader(), loader()
     for this in (first, second):
         this.set_epoch(3)
@@ -242,7 +242,7 @@ def test_batches_in_half_precision_are_rounded_ones(dtype):
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
-def test_mixed_pictures_come_with_targets_to_match(mixup, cutmix):
+def test_mixed_images_have_mixed_targets(mixup, cutmix):
     mixing = Mixing(mixup, cutmix, 23)
     options = {"mixing": mixing, "padding": 0}
     for (images, targets), (again, _) in zip(loader(**options), loader(**options), strict=True):

@@ -96,7 +96,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(pictures):
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
-def test_a_new_loader_goes_on_in_the_midst_of_an_epoch(pictures, batches):
+def test_a_new_loader_resumes_in_the_middle_of_an_epoch(pictures, batches):
     loader = training(pictures[0])
     loader.set_epoch(2)
     expected = list(loader)

@@ -34,7 +34,7 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
 
 
-def test_what_is_there_is_kept(tmp_path, capsys):
+def test_an_existing_tree_is_kept(tmp_path, capsys):
     assert make_demo_data(tmp_path / "demo", train=1, val=1)
     assert not make_demo_data(tmp_path / "demo", train=1, val=1)
     with pytest.raises(UserError, match="holds something else: remove it, or choose another folder"):
@@ -45,7 +45,7 @@ def test_what_is_there_is_kept(tmp_path, capsys):
         main([str(tmp_path / "other")])
 
 
-def test_a_tree_that_was_not_finished_is_made_anew(tmp_path):
+def test_an_unfinished_tree_is_rebuilt(tmp_path):
     (tmp_path / ".demo.tmp" / "train" / "astronaut").mkdir(parents=True)
     assert make_demo_data(tmp_path / "demo", train=1, val=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]

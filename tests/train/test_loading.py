@@ -57,7 +57,7 @@ def test_each_picture_counts_once_at_every_epoch(shards, world, batch):
         assert sorted(label for of_rank in judged for of_step in of_rank for label in of_step) == list(range(97))
 
 
-def test_goes_on_in_the_midst_of_an_epoch_on_shards(shards):
+def test_shards_resume_in_the_middle_of_an_epoch(shards):
     loader, resumed = training(shards[0], 1, 2), training(shards[0], 1, 2)
     for each in (loader, resumed):
         each.set_epoch(4)
@@ -71,7 +71,7 @@ def test_goes_on_in_the_midst_of_an_epoch_on_shards(shards):
         assert all(map(torch.equal, want, got))
 
 
-def test_a_second_iteration_goes_on_where_the_first_was_left(shards):
+def test_a_second_iteration_continues_the_first(shards):
     loader = training(shards[0])
     expected = [labels.tolist() for _, labels in loader]
     iterator = iter(loader)

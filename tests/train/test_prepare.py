@@ -158,7 +158,7 @@ def test_a_class_folder_without_pictures(tree, tmp_path):
         quiet(tree, tmp_path / "out")
 
 
-def test_an_interrupted_preparation_goes_on_to_the_same_bytes(tree, tmp_path, monkeypatch):
+def test_an_interrupted_preparation_ends_with_the_same_bytes(tree, tmp_path, monkeypatch):
     whole = quiet(tree, tmp_path / "whole", shards=4)
     written = []
 
@@ -275,7 +275,7 @@ def test_wrong_arguments(tree, tmp_path, capsys):
         main(["--data", str(tmp_path / "no"), "--out", str(tmp_path / "out")])
 
 
-def test_the_command_line_says_what_it_made(tree, tmp_path, capsys):
+def test_the_command_reports_its_output(tree, tmp_path, capsys):
     (tree / "val/class 00/001.jpg").write_bytes(b"")
     main(["--data", str(tree), "--out", str(tmp_path / "out"), "--workers", "1", "--size", "20"])
     said = capsys.readouterr().out

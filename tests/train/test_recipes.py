@@ -41,7 +41,7 @@ def test_imagenet_has_the_official_settings() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_has_its_name_and_survives_json(name: str) -> None:
+def test_a_recipe_has_its_name_and_is_read_back_from_json(name: str) -> None:
     recipe = RECIPES[name]()
     assert recipe.name == name
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
