@@ -1,6 +1,5 @@
 """A training run of a benchmark: a registered model with `sdnet.attach`, or an official network in its own loop."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
@@ -15,8 +14,8 @@ import sdnet
 from sdnet.bench.official import OfficialConfig, OfficialSDNet
 from sdnet.bench.providers import DTYPES, LAYOUTS
 from sdnet.bench.step_clock import StepClock
-from sdnet.kernels.csc import KEEP_RESIDUALS
 from sdnet.models import Stem
+from sdnet.step_size import csc_layers
 from sdnet.train.errors import UserError
 
 OFFICIAL = {
@@ -102,6 +101,8 @@ class TrainingRun:
         if isinstance(model, OfficialSDNet):
             model(torch.zeros(2, 3, setting.image_size, setting.image_size, device=device))  # makes its eigenvectors
             self.refresh = model.update_stepsize
+        for layer in csc_layers(model).values():
+            layer.keep_residuals = setting.keep_residuals
         self.model: nn.Module = model.train()
         self.forward: Callable[[Tensor], Tensor] = torch.compile(model) if setting.compiled else model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -149,9 +150,6 @@ class TrainingRun:
         return sum(sizes.values()) / 2**20
 
     def _loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        os.environ.pop(KEEP_RESIDUALS, None)
-        if self.setting.keep_residuals is not None:
-            os.environ[KEEP_RESIDUALS] = str(int(self.setting.keep_residuals))
         with torch.autocast(self.device.type, DTYPES[self.setting.dtype], enabled=self.setting.half):
             return F.cross_entropy(forward(images), labels)
 

@@ -76,6 +76,8 @@ class CSCConv2d(CodingState):
             state dict, is as large as one input of the layer (600 kB for a 3-channel input of 224 pixels), and can be
             made again by `sdnet.refresh_step_size`.
         lam: lambda, 0-d or [N, 1, 1, 1], fp32 or, in a double layer, fp64. It is not saved in the state dict.
+        keep_residuals: whether a forward keeps the residuals for the backward pass, see `sdnet.kernels.csc_encode`;
+            None, at first, for its default.
 
     Raises:
         ValueError: an argument has a wrong type or value.
@@ -115,6 +117,7 @@ class CSCConv2d(CodingState):
         self.padding = half if padding is None else checks.pair("padding", padding, 0)
         self.coding = coding_of(type(self).__init__, coding)
         self.impl = checks.choice("impl", impl, IMPLEMENTATIONS)
+        self.keep_residuals: bool | None = None
         lam = checks.number("lam", lam)
         if dtype is not None and dtype not in WEIGHT_DTYPES:
             raise ValueError(f"dtype is {checks.shown(dtype)}; it must be one of {', '.join(map(str, WEIGHT_DTYPES))}.")
@@ -164,7 +167,8 @@ class CSCConv2d(CodingState):
             ValueError: x or lam has a wrong shape, type or device.
         """
         lam = self._lam if lam is None else lam
-        codes = encode(x, self.weight, self.step_size, lam, self.coding, self.stride, self.padding, self.impl)
+        options = self.coding, self.stride, self.padding, self.impl, self.keep_residuals
+        codes = encode(x, self.weight, self.step_size, lam, *options)
         for recorder in self._recorders:
             recorder.keep(x, codes, lam)
         return codes
