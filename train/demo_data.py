@@ -78,6 +78,11 @@ def _random_crop(picture: Image.Image, side: int, generator: np.random.Generator
 
 
 def photographs_folder() -> Path:
+    """Return the folder of the photographs inside the scikit-image package.
+
+    Raises:
+        UserError: scikit-image is not installed.
+    """
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise UserError("The photographs come with scikit-image: pip install 'sdnet[demo]'.")
