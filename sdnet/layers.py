@@ -166,6 +166,7 @@ class CSCConv2d(CodingState):
         Raises:
             ValueError: x or lam has a wrong shape, type or device.
         """
+        self._check_input(x)
         lam = self._lam if lam is None else lam
         options = self.coding, self.stride, self.padding, self.impl, self.keep_residuals
         codes = encode(x, self.weight, self.step_size, lam, *options)
@@ -217,8 +218,7 @@ class CSCConv2d(CodingState):
         Raises:
             ValueError: `x`, `codes` or `lam` has a wrong shape.
         """
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, {self.in_channels}, H, W].")
+        self._check_input(x)
         with torch.autocast(x.device.type, enabled=False):
             x, codes = at_least_single(x), at_least_single(codes)
             reconstruction = self.reconstruct(codes, (x.shape[2], x.shape[3]))
@@ -232,6 +232,12 @@ class CSCConv2d(CodingState):
                 )
             lam = lam.reshape(-1, 1, 1, 1)
             return reference.objective(x, codes, reconstruction, lam, self.coding)
+
+    def _check_input(self, x: Tensor) -> None:
+        """Raise a ValueError if x is no batch of inputs of this layer."""
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels:
+            unbatched = "; add a batch dimension with x[None]" if getattr(x, "ndim", 0) == 3 else ""
+            raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, {self.in_channels}, H, W]{unbatched}.")
 
     def codes_size(self, size: Pair) -> Pair:
         """Return height and width of the codes of an input of height and width `size`."""

@@ -95,6 +95,21 @@ untyped: Any = sdnet
 """The package as untyped code sees it."""
 
 CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "forward: None": (lambda m: m(None), "x is None; it must be a tensor"),
+    "forward: numpy": (lambda m: m(np.zeros((1, 3, 8, 8))), "x is of type ndarray and shape"),
+    "forward: channels": (lambda m: m(images(1, 4, 8, 8)), r"shape \[1, 4, 8, 8\]; it must be a tensor \[N, 3, H, W\]"),
+    "forward: unbatched": (lambda m: m(images(3, 8, 8)), r"add a batch dimension with x\[None\]"),
+    "forward: ints": (lambda m: m(images(1, 3, 8, 8).long()), "x is torch.int64 and weight torch.float32"),
+    "forward: double": (lambda m: m(images(1, 3, 8, 8).double()), "x is torch.float64 and weight torch.float32"),
+    "forward: meta": (lambda m: m(images(1, 3, 8, 8).to("meta")), "x is on meta and weight on cpu"),
+    "forward: lam": (lambda m: m(images(1, 3, 8, 8), lam=-1), "lam is -1" + NUMBER),
+    "forward: lam of another batch": (
+        lambda m: m(images(1, 3, 8, 8), lam=torch.ones(2)),
+        r"lam has shape \[2\]; for x of shape \[1, 3, 8, 8\] it must be 0-d",
+    ),
+    "forward: lam is a string": (lambda m: m(images(1, 3, 8, 8), lam="0.1"), "lam is '0.1'" + NUMBER),
+    "forward: lam is a list": (lambda m: m(images(1, 3, 8, 8), lam=[0.1]), r"lam is \[0.1\]" + NUMBER),
+    "forward: negative tensor": (lambda m: m(images(1, 3, 8, 8), lam=torch.tensor(-1.0)), "lam is .*-1"),
     "reconstruct: 3-d codes": (lambda m: m.reconstruct(images(8, 4, 4)), r"codes is .*\[8, 4, 4\]; it must be"),
     "reconstruct: channels": (lambda m: m.reconstruct(images(2, 3, 4, 4)), r"shape \[2, 3, 4, 4\]; .*\[N, 8, h, w\]"),
     "reconstruct: None": (lambda m: m.reconstruct(None), "codes is None; it must be a tensor"),

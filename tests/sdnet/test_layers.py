@@ -225,7 +225,9 @@ def test_a_bad_lambda_is_refused_and_the_old_one_stays(lam: float | Tensor, sent
 
 
 def test_an_input_of_other_channels_is_refused() -> None:
-    with pytest.raises(ValueError, match="x has 4 channels"):
+    with pytest.raises(
+        ValueError, match=r"x is of type Tensor and shape \[2, 4, 9, 8\]; it must be a tensor \[N, 3, H, W\]"
+    ):
         layer()(images(channels=4))
 
 
