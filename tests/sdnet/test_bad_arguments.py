@@ -77,8 +77,13 @@ MODEL: list[tuple[dict[str, Any], str]] = [
     ({"image_size": (3, 16, 16)}, r"image_size is \(3, 16, 16\)" + PAIR),
     ({"shortcut": None}, "shortcut is None; it must be True or False"),
     ({"shortcut": False}, "shortcut=False is for sdnet18_all, sdnet34_all; sdnet18 needs its shortcuts"),
+    ({"name": "resnet34", "shortcut": False}, "resnet34 needs its shortcuts"),
     ({"name": "resnet18", "lam": -1}, "lam is -1" + NUMBER),
     ({"n_steps": 2.5}, "n_steps is 2.5" + INT),
+    ({"mu": -0.1}, "mu is -0.1" + NUMBER),
+    ({"n_dict": 0}, "n_dict is 0" + INT),
+    ({"solver": "lista"}, "solver is 'lista'; it must be one of ista"),
+    ({"data_term": "huber"}, "data_term is 'huber'; it must be one of squared"),
     ({"impl": None}, "impl is None; it must be one of auto"),
 ]
 
@@ -107,9 +112,6 @@ CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: m(images(1, 3, 8, 8), lam=torch.ones(2)),
         r"lam has shape \[2\]; for x of shape \[1, 3, 8, 8\] it must be 0-d",
     ),
-    "forward: lam is a string": (lambda m: m(images(1, 3, 8, 8), lam="0.1"), "lam is '0.1'" + NUMBER),
-    "forward: lam is a list": (lambda m: m(images(1, 3, 8, 8), lam=[0.1]), r"lam is \[0.1\]" + NUMBER),
-    "forward: negative tensor": (lambda m: m(images(1, 3, 8, 8), lam=torch.tensor(-1.0)), "lam is .*-1"),
     "reconstruct: 3-d codes": (lambda m: m.reconstruct(images(8, 4, 4)), r"codes is .*\[8, 4, 4\]; it must be"),
     "reconstruct: channels": (lambda m: m.reconstruct(images(2, 3, 4, 4)), r"shape \[2, 3, 4, 4\]; .*\[N, 8, h, w\]"),
     "reconstruct: None": (lambda m: m.reconstruct(None), "codes is None; it must be a tensor"),

@@ -115,37 +115,6 @@ def test_no_relu_follows_the_codes_of_a_block_without_shortcut() -> None:
         assert bool((nn.Sequential(*features)(x) < 0).any()) is signed
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "sentence"),
-    [
-        ("resnet18", {"lam": -0.1}, "lam is -0.1; it must be a finite number of at least 0"),
-        ("sdnet50", {}, "name is 'sdnet50'; it must be one of resnet18, .*, sdnet34_all"),
-        ("sdnet18", {"stem": "patch"}, "stem is 'patch'; it must be one of imagenet, cifar"),
-        ("sdnet18", {"num_classes": 0}, "num_classes is 0; it must be an int of at least 1"),
-        ("sdnet18", {"image_size": 0}, "image_size is 0; it must be an int or a pair of ints of at least 1"),
-        ("sdnet18", {"shortcut": False}, "shortcut=False is for sdnet18_all, sdnet34_all; sdnet18 needs its shortcuts"),
-        ("resnet34", {"shortcut": False}, "resnet34 needs its shortcuts"),
-        ("sdnet18", {"lam": -0.1}, "lam is -0.1"),
-        ("sdnet18", {"mu": -0.1}, "mu is -0.1"),
-        ("sdnet18", {"n_steps": 0}, "n_steps is 0"),
-        ("sdnet18", {"n_dict": 0}, "n_dict is 0"),
-        ("sdnet18", {"solver": "lista"}, "solver is 'lista'"),
-        ("sdnet18", {"data_term": "huber"}, "data_term is 'huber'"),
-        ("sdnet18", {"impl": "cuda"}, "impl is 'cuda'"),
-    ],
-    ids=str,
-)
-def test_a_bad_argument_is_refused_in_one_sentence(name: str, options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        create(name, **options)
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (3, 32, 32)], ids=str)
-def test_an_input_that_is_no_batch_of_colour_images_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"x is of type Tensor and shape .*; it must be a tensor \[N, 3, H, W\]"):
-        create("resnet18")(torch.zeros(shape))
-
-
 def test_a_seed_gives_the_same_network_again() -> None:
     first, again, other = (create("sdnet18_all", seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
