@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import BadZipFile, ZipFile
@@ -92,7 +93,9 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
         state = {item.name: getattr(self, item.name) for item in fields(self)}
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
+        content = BytesIO()
+        torch.save(state, content)  # in memory, so that a full disk is an OSError and not one of many of torch
+        write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":

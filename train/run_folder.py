@@ -14,7 +14,8 @@ last.pt            all that a resume needs, in one file (see sdnet.train.checkpo
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,23 @@ class RunFolder:
                 file.write(b"0")
         except OSError as error:
             raise UserError(f"The run folder {self.path} cannot be written: {error.strerror}.") from error
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn a failure of the system to write, such as a full disk, into one sentence.
+
+        Raises:
+            UserError: A file could not be written in the block; files that it would have replaced are unchanged.
+        """
+        try:
+            yield
+        except OSError as error:
+            kept = (
+                f"{self.checkpoint_file} is the last checkpoint"
+                if self.checkpoint_file.exists()
+                else "there is no checkpoint"
+            )
+            raise UserError(f"The run folder {self.path} cannot be written: {error.strerror}; {kept}.") from error
 
     def check_resumable(self) -> tuple[Recipe, tuple[str, ...]]:
         """Read the files that a resume needs, apart from the checkpoint.
@@ -138,7 +156,7 @@ class RunFolder:
             try:
                 lines.append(json.loads(text))
                 whole = all(isinstance(lines[-1][name], int | float) for name in ("epoch", *CURVES))
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 whole = False
             if not whole:
                 raise UserError(f"Line {number} of {self.metrics_file} is damaged; remove this line to go on.")
@@ -151,6 +169,14 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self.draw_curve()
+
+    def missing_metrics(self, epochs: int) -> tuple[str, ...]:
+        """Return a sentence for the user if metrics.jsonl lacks lines of the finished epochs."""
+        missing = sorted(set(range(1, epochs + 1)) - {line["epoch"] for line in self.metrics()})
+        if not missing:
+            return ()
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        return (f"{self.metrics_file} lacks the finished epochs {shown}; the curve leaves them out.",)
 
     def keep_metrics(self, epochs: int) -> None:
         """Remove the lines of epochs after the checkpoint, which will be run again."""
@@ -196,7 +222,7 @@ def _read_json(path: Path, kind: type) -> Any:
     """
     try:
         value = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}.") from error
     if not isinstance(value, kind):
         raise UserError(f"{path} is damaged: it should hold a JSON {'object' if kind is dict else 'list'}.")

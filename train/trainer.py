@@ -82,6 +82,7 @@ class Trainer:
             file = self.run.checkpoint_file
             notes += restore(self.shared, checkpoint.shared, file)
             notes += restore(self.own, checkpoint.ranks[self.accelerator.process_index], file)
+            notes += self.run.missing_metrics(self.state.epoch)
 
         self.notes = notes
         self.warned_of_margin = False
@@ -149,7 +150,8 @@ class Trainer:
         self.accelerator.log({f"epoch/{key}": value for key, value in facts.items()}, state.step)
         if self.accelerator.is_main_process:
             facts |= {"images_per_second": speed, "data_wait": wait}
-            self.run.add_metrics({"epoch": state.epoch, "step": state.step, "lr": rate, **facts})
+            with self.run.writing():
+                self.run.add_metrics({"epoch": state.epoch, "step": state.step, "lr": rate, **facts})
         self.display.say(
             f"epoch {state.epoch}/{epochs}  train loss {loss:.3f}  val loss {scores['val_loss']:.3f}  "
             f"top-1 {scores['val_top1']:.2f}%  top-5 {scores['val_top5']:.2f}%  {speed:.0f} images/s"
@@ -248,13 +250,15 @@ class Trainer:
     def _open_run(self) -> None:
         """Write what is known before the first step, and remove the metrics of epochs that will be run again."""
         self.accelerator.wait_for_everyone()  # until all ranks have found the folder unused
-        if self.accelerator.is_main_process:
-            self.run.create(self.job.recipe)
-            self.run.keep_metrics(self.state.epoch)
-            self.run.note_left_out(self.data.left_out)
-            facts = {"command": sys.argv, "processes": self.accelerator.num_processes}
-            self.run.add_environment(facts | describe_environment(self.accelerator.device))
-        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.state.step + 1}})
+        with self.run.writing():
+            if self.accelerator.is_main_process:
+                self.run.create(self.job.recipe)
+                self.run.keep_metrics(self.state.epoch)
+                self.run.note_left_out(self.data.left_out)
+                facts = {"command": sys.argv, "processes": self.accelerator.num_processes}
+                self.run.add_environment(facts | describe_environment(self.accelerator.device))
+            purge = {"tensorboard": {"purge_step": self.state.step + 1}}
+            self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
 
     def _save(self, names: list[str], scores: dict[str, str]) -> None:
         """Write the weights with converged step sizes under `names`, `scores` in the header, and the checkpoint."""
@@ -262,12 +266,12 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         facts = {"epoch": str(self.state.epoch), "step": str(self.state.step), **scores}
-        with (
-            converged_step_sizes(self.model) if self.state.batch else nullcontext()
-        ):  # else they are from _finish_epoch
-            for name in names:
-                self.run.save_weights(name, self.model.state_dict(), facts)
-        Checkpoint(self.data.digest, states_of(self.shared), ranks).save(self.run.checkpoint_file)
+        within_epoch = self.state.batch > 0  # else the step sizes have converged already
+        with self.run.writing():
+            with converged_step_sizes(self.model) if within_epoch else nullcontext():
+                for name in names:
+                    self.run.save_weights(name, self.model.state_dict(), facts)
+            Checkpoint(self.data.digest, states_of(self.shared), ranks).save(self.run.checkpoint_file)
 
 
 class LoaderPosition:

@@ -245,6 +245,7 @@ def test_a_recipe_of_an_older_version_takes_the_defaults_and_says_so(tmp_path: P
     [
         ("", "is damaged: Expecting value: line 1 column 1 (char 0)."),
         ('{"lam": 0.', "is damaged: Expecting"),
+        ("[" * 100_000, "is damaged: maximum recursion depth exceeded"),
         ("[1, 2]", "is damaged: it should hold a JSON object."),
         (b"\xff\xfe\x00", "is damaged: it is not UTF-8 text."),
         ('{"gone": 1}', "cannot be used: this version of sdnet has no setting gone."),
@@ -253,6 +254,7 @@ def test_a_recipe_of_an_older_version_takes_the_defaults_and_says_so(tmp_path: P
         ('{"milestones": "30"}', "cannot be used: milestones is '30'; it must be a list."),
         ('{"n_steps": 0}', "cannot be used: n_steps is 0"),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_a_damaged_or_foreign_recipe_is_named(tmp_path: Path, text: str | bytes, sentence: str) -> None:
     file = RunFolder(tmp_path).recipe_file

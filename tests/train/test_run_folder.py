@@ -75,6 +75,14 @@ def test_metrics_after_the_checkpoint_and_half_lines_are_forgotten(tmp_path: Pat
     run.keep_metrics(2)
     assert [line["epoch"] for line in run.metrics()] == [1, 2]
     assert len(run.metrics_file.read_text().splitlines()) == 2
+    assert run.missing_metrics(2) == ()
+
+
+def test_lost_metrics_of_finished_epochs_are_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.add_metrics({"epoch": 2, **LINE})
+    sentence = f"{run.metrics_file} lacks the finished epochs 1, 3; the curve leaves them out."
+    assert run.missing_metrics(3) == (sentence,)
 
 
 def test_weights_are_safetensors_with_facts(tmp_path: Path) -> None:

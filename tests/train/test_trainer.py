@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -231,7 +232,7 @@ def test_evaluated_and_exported_weights_have_converged_step_sizes(
 
 
 def test_the_margin_is_step_size_times_eigenvalue_before_the_convergence() -> None:
-    model = sdnet.create_model("sdnet18_all", 3, image_size=32)
+    model = sdnet.create_model("sdnet18_all", 3, stem="cifar", image_size=8)
     sdnet.refresh_step_size(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     csc_layers(model)["stem.conv"].step_size.mul_(2)
@@ -372,3 +373,20 @@ def test_processes_that_do_not_form_a_group_are_refused(
     with pytest.raises(UserError, match=r"^2 processes were launched, but this one is in a group of 1: they would"):
         trainer(data, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(data: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=110m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with pytest.raises(UserError) as caught:  # two sets of weights fit, the checkpoint does not
+            trainer(data, disk / "run", replace(SMALL, epochs=1)).train()
+        assert str(caught.value) == (
+            f"The run folder {disk / 'run'} cannot be written: No space left on device; there is no checkpoint."
+        )
+        assert not list((disk / "run").glob(".*"))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
