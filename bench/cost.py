@@ -26,7 +26,7 @@ from typing import NamedTuple
 from sdnet.bench.common_options import at_least
 from sdnet.bench.layer_shapes import LayerShape, csc_layers
 from sdnet.bench.tables import markdown
-from sdnet.kernels.triton_path.correlation_tiles import Shape, splits_of, tile_of
+from sdnet.kernels.triton_path.tiles import Shape, boxes, correlation_blocks, correlation_tile, splits_of
 
 PROCESSORS, ARCH = 132, 90
 """The GPU for which the partial sums of the weight gradient are counted: an H100."""
@@ -81,12 +81,22 @@ def weights_of(layer: LayerShape) -> int:
 
 def partial_sums(layer: LayerShape, batch: int, itemsize: int) -> int:
     """Return the bytes of the weight gradient's partial sums, written and read, for channels_last tensors."""
-    kernel_size = (layer.kernel_size, layer.kernel_size)
-    aligned = itemsize == 2 and layer.channels % 8 == 0 and layer.atoms % 8 == 0
-    shape = Shape(batch, layer.channels, layer.atoms, kernel_size, layer.codes_size, itemsize, True, aligned)
-    tile = tile_of(shape, ARCH)
-    blocks = tile.blocks(layer.atoms, layer.channels, layer.kernel_size**2)
-    return 2 * 4 * splits_of(blocks, tile.boxes(batch, shape.grid), PROCESSORS) * weights_of(layer)
+    shape = Shape(
+        batch=batch,
+        channels=layer.channels,
+        atoms=layer.atoms,
+        image_size=layer.size,
+        codes_size=layer.codes_size,
+        kernel_size=(layer.kernel_size, layer.kernel_size),
+        stride=(layer.stride, layer.stride),
+        itemsize=itemsize,
+        precision="tf32",
+        channels_last=True,
+        arch=ARCH,
+    )
+    tile = correlation_tile(shape)
+    splits = splits_of(correlation_blocks(shape, tile), boxes(tile, batch, shape.codes_size), PROCESSORS)
+    return 2 * 4 * splits * weights_of(layer)
 
 
 ANALYSIS = Operation("A'", images=1, codes=1, weights=1, convolutions=1)

@@ -170,8 +170,8 @@ def shape_of(workload: Workload) -> tiles.Shape:
         batch=workload.batch,
         channels=layer.channels,
         atoms=layer.atoms,
-        size=layer.size,
-        grid=layer.codes_size,
+        image_size=layer.size,
+        codes_size=layer.codes_size,
         kernel_size=(layer.kernel_size, layer.kernel_size),
         stride=(layer.stride, layer.stride),
         itemsize=DTYPES[workload.dtype].itemsize,
@@ -200,5 +200,5 @@ def merged(table: Mapping[str, Entry], trials: Iterable[Trial]) -> dict[str, Ent
 def write(file: Path, table: Mapping[str, Entry]) -> None:
     """Write the table as the file that `paths.table` reads."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = {key: (entry.steps, *(tile._asdict() for tile in entry.tiles)) for key, entry in table.items()}
+    rows = {key: (entry.path, *(tile._asdict() for tile in entry.tiles)) for key, entry in table.items()}
     write_atomically(file, lambda unfinished: unfinished.write_text(json.dumps(rows, indent=1) + "\n"))

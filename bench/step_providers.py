@@ -115,16 +115,17 @@ def by_triton(name: str, path: str) -> Provider:
         x, weight, codes = inputs["x"], inputs["weight"], inputs["grad"]
         if obstacle := obstacle_to_triton(x, weight):
             raise NotImplementedError(f"{obstacle}.")
-        from sdnet.kernels.triton_path import correlation, cudnn, fused, loop
+        from sdnet.kernels.triton_path import loop
+        from sdnet.kernels.triton_path.correlation.weight_gradient import weight_correlation
 
         problem, step_size = problem_of(workload, inputs), inputs["step_size"]
         layer = loop.layer_of(x, weight, problem.stride, problem.padding, LAYOUTS[workload.layout])
-        steps = {"fused": fused, "cudnn": cudnn}[path]
+        products = loop.path_of(layer, problem, loop.choice_of(layer, path))
         pairs = [(x, codes, step_size), (x, codes, step_size), (x, codes, -1.0)]
         runs = {
-            "encode": lambda: steps.encode(layer, x, problem, codes)[0],
-            "residual": lambda: steps.residual(layer, x, codes, problem),
-            "weight_correlation": lambda: correlation.weight_correlation(
+            "encode": lambda: products.proximal_step(x, codes)[0],
+            "residual": lambda: products.residual(x, codes),
+            "weight_correlation": lambda: weight_correlation(
                 pairs, weight, problem.stride, problem.padding, layer.precision
             ),
         }

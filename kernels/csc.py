@@ -140,9 +140,7 @@ def explain(
     from sdnet.kernels.triton_path import loop
 
     layer = loop.layer_of(x, weight, stride, padding, memory_format_of(x, weight))
-    path = loop.path_of(layer)
-    tiles = f"; A' in tiles of {layer.tiles.analysis}, A of {layer.tiles.synthesis}" if path.fused else ""
-    return f"triton: {choice.reason}; {path.reason}{tiles}."
+    return f"triton: {choice.reason}; {loop.choice_of(layer)}."
 
 
 def _scalar_or_per_sample(name: str, value: float | Tensor, x: Tensor, per_sample: bool) -> Tensor:

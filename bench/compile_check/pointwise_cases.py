@@ -1,4 +1,4 @@
-"""The configurations of `pointwise` that the compile check compiles: every combination of the flags, in every type."""
+"""The configurations of the pointwise kernels that the compile check compiles."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -25,7 +25,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
 
 def pointwise_case(kernel: Any, dtype: str, chosen: dict[str, Any]) -> CompileCase:
     """A kernel of this file with the given flags."""
-    scalars = {"step_ptr": "*fp32", "lam_ptr": "*fp32", "beta": "fp32", "mu": "fp32"}
+    scalars = {"step_size_ptr": "*fp32", "lam_ptr": "*fp32", "beta": "fp32", "mu": "fp32"}
     integers = {"numel": 2**25, "sample": 2**17, "inner": 64}
     names = set(kernel.arg_names)
     types = {name: scalars.get(name, f"*{dtype}") for name in kernel.arg_names if name in scalars or "_ptr" in name}

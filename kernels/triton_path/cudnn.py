@@ -1,69 +1,75 @@
-"""The four steps of `fused` as cuDNN convolutions and pointwise kernels, where cuDNN's products win."""
+"""The path whose convolutions are cuDNN's, with the pointwise kernels between them: for layers where these win."""
+
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from sdnet.kernels import reference
 from sdnet.kernels.torch_path import Problem, rescaled
-from sdnet.kernels.triton_path.fused import Layer
+from sdnet.kernels.triton_path.layer import Layer
 from sdnet.kernels.triton_path.pointwise import mask, shrink_step, subtract
 
 
-def encode(
-    layer: Layer,
-    r: Tensor,
-    problem: Problem,
-    z: Tensor | None = None,
-    previous: Tensor | None = None,
-    beta: float = 0.0,
-    scale: Tensor | None = None,
-    next_beta: float = 0.0,
-    keep_next: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """z' and, if keep_next, y'."""
-    r = rescaled(r, scale, in_place=False)
-    v = F.conv2d(r, layer.weight, stride=layer.stride, padding=layer.padding)
-    codes = shrink_step(v, problem, z, previous, beta, in_place=True)
-    if not keep_next:
-        return codes, None
-    return codes, problem.extrapolated(codes, codes if z is None else z, next_beta)
+@dataclass(frozen=True)
+class CudnnPath:
+    """The products of a layer by cuDNN: see `paths.Path` for their formulas and arguments."""
 
+    layer: Layer
+    problem: Problem
 
-def backstep(
-    layer: Layer,
-    dr: Tensor,
-    m: Tensor,
-    z: Tensor,
-    problem: Problem,
-    beta: float = 0.0,
-    later: Tensor | None = None,
-    next_beta: float = 0.0,
-    at_y: bool = True,
-    keep_dy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """m' and, if keep_dy, d_y. `later` is d_y', or the m that d_y' is damping times of if not at_y."""
-    v = F.conv2d(dr, layer.weight, stride=layer.stride, padding=layer.padding)
-    damping = problem.damping.to(m.dtype)
-    direct = m * damping if problem.coding.mu else m
-    if not beta and later is None:
-        return mask(direct, z, minus=v), None
-    if later is not None:
-        later = next_beta * (later if at_y or not problem.coding.mu else later * damping)
-    if at_y:
-        d_y = direct - v
-        return mask(d_y * (1 + beta), z, minus=later), d_y if keep_dy else None
-    g = direct * (1 + beta) - v
-    return mask(g, z, minus=later), None
+    def proximal_step(
+        self,
+        residual: Tensor,
+        codes: Tensor | None = None,
+        previous: Tensor | None = None,
+        beta: float = 0.0,
+        scale: Tensor | None = None,
+        next_beta: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return z' and y'."""
+        v = self._analysis(rescaled(residual, scale, in_place=False))
+        after = shrink_step(v, self.problem, codes, previous, beta, in_place=True)
+        if not next_beta:
+            return after, None
+        return after, self.problem.extrapolated(after, after if codes is None else codes, next_beta)
 
+    def residual(self, x: Tensor, point: Tensor) -> Tensor:
+        """Return x - A p."""
+        reconstruction = self._synthesis(point, self.layer.weight)
+        return subtract(x, reconstruction, self.problem.coding.n_dict, in_place=True)
 
-def residual(layer: Layer, x: Tensor, point: Tensor, problem: Problem) -> Tensor:
-    """x - A point, [N, n_dict C, H, W] for x [N, C, H, W]."""
-    reconstruction = reference.synthesis(point, layer.weight, layer.size, layer.stride, layer.padding)
-    return subtract(x, reconstruction, problem.coding.n_dict, in_place=True)
+    def residual_gradient(self, m: Tensor, scale: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+        """Return gamma c A m + add."""
+        image = rescaled(self._synthesis(m, self.problem.scaled(self.layer.weight)), scale, in_place=True)
+        return image if add is None else image.add_(add)
 
+    def codes_gradient(
+        self,
+        d_residual: Tensor,
+        m: Tensor,
+        codes: Tensor,
+        beta: float = 0.0,
+        after: Tensor | None = None,
+        next_beta: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return m', and d_y or m."""
+        v = self._analysis(d_residual)
+        at_y, has_mu = self.problem.coding.solver == "fista", self.problem.coding.mu != 0
+        damping = self.problem.damping.to(m.dtype)
+        direct = m * damping if has_mu else m
+        if not beta and after is None:
+            return mask(direct, codes, minus=v), None
+        if after is not None:
+            after = next_beta * (after if at_y or not has_mu else after * damping)
+        if at_y:
+            d_y = direct - v
+            return mask(d_y * (1 + beta), codes, minus=after), d_y if beta else None
+        return mask(direct * (1 + beta) - v, codes, minus=after), m if beta else None
 
-def spread(layer: Layer, m: Tensor, problem: Problem, scale: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """gamma c A m + add."""
-    image = reference.synthesis(m, problem.scaled(layer.weight), layer.size, layer.stride, layer.padding)
-    image = rescaled(image, scale, in_place=True)
-    return image if add is None else image.add_(add)
+    def _analysis(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.layer.weight, stride=self.layer.stride, padding=self.layer.padding)
+
+    def _synthesis(self, codes: Tensor, weight: Tensor) -> Tensor:
+        layer = self.layer
+        return reference.synthesis(codes, weight, layer.image_size, layer.stride, layer.padding)

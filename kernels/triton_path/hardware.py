@@ -4,7 +4,7 @@ import torch
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability, 90 for Hopper; 0 for the interpreter."""
+    """Return the compute capability as one number, 90 for 9.0; 0 for the interpreter."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -12,10 +12,10 @@ def arch_of(device: torch.device) -> int:
 
 
 def gpu_of(device: torch.device) -> str | None:
-    """The GPU's name; None for the interpreter."""
+    """Return the name of the GPU; None for the interpreter."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def processors_of(device: torch.device) -> int:
-    """Streaming multiprocessors; 1 for the interpreter."""
+    """Return the number of streaming multiprocessors; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,12 +1,12 @@
 """The Triton path of the operator: the loops of `torch_path`, each step one kernel. The mathematics stands there.
 
 For two steps on a stride-1 layer the forward pass reads and writes 8 tensors of the codes' size: x to z_1, (z_1, x) to
-r, and (r, z_1) to z_2. The backward pass recomputes r unless the forward pass kept it, and takes all weight
-correlations in one reduction; from `FLUSH` pairs on in turns, and so holds no more than a few tensors beside the codes.
+r, and (r, z_1) to z_2. The backward pass computes r again unless the forward pass kept it, and takes all weight
+correlations in one reduction. From `MOST_PENDING` pairs on it takes them in turns, and so holds no more than a few
+tensors beside the codes.
 """
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from einops import reduce
@@ -14,34 +14,42 @@ from torch import Tensor
 
 from sdnet.kernels.reference import NORM_FLOOR, Pair, momentum
 from sdnet.kernels.torch_path import Gradients, Needs, Problem, accumulate, copies_of, lam_correlation
-from sdnet.kernels.triton_path import cudnn, fused, paths
-from sdnet.kernels.triton_path.correlation import Correlated, weight_correlation
-from sdnet.kernels.triton_path.fused import Layer
-from sdnet.kernels.triton_path.hardware import gpu_of
-from sdnet.kernels.triton_path.paths import Path
+from sdnet.kernels.triton_path import hardware
+from sdnet.kernels.triton_path.correlation.weight_gradient import ScaledPair, weight_correlation
+from sdnet.kernels.triton_path.cudnn import CudnnPath
+from sdnet.kernels.triton_path.fused.descriptors import aligned
+from sdnet.kernels.triton_path.fused.path import FusedPath
+from sdnet.kernels.triton_path.layer import Layer
+from sdnet.kernels.triton_path.paths import ChosenPath, Path, choose_path, requested_path
 from sdnet.kernels.triton_path.pointwise import mask
+from sdnet.kernels.triton_path.tiles import Tile
 
-FLUSH = 6
-"""How many pairs (residual, codes) may wait for their weight correlation."""
+MOST_PENDING = 6
+"""The most pairs (residual, codes) that wait for their weight correlation."""
 
 
 def layer_of(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, layout: torch.memory_format) -> Layer:
-    """The layer that a call runs on."""
+    """Return the layer that a call runs on."""
     return Layer(weight, x.shape[0], (x.shape[2], x.shape[3]), stride, padding, layout)
 
 
-def path_of(layer: Layer) -> Path:
-    """How the four steps run, and why."""
-    return paths.path_of(layer.shape, gpu_of(layer.weight.device))
+def choice_of(layer: Layer, asked: str | None = None) -> ChosenPath:
+    """Return the path and the tiles of a layer; `asked` is for `choose_path`, None reads the environment."""
+    return choose_path(layer.shape, hardware.gpu_of(layer.weight.device), requested_path() if asked is None else asked)
 
 
-def steps_for(layer: Layer) -> ModuleType:
-    """The module that has the four steps."""
-    return fused if path_of(layer).fused else cudnn
+def path_of(layer: Layer, problem: Problem, choice: ChosenPath) -> Path:
+    """Return the chosen path for a layer and a problem."""
+    return FusedPath(layer, problem, choice.tiles) if choice.name == "fused" else CudnnPath(layer, problem)
+
+
+def dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return the tensor as kernels read it: dense, in the layer's memory format, at an address for descriptors."""
+    return aligned(tensor.contiguous(memory_format=layout))
 
 
 def residual_scale(residual: Tensor, problem: Problem) -> Tensor | None:
-    """1/2 / |r| of each sample in fp32, [N, 1, 1, 1], for the norm data term; None stands for one."""
+    """Return 1/2 / |r| of each sample in fp32, [N, 1, 1, 1], for the norm data term; None stands for 1."""
     if problem.coding.data_term == "squared":
         return None
     norm = torch.linalg.vector_norm(residual, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
@@ -49,30 +57,36 @@ def residual_scale(residual: Tensor, problem: Problem) -> Tensor | None:
 
 
 def forward(
-    x: Tensor, weight: Tensor, problem: Problem, layout: torch.memory_format, keep_residuals: bool = False
+    x: Tensor,
+    weight: Tensor,
+    problem: Problem,
+    layout: torch.memory_format,
+    keep_residuals: bool = False,
+    asked: str | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """All codes [z_1, ..., z_n], each [N, K, h, w]; the residuals [r_1, ..., r_{n-1}] if kept, else none."""
+    """Return all codes [z_1, ..., z_n], each [N, K, h, w], and the residuals [r_1, ..., r_{n-1}] if kept, else none."""
+    x, coding = dense(x, layout), problem.coding
     layer = layer_of(x, weight, problem.stride, problem.padding, layout)
-    steps = steps_for(layer)
-    betas = [*momentum(problem.coding.n_steps, problem.coding.solver), 0.0]
-    fista = problem.coding.solver == "fista"
-
-    first = layer
-    if problem.coding.n_dict > 1:  # the copies of x meet the sum of their dictionaries
-        summed = reduce(weight.float(), "k (d c) h w -> k c h w", "sum", d=problem.coding.n_dict).to(weight.dtype)
-        first = replace(layer, weight=summed)
-    z, _ = steps.encode(first, x, problem)
+    choice = choice_of(layer, asked)
+    path = first = path_of(layer, problem, choice)
+    betas = [*momentum(coding.n_steps, coding.solver), 0.0]
+    if coding.n_dict > 1:  # in the first step x meets the sum of the dictionaries
+        summed = reduce(weight.float(), "k (d c) h w -> k c h w", "sum", d=coding.n_dict).to(weight.dtype)
+        summed_layer = replace(layer, weight=summed)
+        first = path_of(summed_layer, problem, choice_of(summed_layer, choice.name))
+    z, _ = first.proximal_step(x)
     codes, y = [z], None
     residuals: list[Tensor] = []
-    for k in range(1, problem.coding.n_steps):
+    for k in range(1, coding.n_steps):
         beta, next_beta = betas[k], betas[k + 1]
-        residual = steps.residual(layer, x, z if y is None else y, problem)
+        residual = path.residual(x, z if y is None else y)
         if keep_residuals:
             residuals.append(residual)
-        scale = residual_scale(residual, problem)
-        keep_next = fista and next_beta != 0 and k + 1 < problem.coding.n_steps
+        needs_next = coding.solver == "fista" and k + 1 < coding.n_steps
         previous = codes[-2] if beta else None
-        z, y = steps.encode(layer, residual, problem, z, previous, beta, scale, next_beta, keep_next)
+        z, y = path.proximal_step(
+            residual, z, previous, beta, residual_scale(residual, problem), next_beta if needs_next else 0.0
+        )
         codes.append(z)
     return codes, residuals
 
@@ -86,73 +100,88 @@ def backward(
     problem: Problem,
     needs: Needs,
     layout: torch.memory_format,
+    asked: str | None = None,
 ) -> Gradients:
-    """The gradients for x, weight and lam from grad = dL/dz_n. `residuals` may be empty: then they are recomputed."""
+    """Return the gradients for x, weight and lam from grad = dL/dz_n [N, K, h, w].
+
+    Args:
+        grad: dL/dz_n.
+        x: the images.
+        weight: the dictionary.
+        codes: all codes of the forward pass.
+        residuals: those of the forward pass; empty if it did not keep them: then they are computed again.
+        problem: what the forward pass solved.
+        needs: which gradients are needed.
+        layout: the memory format of the layer. Saved tensors may come back in another one, and are copied to it.
+        asked: what the forward pass was asked for.
+    """
+    grad, x, *saved = (dense(tensor, layout) for tensor in (grad, x, *codes, *residuals))
+    codes, residuals = saved[: len(codes)], saved[len(codes) :]
+    coding = problem.coding
     layer = layer_of(x, weight, problem.stride, problem.padding, layout)
-    steps = steps_for(layer)
-    betas = [*momentum(problem.coding.n_steps, problem.coding.solver), 0.0]
-    fista, norm = problem.coding.solver == "fista", problem.coding.data_term == "norm"
-    d_weight, gamma = WeightGradient(layer), problem.gamma
-    d_target = d_lam = later = None
+    choice = choice_of(layer, asked)
+    path = path_of(layer, problem, choice)
+    betas = [*momentum(coding.n_steps, coding.solver), 0.0]
+    fista, norm = coding.solver == "fista", coding.data_term == "norm"
+    d_weight, gamma = WeightGradient(layer, choice.tiles.correlation), problem.gamma
+    d_target = d_lam = after = None
 
     m = mask(grad, codes[-1])
-    for k in range(problem.coding.n_steps - 1, 0, -1):
+    for k in range(coding.n_steps - 1, 0, -1):
         z, beta, next_beta = codes[k - 1], betas[k], betas[k + 1]
         kept = residuals[k - 1] if residuals else None
         point, scale = z, None
         if fista and beta and (needs.weight or (norm and kept is None)):
             point = problem.extrapolated(z, codes[k - 2], beta)
         if needs.weight or norm:
-            residual = steps.residual(layer, x, point, problem) if kept is None else kept
+            residual = path.residual(x, point) if kept is None else kept
             scale = residual_scale(residual, problem)
             if needs.weight:
                 d_weight.add(residual if scale is None else residual * scale.to(residual.dtype), m, gamma)
         if needs.lam:
             d_lam = accumulate(d_lam, lam_correlation(m, codes[k], problem))
-        dr = steps.spread(layer, m, problem, scale)
+        d_residual = path.residual_gradient(m, scale)
         if needs.weight:
-            d_weight.add(dr, point, -1.0)
+            d_weight.add(d_residual, point, -1.0)
         if needs.x:
-            d_target = dr if d_target is None else d_target + dr
-        # y_k hands d_y_k on to z_{k-1} too: that is `later` for the next turn. The official loop's is damping m.
-        m_before, d_y = steps.backstep(
-            layer, dr, m, z, problem, beta, later, next_beta, at_y=fista, keep_dy=fista and beta != 0
-        )
-        later = (d_y if fista else m) if beta else None
-        m = m_before
+            d_target = d_residual if d_target is None else d_target + d_residual
+        m, after = path.codes_gradient(d_residual, m, z, beta, after, next_beta)
 
     if needs.lam:
         d_lam = accumulate(d_lam, lam_correlation(m, codes[0], problem))
     if needs.x:
-        d_target = steps.spread(layer, m, problem, add=d_target)
-        if problem.coding.n_dict > 1:
-            d_target = reduce(d_target, "n (d c) h w -> n c h w", "sum", d=problem.coding.n_dict)
+        d_target = path.residual_gradient(m, add=d_target)
+        if coding.n_dict > 1:
+            d_target = reduce(d_target, "n (d c) h w -> n c h w", "sum", d=coding.n_dict)
     if needs.weight:
-        d_weight.add(copies_of(x, problem.coding.n_dict).contiguous(memory_format=layout), m, gamma)
+        d_weight.add(dense(copies_of(x, coding.n_dict), layout), m, gamma)
     if d_lam is not None:
         d_lam = -gamma * d_lam
     return Gradients(d_target, d_weight.total() if needs.weight else None, d_lam)
 
 
 class WeightGradient:
-    """sum_i scale_i corr(r_i, m_i) over pairs (r_i, m_i) that come one after the other; rounded once."""
+    """The sum of scale corr(r, m) over pairs (r, m) that come one after the other, rounded once."""
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer, self.weight = layer, layer.weight
-        self.pairs: list[Correlated] = []
+    def __init__(self, layer: Layer, tile: Tile) -> None:
+        self.layer, self.tile, self.weight = layer, tile, layer.weight
+        self.pairs: list[ScaledPair] = []
         self.partial: Tensor | None = None
 
     def add(self, residual: Tensor, codes: Tensor, scale: Tensor | float) -> None:
-        if len(self.pairs) == FLUSH:
-            self.partial = accumulate(self.partial, self.correlation(self.weight.float()))
+        """Add scale corr(residual, codes), at once or later."""
+        if len(self.pairs) == MOST_PENDING:
+            self.partial = accumulate(self.partial, self._correlation(self.weight.float()))
         self.pairs.append((residual, codes, scale))
 
-    def correlation(self, like: Tensor) -> Tensor:
-        """The waiting pairs' sum in the type of `like`."""
-        pairs, self.pairs = self.pairs, []
-        return weight_correlation(pairs, like, self.layer.stride, self.layer.padding, self.layer.precision)
-
     def total(self) -> Tensor:
+        """Return the sum, in the dictionary's type."""
         if self.partial is None:
-            return self.correlation(self.weight)
-        return accumulate(self.partial, self.correlation(self.weight.float())).to(self.weight.dtype)
+            return self._correlation(self.weight)
+        return accumulate(self.partial, self._correlation(self.weight.float())).to(self.weight.dtype)
+
+    def _correlation(self, weight: Tensor) -> Tensor:
+        """Return the sum of the pending pairs in the type of `weight`."""
+        pairs, self.pairs = self.pairs, []
+        layer = self.layer
+        return weight_correlation(pairs, weight, layer.stride, layer.padding, layer.precision, self.tile)

@@ -1,5 +1,11 @@
-"""What a layer runs with: what the environment asks for, else what was measured on this GPU, else a rule.
+"""Which Triton path a layer runs on, and with which tiles: what the caller asks for, what was measured, or a rule.
 
+There are two paths, and both provide the four products of the loop (`Path`):
+
+  * "fused": each convolution with all that surrounds it in one kernel (`fused.path`).
+  * "cudnn": cuDNN's convolutions with pointwise kernels between them (`cudnn`).
+
+`choose_path` depends on its arguments alone. `requested_path` reads the environment, once per call of the operator.
 `python -m sdnet.bench paths` measures, and leaves a table for each GPU in the folder `measured`.
 """
 
@@ -7,67 +13,175 @@ import json
 import os
 from functools import cache
 from pathlib import Path as File
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, get_args
+
+from torch import Tensor
 
 from sdnet.kernels.triton_path.tiles import FEW, Shape, Tile, Tiles, by_rule
 
-Steps = Literal["fused", "cudnn"]
+PathName = Literal["fused", "cudnn"]
 
 ENVIRONMENT_VARIABLE = "SDNET_TRITON_PATH"
 
+AUTO = "auto"
+"""The request that leaves the choice to the measured table and the rule."""
+
 MEASURED = File(__file__).with_name("measured")
-"""Where the measured tables lie."""
+"""The folder of the measured tables."""
 
 FUSED_CHANNELS = 128
-"""The most channels for which fused steps without descriptors are the rule."""
+"""The most channels for which the fused path without descriptors is the rule."""
+
+
+class Path(Protocol):
+    """What a path provides: the products of one step and of its gradient, for one layer and one problem.
+
+    s is the step size, damping = 1 / (1 + s mu), gamma = s damping, and c one number per sample (None stands for 1).
+    Tensors are images [N, C, H, W] and codes [N, K, h, w] in the layer's memory format.
+    """
+
+    def proximal_step(
+        self,
+        residual: Tensor,
+        codes: Tensor | None = None,
+        previous: Tensor | None = None,
+        beta: float = 0.0,
+        scale: Tensor | None = None,
+        next_beta: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return z' = shrink(damping y + gamma c A'r, gamma lam) with y = z + beta (z - z_prev), and y' or None.
+
+        Args:
+            residual: r; x itself in the first step.
+            codes: z; None stands for zero.
+            previous: z_prev, read only if beta is not 0.
+            beta: the extrapolation of this step.
+            scale: c.
+            next_beta: beta' of y' = z' + beta' (z' - z); 0 for no y'.
+        """
+        ...
+
+    def residual(self, x: Tensor, point: Tensor) -> Tensor:
+        """Return r = x - A p, [N, n_dict C, H, W] for x [N, C, H, W] and the codes p."""
+        ...
+
+    def residual_gradient(self, m: Tensor, scale: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+        """Return dr = gamma c A m + add, the gradient for the residual from the masked gradient m of the codes."""
+        ...
+
+    def codes_gradient(
+        self,
+        d_residual: Tensor,
+        m: Tensor,
+        codes: Tensor,
+        beta: float = 0.0,
+        after: Tensor | None = None,
+        next_beta: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return m' = [z != 0] g, the masked gradient for the codes z before a step, and `after` for the next call.
+
+        For FISTA, d_y = damping m - A'dr and g = (1 + beta) d_y - beta' d_y'; the second result is d_y where beta is
+        not 0. For the other solvers, d_y = damping m and g = (1 + beta) d_y - A'dr - beta' d_y'; it is m.
+
+        Args:
+            d_residual: dr.
+            m: the masked gradient of the codes after the step.
+            codes: z.
+            beta: the extrapolation of this step.
+            after: the second result of the call before; None where beta' is 0.
+            next_beta: beta'.
+        """
+        ...
 
 
 class Entry(NamedTuple):
-    """What was measured for a layer: the quicker steps, and the quickest tiles of the fused ones."""
+    """What was measured for a layer, or what is asked for: a path, and the tiles of the fused kernels."""
 
-    steps: Steps
+    path: PathName
     tiles: Tiles
 
+    def encoded(self) -> str:
+        """Return the entry as JSON, which `requested_path` and `choose_path` take."""
+        return json.dumps([self.path, *(tile._asdict() for tile in self.tiles)])
 
-class Path(NamedTuple):
-    """Whether the steps of a layer run as fused convolutions, or as cuDNN's with pointwise kernels; and why."""
+    @staticmethod
+    def of(row: list[object]) -> "Entry":
+        """Return the entry of a row of a table: a path, and a dictionary of fields for each tile."""
+        path, *tiles = row
+        found = [Tile(**tile) for tile in tiles if isinstance(tile, dict)]
+        return Entry("fused" if path == "fused" else "cudnn", Tiles(*found))
 
-    fused: bool
+
+class ChosenPath(NamedTuple):
+    """A path, its tiles, and the reason for it in a clause."""
+
+    name: PathName
+    tiles: Tiles
     reason: str
 
+    def __str__(self) -> str:
+        if self.name == "cudnn":
+            return self.reason
+        return f"{self.reason}; A' in tiles of {self.tiles.analysis}, A of {self.tiles.synthesis}"
 
-def path_of(shape: Shape, gpu: str | None) -> Path:
-    """SDNET_TRITON_PATH, else the table measured on this GPU, else a rule that no GPU has confirmed.
 
-    The rule: descriptors leave the products with padding out, which makes up for cuDNN's better products where there
-    are few pixels, as the saved passes over memory do where there are many. Without them a fused step saves more than
-    it loses up to 128 channels, and with a few image channels, where cuDNN is weak; beyond, and for fp32 without tf32,
-    cuDNN's products win. In 16 bits the taps of contiguous NCHW images start at odd addresses, which neither wide nor
-    asynchronous loads can take.
+def requested_path() -> str:
+    """Return the path that the environment variable SDNET_TRITON_PATH asks for, "auto" without it.
+
+    Raises:
+        ValueError: the variable is neither fused nor cudnn.
     """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced is not None:
-        if forced not in ("fused", "cudnn"):
-            raise ValueError(f"{ENVIRONMENT_VARIABLE} is {forced!r}; it must be fused or cudnn.")
-        return Path(forced == "fused", f"{ENVIRONMENT_VARIABLE} asks for {forced} steps")
-    if entry := entry_of(shape, gpu):
-        return Path(entry.steps == "fused", f"{entry.steps} steps were the quicker ones when measured on {gpu}")
+    asked = os.environ.get(ENVIRONMENT_VARIABLE, AUTO)
+    if asked not in (AUTO, *get_args(PathName)):
+        raise ValueError(f"The environment variable {ENVIRONMENT_VARIABLE} is {asked!r}; it must be fused or cudnn.")
+    return asked
+
+
+def choose_path(shape: Shape, gpu: str | None, asked: str = AUTO) -> ChosenPath:
+    """Return the path of a layer: what is asked for, else what was measured on this GPU, else a rule.
+
+    No GPU has confirmed the rule. Descriptors leave the products with the padding out, which makes up for cuDNN's
+    better products where there are few pixels, as the saved passes over memory do where there are many. Without them a
+    fused step saves more than it loses up to 128 channels, and with a few image channels, where cuDNN is weak; beyond,
+    and for fp32 without tf32, cuDNN's products win. In 16 bits the taps of contiguous NCHW images start at odd
+    addresses, which neither wide nor asynchronous loads can take.
+
+    Args:
+        shape: the layer.
+        gpu: the GPU's name, None for the interpreter.
+        asked: "auto", "fused", "cudnn", or an encoded `Entry`, which gives the tiles too. Tiles that the layer cannot
+            run with are replaced by the rule's.
+    """
+    entry = entry_of(shape, gpu)
+    tiles = by_rule(shape) if entry is None else entry.tiles.fitted(shape)
+    if asked.startswith("["):
+        given = Entry.of(json.loads(asked))
+        return ChosenPath(given.path, given.tiles.fitted(shape), f"the caller asks for the {given.path} path")
+    if asked == "fused" or asked == "cudnn":
+        return ChosenPath(asked, tiles, f"the caller asks for the {asked} path")
+    if entry is not None:
+        return ChosenPath(entry.path, tiles, f"the {entry.path} path was the faster one when measured on {gpu}")
+    return ChosenPath(*_path_by_rule(shape))
+
+
+def _path_by_rule(shape: Shape) -> tuple[PathName, Tiles, str]:
+    tiles = by_rule(shape)
     if shape.itemsize == 4 and shape.precision == "ieee":
-        return Path(False, "cudnn steps, by rule, for fp32 without tf32")
+        return "cudnn", tiles, "the cudnn path, by rule, for fp32 without tf32"
     if shape.channels <= FEW:
-        return Path(True, f"fused steps, by rule, for up to {FEW} image channels")
+        return "fused", tiles, f"the fused path, by rule, for up to {FEW} image channels"
     if shape.described_images:
-        return Path(True, "fused steps, by rule, for 16-bit channels_last tensors in large batches")
+        return "fused", tiles, "the fused path, by rule, for 16-bit channels_last tensors in large batches"
     if not shape.channels_last:
-        return Path(False, "cudnn steps, by rule, for tensors that are not channels_last")
+        return "cudnn", tiles, "the cudnn path, by rule, for tensors that are not channels_last"
     if max(shape.channels, shape.atoms) > FUSED_CHANNELS:
-        return Path(False, f"cudnn steps, by rule, for more than {FUSED_CHANNELS} channels")
-    return Path(True, f"fused steps, by rule, for up to {FUSED_CHANNELS} channels")
+        return "cudnn", tiles, f"the cudnn path, by rule, for more than {FUSED_CHANNELS} channels"
+    return "fused", tiles, f"the fused path, by rule, for up to {FUSED_CHANNELS} channels"
 
 
 def key_of(shape: Shape) -> str:
-    """The layer's entry in a table, of any batch; fp32 by what it is multiplied in."""
-    (height, width), (kernel_h, kernel_w) = shape.size, shape.kernel_size
+    """Return the layer's key in a table: of any batch, and for fp32 with the precision of its products."""
+    (height, width), (kernel_h, kernel_w) = shape.image_size, shape.kernel_size
     layer = f"{shape.channels}->{shape.atoms} {kernel_h}x{kernel_w}/{shape.stride[0]}x{shape.stride[1]}"
     kind = "16-bit" if shape.itemsize == 2 else shape.precision
     memory = "channels_last" if shape.channels_last else "contiguous"
@@ -75,30 +189,19 @@ def key_of(shape: Shape) -> str:
 
 
 def file_of(gpu: str, folder: File) -> File:
-    """The table of a GPU of this name."""
+    """Return the file of a GPU's table."""
     return folder / f"{gpu.replace(' ', '_')}.json"
 
 
 @cache
 def table(gpu: str, folder: File) -> dict[str, Entry]:
-    """What was measured on a GPU of this name, by layer; empty without a measurement."""
+    """Return what was measured on a GPU of this name, by layer; empty without a measurement."""
     file = file_of(gpu, folder)
     if not file.is_file():
         return {}
-    return {
-        key: Entry(steps, Tiles(Tile(**analysis), Tile(**synthesis)))
-        for key, (steps, analysis, synthesis) in json.loads(file.read_text()).items()
-    }
+    return {key: Entry.of(row) for key, row in json.loads(file.read_text()).items()}
 
 
 def entry_of(shape: Shape, gpu: str | None) -> Entry | None:
-    """What was measured for a layer on a GPU of this name."""
+    """Return what was measured for a layer on a GPU of this name."""
     return table(gpu, MEASURED).get(key_of(shape)) if gpu else None
-
-
-def tiles_of(shape: Shape, gpu: str | None) -> Tiles:
-    """The measured tiles where they fit the batch at hand, else the rules'."""
-    chosen, entry = by_rule(shape), entry_of(shape, gpu)
-    if entry is None:
-        return chosen
-    return Tiles(*(new if new.fits(shape) else old for new, old in zip(entry.tiles, chosen, strict=True)))

@@ -1,32 +1,28 @@
-"""What surrounds the convolutions of a layer when cuDNN computes them: one pass over memory each, nothing waits.
+"""The kernels between the convolutions of the cudnn path: one pass over memory each.
 
-    shrink_step   z' = P(y + step v),   y = z + beta (z - z_prev),   P(u) = shrink(u, step lam) / (1 + step mu)
+    shrink_step   z' = P(y + s v),   y = z + beta (z - z_prev),   P(u) = shrink(u, s lam) / (1 + s mu)
     subtract      r = x - A p, x once for each of n_dict dictionaries
     mask          m = [z != 0] (g - h)
 
-v = A'r is unscaled. Tensors are flat in memory, all contiguous or all channels_last (others are copied to the layout of
-the first), so a program takes BLOCK neighbouring elements whatever the layout. step and lam are read on the device;
-sums are fp32. NaNs stay NaNs.
+v = A'r is not scaled. Tensors are dense, all contiguous or all channels_last (others are copied to the memory format of
+the first), so a program takes BLOCK neighbouring elements whatever the format. The step size s and lambda are read on
+the device; sums are fp32. NaNs stay NaNs.
 """
 
-from typing import Any
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from sdnet.kernels.torch_path import Problem
-
-jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
+from sdnet.kernels.triton_path.jit import constexpr, jit
 
 BLOCK = 2048
 """Elements of a program: 16 for each of 128 threads, 32 bytes of a 16-bit type."""
 
 
 @jit
-def chunk(numel, BLOCK: tl.constexpr):
-    """This program's first element, 64-bit, the offsets from it, and which of them there are."""
+def elements_of_program(numel, BLOCK: constexpr):
+    """Return the first element of this program, 64-bit, the offsets from it, and which of them there are."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
     return start, offset, offset < numel - start
@@ -34,13 +30,13 @@ def chunk(numel, BLOCK: tl.constexpr):
 
 @jit
 def shrink_step_kernel(
-    v_ptr, z_ptr, previous_ptr, step_ptr, lam_ptr, out_ptr, numel, sample, beta, mu,
-    CODES: tl.constexpr, MOMENTUM: tl.constexpr, PER_SAMPLE: tl.constexpr, NONNEGATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    v_ptr, z_ptr, previous_ptr, step_size_ptr, lam_ptr, out_ptr, numel, sample, beta, mu,
+    CODES: constexpr, MOMENTUM: constexpr, PER_SAMPLE: constexpr, NONNEGATIVE: constexpr,
+    BLOCK: constexpr,
 ):  # fmt: skip
-    """out = P(y + step v); y = 0 unless CODES, y = z unless MOMENTUM. `sample` is the number of a sample's elements."""
-    start, offset, kept = chunk(numel, BLOCK)
-    step_size = tl.load(step_ptr)
+    """Write out = P(y + s v); y = 0 unless CODES, y = z unless MOMENTUM. A sample has `sample` elements."""
+    start, offset, kept = elements_of_program(numel, BLOCK)
+    step_size = tl.load(step_size_ptr)
     u = step_size * tl.load(v_ptr + start + offset, mask=kept).to(tl.float32)
     if CODES:
         z = tl.load(z_ptr + start + offset, mask=kept).to(tl.float32)
@@ -64,10 +60,10 @@ def shrink_step_kernel(
 
 @jit
 def subtract_kernel(
-    x_ptr, reconstruction_ptr, out_ptr, numel, inner, COPIES: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, reconstruction_ptr, out_ptr, numel, inner, COPIES: constexpr, BLOCK: constexpr
 ):  # fmt: skip
-    """out = x - reconstruction, where each run of `inner` elements of x meets COPIES runs of the reconstruction."""
-    start, offset, kept = chunk(numel, BLOCK)
+    """Write out = x - reconstruction, with COPIES runs of the reconstruction for each run of `inner` elements of x."""
+    start, offset, kept = elements_of_program(numel, BLOCK)
     if COPIES == 1:
         x = tl.load(x_ptr + start + offset, mask=kept)
     else:
@@ -78,9 +74,9 @@ def subtract_kernel(
 
 
 @jit
-def mask_kernel(grad_ptr, minus_ptr, codes_ptr, out_ptr, numel, MINUS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = [codes != 0] (grad - minus); minus = 0 unless MINUS."""
-    start, offset, kept = chunk(numel, BLOCK)
+def mask_kernel(grad_ptr, minus_ptr, codes_ptr, out_ptr, numel, MINUS: constexpr, BLOCK: constexpr):
+    """Write out = [codes != 0] (grad - minus); minus = 0 unless MINUS."""
+    start, offset, kept = elements_of_program(numel, BLOCK)
     g = tl.load(grad_ptr + start + offset, mask=kept)
     if MINUS:
         g = g.to(tl.float32) - tl.load(minus_ptr + start + offset, mask=kept).to(tl.float32)
@@ -88,15 +84,15 @@ def mask_kernel(grad_ptr, minus_ptr, codes_ptr, out_ptr, numel, MINUS: tl.conste
     tl.store(out_ptr + start + offset, tl.where(z == 0, 0.0, g).to(out_ptr.dtype.element_ty), mask=kept)
 
 
-def like(first: Tensor, *others: Tensor | None) -> list[Tensor]:
-    """The tensors in the first one's layout, copied if they are not; the first in the place of a missing one."""
+def in_layout_of(first: Tensor, *others: Tensor | None) -> list[Tensor]:
+    """Return the tensors in the memory format of the first, copied if need be; the first in the place of None."""
     last = first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     return [(first if tensor is None else tensor).contiguous(memory_format=layout) for tensor in (first, *others)]
 
 
-def programs(numel: int) -> tuple[int]:
-    """The grid for so many elements."""
+def launch_grid(numel: int) -> tuple[int]:
+    """Return the launch grid for so many elements."""
     return (-(-numel // BLOCK),)
 
 
@@ -108,13 +104,22 @@ def shrink_step(
     beta: float = 0.0,
     in_place: bool = False,
 ) -> Tensor:
-    """P(y + step v) [N, K, h, w] with y = z + beta (z - previous), zero without z; into v's memory if asked."""
+    """Return P(y + s v) with y = z + beta (z - z_prev), s the step size.
+
+    Args:
+        v: A'r, codes [N, K, h, w].
+        problem: gives s, lambda and mu.
+        z: the codes before the step; None stands for zero.
+        previous: z_prev, read only if beta is not 0.
+        beta: the extrapolation.
+        in_place: whether the result takes the memory of v.
+    """
     momentum = z is not None and previous is not None and beta != 0
-    dense, z_dense, previous_dense = like(v, z, previous if momentum else None)
+    dense, z_dense, previous_dense = in_layout_of(v, z, previous if momentum else None)
     out = dense if in_place else torch.empty_like(dense)
     if v.numel() == 0:
         return out
-    shrink_step_kernel[programs(v.numel())](
+    shrink_step_kernel[launch_grid(v.numel())](
         dense, z_dense, previous_dense, problem.step_size, problem.lam.contiguous(), out,
         v.numel(), v[0].numel(), beta, problem.coding.mu,
         CODES=z is not None, MOMENTUM=momentum, PER_SAMPLE=problem.lam.ndim > 0, NONNEGATIVE=problem.coding.nonnegative,
@@ -124,21 +129,21 @@ def shrink_step(
 
 
 def subtract(x: Tensor, reconstruction: Tensor, n_dict: int = 1, in_place: bool = False) -> Tensor:
-    """x [N, C, H, W] minus each of n_dict reconstructions [N, n_dict C, H, W]; into the latter's memory if asked."""
-    dense, x = like(reconstruction, x)
+    """Return x [N, C, H, W] minus each of n_dict reconstructions [N, n_dict C, H, W], in their memory if asked."""
+    dense, x = in_layout_of(reconstruction, x)
     out = dense if in_place else torch.empty_like(dense)
     if out.numel() == 0:
         return out
     inner = x.shape[1] if dense.stride(1) == 1 else x[0].numel()
-    subtract_kernel[programs(out.numel())](x, dense, out, out.numel(), inner, COPIES=n_dict, BLOCK=BLOCK)
+    subtract_kernel[launch_grid(out.numel())](x, dense, out, out.numel(), inner, COPIES=n_dict, BLOCK=BLOCK)
     return out
 
 
 def mask(grad: Tensor, codes: Tensor, minus: Tensor | None = None) -> Tensor:
-    """[codes != 0] (grad - minus) [N, K, h, w] in the codes' layout; `minus` is zero unless given."""
-    dense, g, h = like(codes, grad, minus)
+    """Return [codes != 0] (grad - minus), all [N, K, h, w], in the codes' memory format; `minus` is zero if None."""
+    dense, g, h = in_layout_of(codes, grad, minus)
     out = torch.empty_like(dense, dtype=grad.dtype)
     if out.numel() == 0:
         return out
-    mask_kernel[programs(out.numel())](g, h, dense, out, out.numel(), MINUS=minus is not None, BLOCK=BLOCK)
+    mask_kernel[launch_grid(out.numel())](g, h, dense, out, out.numel(), MINUS=minus is not None, BLOCK=BLOCK)
     return out

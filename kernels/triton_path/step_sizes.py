@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sdnet.kernels.reference import codes_size
 from sdnet.kernels.step_sizes import ATOM_FLOOR, FLOOR, SAFETY, DictionaryState
-from sdnet.kernels.triton_path.correlation_tiles import ceil_div
+from sdnet.kernels.triton_path.tiles import ceil_div
 
 jit: Any = triton.jit  # calls between kernels, and launches, are beyond a type checker
 

@@ -1,207 +1,370 @@
-"""The tiles that a convolution can run with, and the rules that choose one by shape, type and memory.
+"""How a kernel cuts its work into programs, and the rules that choose it by shape, type and memory format.
 
-A program makes `channels` output channels of a box of images x rows x columns pixels, `reduction` input channels at a
-time. Every side is a power of two. With descriptors a box is one pixel of 128 or 64 images. With pointers it is the one
-that wastes the fewest pixels on the grid at hand, and among those the most compact: 8 x 8 for 56 x 56 pixels, 2 x 2 of
-32 images for 14 x 14, one pixel of 128 images for 7 x 7.
+Every product of a layer has three axes: pixels, atoms and channels. The kernels differ in the axis that they sum over:
+
+    analysis     A'r   [pixels, atoms]      sums over channels and taps
+    synthesis    A z   [pixels, channels]   sums over atoms and taps
+    correlation  dW    [atoms, channels]    sums over pixels
+
+A `Tile` gives the block of each axis. A block of pixels is a box of images x rows x columns of the codes (of one phase
+of the image in the synthesis). Every side is a power of two, as Triton requires.
 """
 
 from collections.abc import Callable
 from functools import cache
 from itertools import product
-from math import ceil, prod
+from math import prod
 from typing import Literal, NamedTuple
 
 from sdnet.kernels.reference import Pair
 
 Form = Literal["pointers", "few", "descriptors"]
-"""How a program reads its operands, and for which layers: see `implicit_gemm`."""
+"""How a program reads its operands: see `fused.forms`."""
+
+Box = tuple[int, int, int]
+"""Images, rows and columns of a block of pixels."""
+
+LEAST_BLOCK = 16
+"""The least side of a block that `tl.dot` multiplies."""
+
+FEW = 8
+"""The most channels for the form "few", in which taps and channels are one axis.
+
+Otherwise each tap has a block of channels of its own. Up to 8 channels would fill at most half of the least block.
+"""
 
 
 class Shape(NamedTuple):
-    """A layer as the rules see it, on sm_`arch`; arch 0 is the interpreter."""
+    """A layer as the rules see it: a batch of images [batch, channels, *image_size] and a dictionary of `atoms`.
+
+    Attributes:
+        batch: number of images.
+        channels: image channels of the dictionary.
+        atoms: number of atoms.
+        image_size: height and width of the images.
+        codes_size: height and width of the codes.
+        kernel_size: height and width of the atoms.
+        stride: vertical and horizontal stride.
+        itemsize: bytes of an element.
+        precision: "tf32" or "ieee", the products of fp32 tensors.
+        channels_last: whether the channels of a pixel are neighbours in memory.
+        arch: compute capability, 90 for 9.0; 0 for the interpreter.
+        aligned: whether addresses and strides are multiples of 16 bytes, apart from the channels'.
+    """
 
     batch: int
     channels: int
     atoms: int
-    size: Pair
-    grid: Pair
+    image_size: Pair
+    codes_size: Pair
     kernel_size: Pair
     stride: Pair
     itemsize: int
     precision: str
     channels_last: bool
     arch: int
+    aligned: bool = True
+
+    @property
+    def taps(self) -> int:
+        """Number of taps of an atom."""
+        return prod(self.kernel_size)
 
     @property
     def phases(self) -> int:
-        return self.stride[0] * self.stride[1]
+        """Number of phases of the synthesis: image rows and columns modulo the stride."""
+        return prod(self.stride)
+
+    @property
+    def phase_size(self) -> Pair:
+        """Height and width of a phase of the image."""
+        return ceil_div(self.image_size[0], self.stride[0]), ceil_div(self.image_size[1], self.stride[1])
 
     @property
     def most_images(self) -> int:
-        """A box's images must lie within 2^31 elements."""
-        image, codes = self.channels * prod(self.size), self.atoms * prod(self.grid)
+        """The most images of a box whose offsets are of 32 bits."""
+        image, codes = self.channels * prod(self.image_size), self.atoms * prod(self.codes_size)
         return max(1, 2**30 // max(image, codes))
 
     @property
+    def describable(self) -> bool:
+        """Whether tensor descriptors (TMA, from sm_90 on) can read the operands."""
+        able = self.arch >= 90 and self.itemsize == 2 and self.channels_last and self.aligned
+        return able and self.channels % 8 == 0 and self.atoms % 8 == 0 and self.channels > FEW  # 8 elements: 16 bytes
+
+    @property
     def described_images(self) -> int:
-        """Images of a box in the form "descriptors"; 0 where that form cannot or should not be."""
-        able = self.arch >= 90 and self.itemsize == 2 and self.channels_last
-        rows_aligned = self.channels % 8 == 0 and self.atoms % 8 == 0  # 16 bytes
-        if not able or not rows_aligned or self.channels <= FEW:
-            return 0
+        """Images of a box of the form "descriptors" in the convolutions; 0 where another form is chosen."""
         full = [images for images in (128, 64) if images <= min(self.batch, self.most_images)]
-        return min(full, key=lambda images: ceil(self.batch / images) * images, default=0)
+        if not self.describable:
+            return 0
+        return min(full, key=lambda images: ceil_div(self.batch, images) * images, default=0)
 
 
 class Tile(NamedTuple):
-    """The sides of a program's work, the options of its launch, and its form."""
+    """The block of each axis, and the options of the launch. Kernels take it as one compile-time constant.
 
+    Attributes:
+        form: how operands are read.
+        images: images of a block of pixels.
+        rows: rows of a block of pixels.
+        columns: columns of a block of pixels.
+        atoms: block of atoms.
+        channels: block of channels. In the form "few" the axis holds (tap, channel) pairs, in the synthesis
+            (phase, channel) pairs.
+        warps: warps of a program.
+        stages: stages of the software pipeline.
+        taps: neighbouring taps that one program of the correlation makes.
+    """
+
+    form: Form
     images: int
     rows: int
     columns: int
+    atoms: int
     channels: int
-    reduction: int
     warps: int
     stages: int
-    form: Form
+    taps: int = 1
 
     def __str__(self) -> str:
         return f"{self.form} {self.sides}, {self.warps} warps, {self.stages} stages"
 
     @property
     def sides(self) -> str:
-        return f"{self.images}.{self.rows}.{self.columns}x{self.channels}x{self.reduction}"
+        """The blocks of pixels, atoms and channels, as tables show them."""
+        return f"{self.images}.{self.rows}.{self.columns}x{self.atoms}x{self.channels}"
 
     @property
     def pixels(self) -> int:
+        """Number of pixels of a block."""
         return self.images * self.rows * self.columns
 
-    def fits(self, shape: Shape) -> bool:
-        """Whether a layer can run with it."""
-        if self.form == "descriptors":
-            return self.images <= shape.described_images
-        return self.images <= shape.most_images and (self.form == "few") == (shape.channels <= FEW)
+    @property
+    def options(self) -> dict[str, int]:
+        """The options of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class Tiles(NamedTuple):
-    """Those of a layer's two directions: A' and A."""
+    """The tiles of a layer's three kinds of products."""
 
     analysis: Tile
     synthesis: Tile
+    correlation: Tile
+
+    def fitted(self, shape: Shape) -> "Tiles":
+        """Return these tiles, with the rules' in the place of those that a layer cannot run with."""
+        rules = by_rule(shape)
+        return Tiles(
+            self.analysis if fits_convolution(self.analysis, shape) else rules.analysis,
+            self.synthesis if fits_convolution(self.synthesis, shape) else rules.synthesis,
+            self.correlation if fits_correlation(self.correlation, shape) else rules.correlation,
+        )
 
 
-FEW = 8
-"""The most image channels that a tap is not worth a reduction block of its own for."""
+def fits_convolution(tile: Tile, shape: Shape) -> bool:
+    """Whether the analysis and the synthesis of a layer can run with a tile."""
+    if tile.form == "descriptors":
+        return tile.images <= shape.described_images and tile.rows == tile.columns == 1
+    return tile.images <= shape.most_images and (tile.form == "few") == (shape.channels <= FEW)
 
 
-def power_of_two(n: int, least: int, most: int) -> int:
-    """The least power of two that is at least n, within [least, most]."""
+def fits_correlation(tile: Tile, shape: Shape) -> bool:
+    """Whether the correlation of a layer can run with a tile."""
+    if tile.form == "descriptors":
+        taps = tile.taps == 1 or tile.taps == 3 == shape.kernel_size[1]
+        return shape.describable and tile.rows == tile.columns == 1 and taps
+    return (tile.form == "few") == (shape.channels <= FEW)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int, most: int, least: int = LEAST_BLOCK) -> int:
+    """Return the least power of two that is at least n, within [least, most]."""
     return min(max(1 << (n - 1).bit_length(), least), most)
 
 
 @cache
-def box_of(pixels: int, batch: int, grid: Pair, most_images: int) -> tuple[int, int, int]:
-    """Images, rows and columns of a box of this many pixels, of at most so many images."""
+def box_of(
+    pixels: int, batch: int, size: Pair, most_images: int, preference: Literal["compact", "images", "rows"]
+) -> Box:
+    """Return the box of so many pixels that covers [batch, *size] with little waste.
+
+    Args:
+        pixels: number of pixels, a power of two.
+        batch: number of images.
+        size: height and width of the plane.
+        most_images: the most images of a box.
+        preference: "compact" takes, of the boxes that waste least, the one whose taps share most pixels. "images"
+            prefers many images of one pixel and "rows" long rows, and both accept some waste for it.
+    """
     sides = [1 << e for e in range(pixels.bit_length())]
 
-    def waste(box: tuple[int, int, int]) -> tuple[int, int]:
-        covered = 1
-        for n, side in zip((batch, *grid), box, strict=True):
-            covered *= ceil(n / side) * side
-        return covered, box[0] * (box[1] + 2) * (box[2] + 2)
+    def cost(box: Box) -> tuple[float, int]:
+        images, rows, columns = box
+        covered = prod(ceil_div(n, side) * side for n, side in zip((batch, *size), box, strict=True))
+        if preference == "compact":
+            return covered, images * (rows + 2) * (columns + 2)
+        return covered * (1 + (1 / images if preference == "images" else 8 / columns)), images
 
     boxes = ((pixels // (rows * columns), rows, columns) for rows, columns in product(sides, sides))
-    return min((box for box in boxes if 0 < box[0] <= most_images), key=waste)
+    return min((box for box in boxes if 0 < box[0] <= most_images), key=cost)
 
 
-def described(images: int, columns: int, reduction: int) -> Tile:
-    """One pixel of so many images, for so many channels made and reduced over."""
-    # With 8 warps, Triton 3.6 makes loops over 128 channels whose wgmma ptxas serialises.
-    return Tile(images, 1, 1, power_of_two(columns, 16, 128), power_of_two(reduction, 16, 64), 4, 3, "descriptors")
+def described(images: int, atoms: int, channels: int, made: Literal["atoms", "channels"]) -> Tile:
+    """Return the tile of one pixel of so many images; `made` is the axis that the product does not sum over."""
+    # With 8 warps, Triton 3.6 compiles loops over 128 channels in which ptxas serialises wgmma.
+    most = {"atoms": 128 if made == "atoms" else 64, "channels": 128 if made == "channels" else 64}
+    blocks = power_of_two(atoms, most["atoms"]), power_of_two(channels, most["channels"])
+    return Tile("descriptors", images, 1, 1, *blocks, warps=4, stages=3)
 
 
-def _by_pointers(shape: Shape, grid: Pair, columns: int, reduction: int, form: Form, flat: bool = False) -> Tile:
-    """`flat` tells that taps and channels are reduced over as one axis, whose elements are gathered one by one."""
+class Blocks(NamedTuple):
+    """A box of pixels and the blocks of the axes that a convolution makes and sums over, with its launch options."""
+
+    box: Box
+    made: int
+    summed: int
+    warps: int
+    stages: int
+
+
+def _by_pointers(shape: Shape, size: Pair, made: int, summed: int, gathered: bool = False) -> Blocks:
+    """Return the blocks of a convolution by pointers; `gathered` sums over (tap, channel) pairs, loaded one by one."""
     half = shape.itemsize == 2
-    channels = power_of_two(columns, 16, 128 if half else 64)
+    made = power_of_two(made, 128 if half else 64)
     if not half and shape.precision == "ieee":
         # Products on the ordinary cores keep all operands in registers.
-        box = box_of(64, shape.batch, grid, shape.most_images)
-        return Tile(*box, min(channels, 32), 16, 4, 2, form)
-    box = box_of(128, shape.batch, grid, shape.most_images)
+        return Blocks(box_of(64, shape.batch, size, shape.most_images, "compact"), min(made, 32), 16, 4, 2)
+    box = box_of(128, shape.batch, size, shape.most_images, "compact")
     # A gathered element takes a register: more warps and smaller blocks hold fewer of them.
-    most = 64 if half and not flat else 32
-    if half and flat and not shape.channels_last and reduction > most:
-        most = 16
-    reduction = power_of_two(reduction, 16, most)
-    warps = 8 if channels > 64 or flat or not shape.channels_last else 4
-    return Tile(*box, channels, reduction, warps, 3, form)
+    most = 64 if half and not gathered else 32
+    if half and gathered and not shape.channels_last and summed > most:
+        most = LEAST_BLOCK
+    warps = 8 if made > 64 or gathered or not shape.channels_last else 4
+    return Blocks(box, made, power_of_two(summed, most), warps, 3)
 
 
 def analysis_tile(shape: Shape) -> Tile:
-    """For A': codes' grid, K columns, C channels to reduce over at each tap."""
+    """Return the tile of A'."""
     if images := shape.described_images:
-        return described(images, shape.atoms, shape.channels)
+        return described(images, shape.atoms, shape.channels, "atoms")
     if shape.channels <= FEW:
-        reduction = shape.channels * shape.kernel_size[0] * shape.kernel_size[1]
-        return _by_pointers(shape, shape.grid, shape.atoms, reduction, "few", flat=True)
-    tile = _by_pointers(shape, shape.grid, shape.atoms, shape.channels, "pointers")
-    narrow = tile.columns < 4 and tile.images < tile.pixels
+        box, made, summed, *options = _by_pointers(
+            shape, shape.codes_size, shape.atoms, shape.channels * shape.taps, gathered=True
+        )
+        return Tile("few", *box, made, summed, *options)
+    box, made, summed, *options = _by_pointers(shape, shape.codes_size, shape.atoms, shape.channels)
+    narrow = box[2] < 4 and box[1] * box[2] > 1
     if narrow and shape.itemsize == 2 and shape.channels_last:
-        # With 128 channels of such a box in 8 warps, Triton 3.6 makes a loop whose wgmma ptxas serialises.
-        tile = _by_pointers(shape, shape.grid, min(shape.atoms, 64), shape.channels, "pointers")
-    return tile
+        # With 128 atoms of such a box in 8 warps, Triton 3.6 compiles a loop in which ptxas serialises wgmma.
+        box, made, summed, *options = _by_pointers(shape, shape.codes_size, min(shape.atoms, 64), shape.channels)
+    return Tile("pointers", *box, made, summed, *options)
 
 
 def synthesis_tile(shape: Shape) -> Tile:
-    """For A: one phase of the image's grid, C columns (of all phases if few), K channels to reduce over at each tap."""
+    """Return the tile of A: one phase of the image, or with few channels all phases."""
     if images := shape.described_images:
-        return described(images, shape.channels, shape.atoms)
-    if shape.channels <= FEW:
-        return _by_pointers(shape, _phase_grid(shape), shape.channels * shape.phases, shape.atoms, "few")
-    return _by_pointers(shape, _phase_grid(shape), shape.channels, shape.atoms, "pointers")
+        return described(images, shape.atoms, shape.channels, "channels")
+    few = shape.channels <= FEW
+    columns = shape.channels * (shape.phases if few else 1)
+    box, made, summed, *options = _by_pointers(shape, shape.phase_size, columns, shape.atoms)
+    return Tile("few" if few else "pointers", *box, summed, made, *options)
+
+
+def correlation_tile(shape: Shape) -> Tile:
+    """Return the tile of the weight gradient."""
+    few = shape.channels <= FEW
+    form: Form = "few" if few else "pointers"
+    columns = shape.channels * (shape.taps if few else 1)
+    small = power_of_two(shape.atoms, 64), power_of_two(columns, 64)
+    preference = "images" if shape.channels_last else "rows"
+    if shape.arch == 0:  # the interpreter runs a few large programs faster than many small ones
+        return Tile(form, *box_of(64, shape.batch, shape.codes_size, 64, preference), *small, 4, 1)
+    narrow = min(shape.channels, shape.atoms) <= 64
+    if shape.describable and shape.batch >= 32:
+        images = 64 if shape.batch >= 64 else 32
+        if not narrow:
+            return Tile("descriptors", images, 1, 1, 128, 128, 8, 3)
+        return Tile("descriptors", images, 1, 1, *small, 4, 3, taps=3 if shape.kernel_size[1] == 3 else 1)
+    pixels = 128 // shape.itemsize
+    box = box_of(pixels, shape.batch, shape.codes_size, pixels, preference)
+    # Small blocks and many threads where 16-bit elements are gathered one by one, through registers.
+    if not shape.channels_last or narrow:
+        return Tile(form, *box, *small, 8 if few or not shape.channels_last else 4, 3)
+    return Tile(form, *box, 128, 128, 8, 3)
 
 
 @cache
 def by_rule(shape: Shape) -> Tiles:
-    """The tiles that the rules choose."""
-    return Tiles(analysis_tile(shape), synthesis_tile(shape))
+    """Return the tiles that the rules choose."""
+    return Tiles(analysis_tile(shape), synthesis_tile(shape), correlation_tile(shape))
 
 
 VARIATIONS: tuple[Callable[[Tile], Tile], ...] = (
     lambda tile: tile._replace(images=64) if tile.form == "descriptors" else tile,
-    lambda tile: tile._replace(channels=min(tile.channels, 64)),
+    lambda tile: tile._replace(atoms=min(tile.atoms, 64), channels=min(tile.channels, 64)),
     lambda tile: tile._replace(stages=2),
     lambda tile: tile._replace(stages=4),
     lambda tile: tile._replace(warps=4),
     lambda tile: tile._replace(warps=8),
 )
-"""What a measurement tries, one at a time, in the place of what the rules choose."""
+"""The changes to the rules' choice that a measurement tries, one at a time, in the analysis and the synthesis."""
 
 
 def candidates(shape: Shape) -> list[Tiles]:
-    """What a measurement may choose from, the rules' choice first."""
+    """Return the tiles that a measurement may choose from, the rules' choice first."""
     chosen = by_rule(shape)
-    by_pointers = by_rule(shape._replace(arch=80))  # the same where descriptors cannot be
-    varied = [Tiles(vary(chosen.analysis), vary(chosen.synthesis)) for vary in VARIATIONS]
-    return list(dict.fromkeys([chosen, by_pointers, *varied]))
+    by_pointers = by_rule(shape._replace(arch=80))  # the same where descriptors are not chosen
+    varied = [chosen._replace(analysis=vary(chosen.analysis), synthesis=vary(chosen.synthesis)) for vary in VARIATIONS]
+    pointers = chosen._replace(analysis=by_pointers.analysis, synthesis=by_pointers.synthesis)
+    return list(dict.fromkeys([chosen, pointers, *varied]))
 
 
-def _phase_grid(shape: Shape) -> Pair:
-    return ceil(shape.size[0] / shape.stride[0]), ceil(shape.size[1] / shape.stride[1])
+def boxes(tile: Tile, batch: int, size: Pair) -> int:
+    """Return the number of boxes that cover the pixels of [batch, *size]."""
+    return ceil_div(batch, tile.images) * ceil_div(size[0], tile.rows) * ceil_div(size[1], tile.columns)
 
 
-def _boxes(shape: Shape, grid: Pair, tile: Tile) -> int:
-    return ceil(shape.batch / tile.images) * ceil(grid[0] / tile.rows) * ceil(grid[1] / tile.columns)
+def analysis_programs(shape: Shape, tile: Tile) -> tuple[int]:
+    """Return the launch grid of the analysis."""
+    return (boxes(tile, shape.batch, shape.codes_size) * ceil_div(shape.atoms, tile.atoms),)
 
 
-def analysis_grid(shape: Shape, tile: Tile) -> tuple[int]:
-    return (_boxes(shape, shape.grid, tile) * ceil(shape.atoms / tile.channels),)
-
-
-def synthesis_grid(shape: Shape, tile: Tile) -> tuple[int, int]:
-    boxes = _boxes(shape, _phase_grid(shape), tile)
+def synthesis_programs(shape: Shape, tile: Tile) -> tuple[int, int]:
+    """Return the launch grid of the synthesis; its second axis is the phase."""
+    pixels = boxes(tile, shape.batch, shape.phase_size)
     if tile.form == "few":
-        return boxes * ceil(shape.channels * shape.phases / tile.channels), 1
-    return boxes * ceil(shape.channels / tile.channels), shape.phases
+        return pixels * ceil_div(shape.channels * shape.phases, tile.channels), 1
+    return pixels * ceil_div(shape.channels, tile.channels), shape.phases
+
+
+def correlation_blocks(shape: Shape, tile: Tile) -> int:
+    """Return the number of blocks of the weight gradient: programs for one split of the pixels."""
+    if tile.form == "few":
+        columns = ceil_div(shape.taps * shape.channels, tile.channels)
+    else:
+        columns = ceil_div(shape.channels, tile.channels) * (shape.taps // tile.taps)
+    return ceil_div(shape.atoms, tile.atoms) * columns
+
+
+@cache
+def splits_of(blocks: int, boxes: int, processors: int) -> int:
+    """Return the least number of splits of the pixels that keeps the multiprocessors busy.
+
+    Args:
+        blocks: programs for one split.
+        boxes: boxes of pixels, the most splits.
+        processors: multiprocessors, each of which runs two programs at a time.
+    """
+
+    def use(splits: int) -> float:
+        rounds = blocks * splits / processors
+        return min(1.0, rounds / 2) * rounds / ceil_div(blocks * splits, processors)
+
+    options = range(1, max(1, min(boxes, 8 * processors // blocks)) + 1)
+    return next((splits for splits in options if use(splits) >= 0.9), max(options, key=use))

@@ -1,16 +1,20 @@
 """Kernels compile lean for GPUs that are not there: a sample of what the command `compile_check` does for all."""
 
 import json
+import os
 import re
+import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
 
 from sdnet.bench.compile_check import check as compile_check
+from sdnet.bench.compile_check import correlation_cases, fused_cases
 from sdnet.bench.compile_check.check import Job, Report, jobs_of, reports_of
-from sdnet.bench.compile_check.compile_case import CompileCase
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler for Linux alone")
 
@@ -30,20 +34,48 @@ def test_one_case_of_each_kernel_is_lean() -> None:
     assert all(report.registers > 0 and report.occupancy > 0 for report in reports)
 
 
-def test_every_case_names_what_its_kernel_takes() -> None:
+def test_every_case_has_what_its_kernel_takes() -> None:
     for arch in compile_check.ARCHS:
         for module in compile_check.KERNEL_MODULES:
             for case in compile_check.cases_of(module, arch).values():
-                given = set(case.signature) | set(case.constexprs)
-                assert given == set(case.kernel.arg_names), case.name
-                assert set(case.divisible) <= set(case.signature), case.name
+                assert set(case.arguments) == set(case.kernel.arg_names), case.name
+
+
+def test_recorded_launches_cover_each_form_and_every_kernel_of_the_loop() -> None:
+    names = {90: {"few", "pointers", "descriptors"}, 80: {"few", "pointers"}}
+    for arch, forms in names.items():
+        for module in (fused_cases.__name__, correlation_cases.__name__):
+            cases = compile_check.cases_of(module, arch).values()
+            assert {case.tile.form for case in cases if case.tile is not None} == forms
+    kernels = {case.kernel.__name__ for case in compile_check.cases_of(fused_cases.__name__, 90).values()}
+    assert kernels == {"proximal_step_kernel", "codes_gradient_kernel", "synthesis_kernel"}
+
+
+INTEGERS = """
+import triton
+from sdnet.bench.compile_check.compile_case import CompileCase
+
+@triton.jit
+def kernel(x_ptr, one, odd, even, long, B: triton.language.constexpr):
+    pass
+
+sizes = {"one": 1, "odd": 7, "even": 32, "long": 2**31}
+source = CompileCase.of("", kernel, {"x_ptr": "*bf16"}, sizes, {"B": 4}).source(90)
+print(source.signature, source.constants, [place for (place,), known in source.attrs.items() if known])
+"""
 
 
 def test_integers_are_specialised_as_at_a_launch() -> None:
-    case = CompileCase.of("", None, {"x_ptr": "*bf16"}, {"one": 1, "odd": 7, "even": 32, "long": 2**31}, {"B": 4})
-    assert case.signature == {"x_ptr": "*bf16", "odd": "i32", "even": "i32", "long": "i64"}
-    assert case.constexprs == {"B": 4, "one": 1}
-    assert case.divisible == ("x_ptr", "even", "long")
+    """In a process of its own, for the interpreter has no such thing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:  # Triton reads the source of a kernel
+        file.write(INTEGERS)
+        file.flush()
+        output = subprocess.run(
+            [sys.executable, file.name], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+    signature = {"x_ptr": "*bf16", "one": "constexpr", "odd": "i32", "even": "i32", "long": "i64", "B": "constexpr"}
+    assert output.strip() == f"{signature} { ({(1,): 1, (5,): 4}) } {[0, 3, 4]}"
 
 
 FAULTY = """
@@ -60,16 +92,19 @@ def copy(x_ptr, B: tl.constexpr):
 def wrong(x_ptr, B: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, B), nothing)
 
-class Fatal(dict):
-    def get(self, *_):
+class Fatal:
+    arg_names = ["x_ptr", "B"]
+
+    @property
+    def signature(self):
         os._exit(1)
 
 def compile_cases(arch):
-    yield CompileCase("copy", copy, {"x_ptr": "*bf16"}, {"B": 64}, ("x_ptr",), tensor_cores=False)
-    yield CompileCase("no product", copy, {"x_ptr": "*bf16"}, {"B": 64}, ("x_ptr",))
-    yield CompileCase("wrong", wrong, {"x_ptr": "*bf16"}, {"B": 64}, ("x_ptr",))
-    yield CompileCase("fatal", copy, Fatal(x_ptr="*bf16"), {"B": 64}, ("x_ptr",))
-    yield CompileCase("after", copy, {"x_ptr": "*bf16"}, {"B": 32}, ("x_ptr",), tensor_cores=False)
+    yield CompileCase.of("copy", copy, {"x_ptr": "*bf16"}, {}, {"B": 64}, tensor_cores=False)
+    yield CompileCase.of("no product", copy, {"x_ptr": "*bf16"}, {}, {"B": 64})
+    yield CompileCase.of("wrong", wrong, {"x_ptr": "*bf16"}, {}, {"B": 64})
+    yield CompileCase.of("fatal", Fatal(), {"x_ptr": "*bf16"}, {}, {"B": 64})
+    yield CompileCase.of("after", copy, {"x_ptr": "*bf16"}, {}, {"B": 32}, tensor_cores=False)
 """
 
 
@@ -95,17 +130,28 @@ def test_command_writes_what_it_found(
         return compile_check.main()
 
     assert run("found.json") == 0
-    [found] = json.loads((tmp_path / "found.json").read_text())
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written["triton"] == triton.__version__
+    [found] = written["reports"]
     assert (found["module"], found["arch"], found["faults"]) == ("pointwise_cases", 90, [])
     with pytest.raises(SystemExit):
         run("found.txt")
-    assert "must end in .json or .md" in capsys.readouterr().err
+    assert "must end in .json" in capsys.readouterr().err
 
 
-def test_page_shows_each_report() -> None:
+def test_the_summary_has_a_line_for_each_module_and_architecture() -> None:
     report = Report("module", "a case", 90, 4, 3, 128, 0, 96 * 1024, 2, ["wgmma.mma_async"])
-    page = compile_check.document([report, replace(report, faults=["spills 8 bytes"])])
-    assert "2 compilations, 1 with faults" in page
-    assert "## module, sm_90" in page
-    assert "| a case | 4 | 3 | 128 | 96 | 2 | wgmma.mma_async | ok |" in page
-    assert "| spills 8 bytes |" in page
+    reports = [report, replace(report, registers=90, faults=["spills 8 bytes"]), replace(report, arch=80)]
+    assert compile_check.summary(reports).splitlines() == [
+        "module, sm_80: 1 compilations, 0 with faults, at most 128 registers and 96 KB.",
+        "module, sm_90: 2 compilations, 1 with faults, at most 128 registers and 96 KB.",
+        f"Triton {triton.__version__}: 3 compilations, 1 with faults.",
+    ]
+
+
+@pytest.mark.parametrize("file", sorted(Path("bench/results").glob("compile_*.json")), ids=lambda file: file.stem)
+def test_the_committed_reports_are_without_fault(file: Path) -> None:
+    written = json.loads(file.read_text())
+    assert file.name == f"compile_triton-{written['triton']}.json"
+    assert {report["arch"] for report in written["reports"]} == set(compile_check.ARCHS)
+    assert [report["name"] for report in written["reports"] if report["faults"]] == []

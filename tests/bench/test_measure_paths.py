@@ -16,6 +16,7 @@ from sdnet.bench.layer_shapes import LayerShape
 from sdnet.bench.measure_paths import Candidate, Trial, candidates_of, fastest, merged, shape_of
 from sdnet.bench.providers import BoundCall, Inputs, Workload, csc_by
 from sdnet.kernels.triton_path import paths, tiles
+from sdnet.kernels.triton_path.layer import Layer
 from sdnet.kernels.triton_path.paths import Entry
 
 WORKLOAD = Workload("csc", LayerShape("", 64, 256, 3, 2, (9, 8)), 2, 2, "bf16", "channels_last", torch.device("cpu"))
@@ -51,15 +52,15 @@ def test_the_written_table_decides_path_and_tiles(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(paths, "MEASURED", tmp_path / "measured")
     monkeypatch.delenv("SDNET_TRITON_PATH", raising=False)
     shape, gpu = shape_of(WORKLOAD), "Some GPU of 2026"
-    assert not paths.path_of(shape, "another GPU").fused
+    assert paths.choose_path(shape, "another GPU").name == "cudnn"
     other = Entry("fused", tiles.candidates(shape)[-1])
     assert other.tiles != TILES
     table = merged({}, [Trial(paths.key_of(shape), {other: 1.0, CUDNN: 1.1})])
     measure_paths.write(paths.file_of(gpu, paths.MEASURED), table)
     assert [file.name for file in paths.MEASURED.iterdir()] == ["Some_GPU_of_2026.json"]
-    assert paths.path_of(shape, gpu) == (True, f"fused steps were the quicker ones when measured on {gpu}")
-    assert paths.tiles_of(shape, gpu) == other.tiles
-    assert not paths.path_of(shape._replace(channels_last=False), gpu).fused
+    reason = f"the fused path was the faster one when measured on {gpu}"
+    assert paths.choose_path(shape, gpu) == ("fused", other.tiles, reason)
+    assert paths.choose_path(shape._replace(channels_last=False), gpu).name == "cudnn"
 
 
 def test_candidates_are_both_paths_and_if_asked_other_tiles() -> None:
@@ -71,11 +72,10 @@ def test_candidates_are_both_paths_and_if_asked_other_tiles() -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_shape_is_that_of_the_kernels(dtype: str, layout: str) -> None:
-    fused = pytest.importorskip("sdnet.kernels.triton_path.fused")
     workload = replace(WORKLOAD, dtype=dtype, layout=layout)
     weight = torch.empty(256, 64, 3, 3, dtype=measure_kernels.DTYPES[dtype], device="meta")
     with measure_kernels.timing.fp32_products(dtype == "tf32"):
-        layer = fused.Layer(weight, 2, (9, 8), (2, 2), (1, 1), measure_kernels.LAYOUTS[layout])
+        layer = Layer(weight, 2, (9, 8), (2, 2), (1, 1), measure_kernels.LAYOUTS[layout])
         assert shape_of(workload) == layer.shape
 
 
@@ -101,7 +101,7 @@ def test_only_right_answers_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: p
         return BoundCall(lambda: 1.1 * bound.run(), bound.leaves)
 
     providers = {"fused": wrong, "cudnn": csc_by("torch")}
-    monkeypatch.setattr(measure_paths, "by_entry", lambda entry, _: providers[entry.steps])
+    monkeypatch.setattr(measure_paths, "by_entry", lambda entry, _: providers[entry.path])
     (times,) = measure_paths.measure(CANDIDATES, workload, 0.01)
     assert list(times) == [CUDNN]
     assert "fused refused: output is off by 0.1" in capsys.readouterr().out
@@ -173,4 +173,4 @@ def test_committed_tables_are_well_formed() -> None:
     for file in paths.MEASURED.glob("*.json"):
         table = paths.table(file.stem.replace("_", " "), paths.MEASURED)
         assert list(table) == sorted(table)
-        assert {entry.steps for entry in table.values()} <= {"fused", "cudnn"}
+        assert {entry.path for entry in table.values()} <= {"fused", "cudnn"}

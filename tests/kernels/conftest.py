@@ -41,7 +41,7 @@ def descriptor_reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Under the interpreter the rules choose as on sm_90: descriptors for batches of 64. What has been read by them."""
     from triton.runtime import interpreter
 
-    from sdnet.kernels.triton_path import correlation, fused
+    from sdnet.kernels.triton_path import hardware
 
     reads: list[Any] = []
     handle: Any = interpreter.TensorDescHandle
@@ -52,6 +52,5 @@ def descriptor_reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return materialize(self, offsets)
 
     monkeypatch.setattr(handle, "materialize_pointers", noted)
-    for module in (fused, correlation):
-        monkeypatch.setattr(module, "arch_of", lambda _: 90)
+    monkeypatch.setattr(hardware, "arch_of", lambda _: 90)
     return reads

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.kernels.reference import Pair, codes_size
-from sdnet.kernels.triton_path.correlation import PAIRS, Correlated, launches_of, weight_correlation
-from sdnet.kernels.triton_path.correlation_tiles import Shape, Tile, splits_of, tile_of
+from sdnet.kernels.triton_path.correlation.weight_gradient import PAIRS, ScaledPair, launches_of, weight_correlation
+from sdnet.kernels.triton_path.tiles import Tile
 
 from .cases import DEVICE, Named
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 """Relative RMS error."""
 
-POINTERS = Tile(False, False, 1, (2, 2, 8), 16, 16, 4, 1)
-FLAT = Tile(False, True, 1, (4, 4, 2), 16, 32, 4, 1)
-DESCRIPTORS = Tile(True, False, 1, (32, 1, 1), 16, 16, 4, 1)
+POINTERS = Tile("pointers", 2, 2, 8, atoms=16, channels=16, warps=4, stages=1)
+FEW = Tile("few", 4, 4, 2, atoms=16, channels=32, warps=4, stages=1)
+DESCRIPTORS = Tile("descriptors", 32, 1, 1, atoms=16, channels=16, warps=4, stages=1)
 ROWS = DESCRIPTORS._replace(taps=3)
 
 
@@ -43,12 +42,12 @@ class Case(Named):
 
     def __str__(self) -> str:
         named = super().__str__()
-        names = {"POINTERS": POINTERS, "FLAT": FLAT, "DESCRIPTORS": DESCRIPTORS, "ROWS": ROWS}
+        names = {"POINTERS": POINTERS, "FEW": FEW, "DESCRIPTORS": DESCRIPTORS, "ROWS": ROWS}
         for name, tile in names.items():
             named = named.replace(f"tile={tile}".replace(" ", ""), name)
         return named
 
-    def tensors(self, dtype: torch.dtype) -> tuple[list[Correlated], Tensor]:
+    def tensors(self, dtype: torch.dtype) -> tuple[list[ScaledPair], Tensor]:
         """The pairs, scaled by a tensor, by -1, by the tensor again and so on, and the weight."""
         generator = torch.Generator().manual_seed(0)
         grid = codes_size(self.size, self.kernel_size, self.stride, self.padding)
@@ -72,7 +71,7 @@ class Case(Named):
         return pairs, weight.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else weight
 
 
-def expected(pairs: Sequence[Correlated], weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+def expected(pairs: Sequence[ScaledPair], weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
     """The sum of the correlations in fp64."""
     options: Any = {"stride": stride, "padding": padding}  # which are annotated as ints alone
     shape = list(weight.shape)
@@ -98,8 +97,8 @@ CASES = [
     Case(batch=1, kernel_size=(1, 1), padding=(0, 0), stride=(3, 3), size=(8, 7)),
     Case(kernel_size=(5, 5), padding=(2, 2), stride=(2, 2), size=(9, 8), pairs=1),
     Case(kernel_size=(7, 7), padding=(3, 3), stride=(2, 2), channels=3, size=(9, 11), pairs=1, layout="channels_last"),
-    Case(kernel_size=(7, 7), padding=(3, 3), stride=(2, 2), channels=3, size=(10, 8), tile=FLAT, splits=2),
-    Case(channels=3, tile=FLAT, layout="channels_last"),
+    Case(kernel_size=(7, 7), padding=(3, 3), stride=(2, 2), channels=3, size=(10, 8), tile=FEW, splits=2),
+    Case(channels=3, tile=FEW, layout="channels_last"),
     Case(kernel_size=(3, 1), padding=(2, 0), stride=(1, 2), size=(4, 9)),
     Case(padding=(0, 0), stride=(3, 2)),
     Case(channels=33, atoms=18, kernel_size=(3, 2), size=(4, 5), stride=(2, 2), layout="channels_last", pairs=2),
@@ -139,7 +138,7 @@ CASES = [
     + [pytest.param(case, torch.float16, id=f"{case}-fp16") for case in CASES[1::2]],
 )
 def test_equals_pytorch_in_fp64(case: Case, dtype: torch.dtype) -> None:
-    if DEVICE == "cuda" and case.tile is not None and case.tile.descriptors:
+    if DEVICE == "cuda" and case.tile is not None and case.tile.form == "descriptors":
         if dtype == torch.float32:
             pytest.skip("descriptors are for 16-bit types; fp32 takes them under the interpreter alone")
         if torch.cuda.get_device_capability() < (9, 0):
@@ -208,7 +207,7 @@ def test_tensors_past_two_to_the_31_elements(spread: int) -> None:
 
 def test_launches_hold_few_pairs_and_lose_none() -> None:
     r, scale, other = torch.empty(0), torch.ones(()), torch.ones(())
-    pairs: list[Correlated] = [(r, r, s) for s in (scale, -1.0, scale, 2.0, scale, -1.0, other, scale)]
+    pairs: list[ScaledPair] = [(r, r, s) for s in (scale, -1.0, scale, 2.0, scale, -1.0, other, scale)]
     launches = list(launches_of(pairs))
     assert all(1 <= len(head) + len(tail) <= PAIRS for head, tail in launches)
     assert all(len({id(pair[2]) for pair in head}) <= 1 for head, _ in launches)
@@ -221,31 +220,6 @@ def test_two_steps_are_one_launch() -> None:
     r, scale = torch.empty(0), torch.ones(())
     [(head, tail)] = launches_of([(r, r, scale), (r, r, -1.0), (r, r, scale)])
     assert (len(head), len(tail)) == (2, 1)
-
-
-@pytest.mark.parametrize("layer", distinct_layers(), ids=str)
-def test_every_layer_keeps_a_large_gpu_busy(layer: LayerShape) -> None:
-    processors, square = 132, (layer.kernel_size, layer.kernel_size)
-    few = layer.channels < 8
-    shape = Shape(256, layer.channels, layer.atoms, square, layer.codes_size, 2, last=True, aligned=not few)
-    tile = tile_of(shape, arch=90)
-    blocks = tile.blocks(layer.atoms, layer.channels, layer.kernel_size**2)
-    boxes = tile.boxes(shape.batch, shape.grid)
-    splits = splits_of(blocks, boxes, processors)
-    rounds = blocks * splits / processors
-    assert tile.descriptors != few
-    assert splits <= boxes
-    assert rounds / -(-blocks * splits // processors) >= 0.75
-    assert splits * layer.atoms * layer.channels * layer.kernel_size**2 * 4 <= 64 * 2**20  # bytes of partial sums
-
-
-def test_descriptors_are_for_what_they_can_read() -> None:
-    shape = Shape(256, 64, 64, (3, 3), (56, 56), 2, last=True, aligned=True)
-    assert tile_of(shape, 90).descriptors
-    assert not tile_of(shape, 80).descriptors
-    assert not tile_of(shape._replace(aligned=False), 90).descriptors
-    assert not tile_of(shape._replace(batch=8), 90).descriptors
-    assert not tile_of(shape._replace(channels=3), 90).descriptors
 
 
 @pytest.mark.gpu

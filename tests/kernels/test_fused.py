@@ -1,23 +1,19 @@
-"""The four fused steps one by one against their formulas in fp64, in every form, and the tiles that they run with."""
+"""The four products of the fused path one by one against their formulas in fp64, in every form of its kernels."""
 
-import json
 from dataclasses import dataclass
-from math import prod
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sdnet.bench.layer_shapes import distinct_layers
 from sdnet.kernels import reference
-from sdnet.kernels.coding import Coding
+from sdnet.kernels.coding import Coding, Solver
 from sdnet.kernels.reference import Pair
 from sdnet.kernels.torch_path import Problem
-from sdnet.kernels.triton_path import fused, paths, tiles
-from sdnet.kernels.triton_path.fused import Layer
-from sdnet.kernels.triton_path.tiles import Tiles, described
+from sdnet.kernels.triton_path import tiles
+from sdnet.kernels.triton_path.fused.path import FusedPath
+from sdnet.kernels.triton_path.layer import Layer
+from sdnet.kernels.triton_path.tiles import Tiles, by_rule, described
 
 from .cases import DEVICE
 
@@ -57,20 +53,20 @@ class Case:
             self.stride,
             self.padding,
             layout,
-            self.tiles,
         )
+
+    def path(self, problem: Problem) -> FusedPath:
+        """The path with the rules' tiles for an interpreter, or with boxes of 16 images by descriptors."""
+        layer = self.layer
+        rules = by_rule(layer.shape)
+        if not self.described:  # the rules have descriptors for a GPU alone
+            return FusedPath(layer, problem, rules)
+        sides = 16, self.atoms, self.channels
+        return FusedPath(layer, problem, Tiles(described(*sides, "atoms"), described(*sides, "channels"), rules[2]))
 
     def random(self, *shape: int, seed: int = 0) -> Tensor:
         tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         return tensor.contiguous(memory_format=torch.channels_last) if self.channels_last else tensor
-
-    @property
-    def tiles(self) -> Tiles | None:
-        """The rules' for an interpreter, or boxes of 16 images by descriptors, which the rules have for a GPU alone."""
-        if not self.described:
-            return None
-        wide, narrow = self.atoms, self.channels
-        return Tiles(described(16, wide, narrow), described(16, narrow, wide))
 
     @property
     def scale(self) -> Tensor:
@@ -79,7 +75,7 @@ class Case:
 
     def codes(self, seed: int) -> Tensor:
         """Random codes, half of them zero."""
-        return self.random(self.batch, self.atoms, *self.layer.grid, seed=seed).relu()
+        return self.random(self.batch, self.atoms, *self.layer.codes_size, seed=seed).relu()
 
     def image(self, seed: int, channels: int | None = None) -> Tensor:
         return self.random(self.batch, channels or self.channels, *self.size, seed=seed)
@@ -122,10 +118,12 @@ FORMS = CASES + [
 every_case = pytest.mark.parametrize("case", FORMS, ids=str)
 
 
-def problem(nonnegative: bool = True, samples: int = 0) -> Problem:
+def problem(nonnegative: bool = True, samples: int = 0, solver: Solver = "fista") -> Problem:
     """mu > 0; one lambda for all, or one for each of so many samples."""
     lam = torch.linspace(1.5, 4.0, samples).view(-1, 1, 1, 1) if samples else torch.tensor(0.8)
-    return Problem(torch.tensor(STEP, device=DEVICE), lam.to(DEVICE), Coding(3, MU, nonnegative), (1, 1), (0, 0))
+    return Problem(
+        torch.tensor(STEP, device=DEVICE), lam.to(DEVICE), Coding(3, MU, nonnegative, solver), (1, 1), (0, 0)
+    )
 
 
 def assert_near(actual: Tensor | None, expected: Tensor) -> None:
@@ -136,22 +134,22 @@ def assert_near(actual: Tensor | None, expected: Tensor) -> None:
 
 @every_case
 @pytest.mark.parametrize("nonnegative", [True, False])
-def test_encode(case: Case, nonnegative: bool) -> None:
+def test_proximal_step(case: Case, nonnegative: bool) -> None:
     p = problem(nonnegative, samples=case.batch)
     r, z, previous, scale = case.image(1), case.codes(2), case.codes(3), case.scale
-    codes, after = fused.encode(case.layer, r, p, z, previous, BETA, scale, NEXT_BETA, keep_next=True)
+    codes, extrapolated = case.path(p).proximal_step(r, z, previous, BETA, scale, NEXT_BETA)
     y = z.double() + BETA * (z.double() - previous.double())
     v = DAMPING * y + GAMMA * scale * case.analysis(r)
     expected = reference.shrink(v, GAMMA * p.lam.double(), nonnegative)
     assert 0.1 < (codes != 0).double().mean() < 0.9
     assert_near(codes, expected)
-    assert_near(after, expected + NEXT_BETA * (expected - z.double()))
+    assert_near(extrapolated, expected + NEXT_BETA * (expected - z.double()))
 
 
 @every_case
-def test_the_first_step_encodes_from_zero(case: Case) -> None:
-    codes, after = fused.encode(case.layer, case.image(1), problem())
-    assert after is None
+def test_the_first_step_starts_from_zero(case: Case) -> None:
+    codes, extrapolated = case.path(problem()).proximal_step(case.image(1))
+    assert extrapolated is None
     assert_near(codes, reference.shrink(GAMMA * case.analysis(case.image(1)), torch.tensor(GAMMA * 0.8), True))
 
 
@@ -160,30 +158,34 @@ def test_the_first_step_encodes_from_zero(case: Case) -> None:
 def test_residual(case: Case, several: bool) -> None:
     n_dict = next(n for n in (3, 2) if case.channels % n == 0) if several else 1
     x, z = case.image(1, case.channels // n_dict), case.codes(2)
-    assert_near(fused.residual(case.layer, x, z, problem()), x.double().repeat(1, n_dict, 1, 1) - case.synthesis(z))
+    assert_near(case.path(problem()).residual(x, z), x.double().repeat(1, n_dict, 1, 1) - case.synthesis(z))
 
 
 @every_case
-def test_spread(case: Case) -> None:
+def test_residual_gradient(case: Case) -> None:
     m, add, scale = case.codes(1), case.image(2), case.scale
-    expected = GAMMA * case.synthesis(m)
-    assert_near(fused.spread(case.layer, m, problem()), expected)
-    assert_near(fused.spread(case.layer, m, problem(), scale, add), scale * expected + add.double())
+    expected, path = GAMMA * case.synthesis(m), case.path(problem())
+    assert_near(path.residual_gradient(m), expected)
+    assert_near(path.residual_gradient(m, scale, add), scale * expected + add.double())
 
 
 @every_case
-@pytest.mark.parametrize("at_y", [True, False])
-def test_backstep(case: Case, at_y: bool) -> None:
-    dr, m, z, later = case.image(1), case.codes(2), case.codes(3), case.codes(4)
-    masked, d_y = fused.backstep(case.layer, dr, m, z, problem(), BETA, later, NEXT_BETA, at_y=at_y, keep_dy=at_y)
-    direct, through = DAMPING * m.double(), case.analysis(dr)
-    if at_y:
-        assert_near(d_y, direct - through)
-        g = (1 + BETA) * (direct - through) - NEXT_BETA * later.double()
-    else:
-        assert d_y is None
-        g = (1 + BETA) * direct - through - NEXT_BETA * DAMPING * later.double()
-    assert_near(masked, (z != 0) * g)
+def test_codes_gradient_of_fista(case: Case) -> None:
+    d_residual, m, z, after = case.image(1), case.codes(2), case.codes(3), case.codes(4)
+    masked, d_y = case.path(problem()).codes_gradient(d_residual, m, z, BETA, after, NEXT_BETA)
+    expected = DAMPING * m.double() - case.analysis(d_residual)
+    assert_near(d_y, expected)
+    assert_near(masked, (z != 0) * ((1 + BETA) * expected - NEXT_BETA * after.double()))
+
+
+@every_case
+def test_codes_gradient_of_the_official_loop(case: Case) -> None:
+    d_residual, m, z, after = case.image(1), case.codes(2), case.codes(3), case.codes(4)
+    path = case.path(problem(solver="sdnet"))
+    masked, kept = path.codes_gradient(d_residual, m, z, BETA, after, NEXT_BETA)
+    assert kept is m
+    d_y, d_y_after = DAMPING * m.double(), DAMPING * after.double()
+    assert_near(masked, (z != 0) * ((1 + BETA) * d_y - case.analysis(d_residual) - NEXT_BETA * d_y_after))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -191,10 +193,11 @@ def test_the_forms_for_few_channels_and_for_many_agree(case: Case, monkeypatch: 
     results = []
     for few in (0, 100):
         monkeypatch.setattr(tiles, "FEW", few)
-        tiles.by_rule.cache_clear()
-        codes, _ = fused.encode(case.layer, case.image(1), problem())
-        results.append((codes, fused.residual(case.layer, case.image(1), case.codes(2), problem())))
-    tiles.by_rule.cache_clear()
+        by_rule.cache_clear()
+        path = case.path(problem())
+        assert path.tiles.analysis.form == ("few" if few else "pointers")
+        results.append((path.proximal_step(case.image(1))[0], path.residual(case.image(1), case.codes(2))))
+    by_rule.cache_clear()
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -205,96 +208,31 @@ def test_an_input_at_an_odd_address_comes_to_descriptors_as_a_copy() -> None:
     storage = torch.empty(r.numel() + 1, device=DEVICE)
     odd = storage[1:].as_strided(r.shape, r.stride()).copy_(r)
     assert odd.data_ptr() % 16
-    codes, _ = fused.encode(case.layer, odd, problem())
-    assert torch.equal(codes, fused.encode(case.layer, r, problem())[0])
+    path = case.path(problem())
+    codes, _ = path.proximal_step(odd)
+    assert torch.equal(codes, path.proximal_step(r)[0])
 
 
-def test_the_step_is_read_on_the_device() -> None:
+@pytest.mark.skipif(DEVICE == "cuda", reason="fp32 takes descriptors when interpreted")
+def test_a_descriptor_refuses_a_tensor_of_another_memory_format() -> None:
+    case = DESCRIBED[0]
+    with pytest.raises(ValueError, match="a descriptor takes channels_last tensors alone"):
+        case.path(problem()).proximal_step(case.image(1).contiguous())
+
+
+@pytest.mark.parametrize("name", ["strided", "expanded"])
+def test_a_lambda_for_each_sample_may_have_any_strides(name: str) -> None:
+    case = Case(batch=3)
+    table = torch.tensor([[0.4, 9.0], [0.9, 9.0], [0.6, 9.0]], device=DEVICE)
+    lam = table[:, :1] if name == "strided" else torch.tensor(0.7, device=DEVICE).expand(3, 1)
+    p = problem()._replace(lam=lam.view(3, 1, 1, 1))
+    codes, _ = case.path(p).proximal_step(case.image(1))
+    assert_near(codes, reference.shrink(GAMMA * case.analysis(case.image(1)), GAMMA * p.lam.double(), True))
+
+
+def test_the_step_size_is_read_on_the_device() -> None:
     case, p = Case(), problem()
-    first, _ = fused.encode(case.layer, case.image(1), p)
+    first, _ = case.path(p).proximal_step(case.image(1))
     p.step_size.mul_(0.5)
-    second, _ = fused.encode(case.layer, case.image(1), p)
+    second, _ = case.path(p).proximal_step(case.image(1))
     assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    ("grid", "box"),
-    [
-        ((56, 56), (2, 8, 8)),
-        ((28, 28), (8, 4, 4)),
-        ((14, 14), (32, 2, 2)),
-        ((7, 7), (128, 1, 1)),
-        ((32, 32), (1, 8, 16)),
-    ],
-    ids=str,
-)
-def test_boxes_waste_nothing_where_they_need_not(grid: Pair, box: tuple[int, int, int]) -> None:
-    assert tiles.box_of(128, 256, grid, 2**20) == box
-    assert all(n % side == 0 for n, side in zip((256, *grid), box, strict=True))
-
-
-def test_a_box_stays_within_32_bits() -> None:
-    assert tiles.box_of(128, 256, (7, 7), most_images=4)[0] <= 4
-    shape = tiles.Shape(2, 64, 64, (4096, 4096), (4096, 4096), (3, 3), (1, 1), 2, "ieee", True, 80)
-    assert shape.most_images == 1
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("layer", distinct_layers(), ids=str)
-def test_tiles_cover_every_layer(layer: Any, arch: int) -> None:
-    kernel_size, stride = ((n, n) for n in (layer.kernel_size, layer.stride))
-    shape = tiles.Shape(
-        256, layer.channels, layer.atoms, layer.size, layer.codes_size, kernel_size, stride, 2, "ieee", True, arch
-    )  # fmt: skip
-    for analysis, synthesis in tiles.candidates(shape):
-        assert analysis.fits(shape)
-        assert synthesis.fits(shape)
-        [programs] = tiles.analysis_grid(shape, analysis)
-        assert programs * analysis.pixels * analysis.channels >= 256 * prod(layer.codes_size) * layer.atoms
-        programs, phases = tiles.synthesis_grid(shape, synthesis)
-        assert programs * phases * synthesis.pixels * synthesis.channels >= 256 * prod(layer.size) * layer.channels
-
-
-def test_descriptors_are_for_what_they_can_read() -> None:
-    shape = tiles.Shape(256, 64, 256, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True, 90)
-    assert shape.described_images == 128
-    assert {tile.form for tile in tiles.by_rule(shape)} == {"descriptors"}
-    assert paths.path_of(shape, None).fused
-    assert [shape._replace(batch=batch).described_images for batch in (64, 127, 128, 192)] == [64, 64, 128, 64]
-    others = {"arch": 80, "batch": 63, "channels": 12, "atoms": 20, "itemsize": 4, "channels_last": False}
-    for name, value in others.items():
-        other = shape._replace(**{name: value})
-        assert other.described_images == 0
-        assert {tile.form for tile in tiles.by_rule(other)} == {"pointers"}
-        assert not tiles.by_rule(shape).analysis.fits(other)
-    assert {tile.form for tile in tiles.by_rule(shape._replace(channels=8))} == {"few"}
-    assert shape._replace(size=(2048, 2048), grid=(2048, 2048)).described_images == 0  # 2^31 elements in 64 images
-
-
-def test_the_rule_and_what_overrides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = tiles.Shape(256, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", True, 80)
-    assert paths.path_of(shape, None).fused
-    assert not paths.path_of(shape._replace(atoms=256), None).fused
-    assert not paths.path_of(shape._replace(itemsize=4), None).fused
-    assert not paths.path_of(shape._replace(channels_last=False), None).fused
-    assert paths.path_of(shape._replace(channels=3, channels_last=False), None).fused
-    large = shape._replace(arch=90)
-    measured = Tiles(*(tile._replace(stages=5) for tile in tiles.by_rule(large)))
-    monkeypatch.setattr(paths, "MEASURED", tmp_path)
-    entry = ["cudnn", *(tile._asdict() for tile in measured)]
-    paths.file_of("NVIDIA H100", tmp_path).write_text(json.dumps({paths.key_of(shape): entry}))
-    assert (
-        paths.path_of(shape, "NVIDIA H100").reason == "cudnn steps were the quicker ones when measured on NVIDIA H100"
-    )
-    assert paths.path_of(shape, "NVIDIA A100").fused
-    assert paths.tiles_of(large, "NVIDIA H100") == measured
-    assert paths.tiles_of(large, "NVIDIA A100") == tiles.by_rule(large)
-    small = large._replace(batch=64)  # the table does not tell batches apart, and its boxes have 128 images
-    assert paths.tiles_of(small, "NVIDIA H100") == tiles.by_rule(small)
-    exact, tf32 = (shape._replace(itemsize=4, precision=precision) for precision in ("ieee", "tf32"))
-    assert len({paths.key_of(each) for each in (shape, exact, tf32)}) == 3
-    monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
-    assert paths.path_of(shape, "NVIDIA H100").fused
-    monkeypatch.setenv("SDNET_TRITON_PATH", "quick")
-    with pytest.raises(ValueError, match="SDNET_TRITON_PATH is 'quick'; it must be fused or cudnn"):
-        paths.path_of(shape, None)

@@ -15,16 +15,17 @@ from torch import Tensor
 from sdnet.kernels import reference
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.torch_path import Problem
-from sdnet.kernels.triton_path import fused
-from sdnet.kernels.triton_path.correlation import weight_correlation
-from sdnet.kernels.triton_path.fused import Layer
+from sdnet.kernels.triton_path.correlation.weight_gradient import weight_correlation
+from sdnet.kernels.triton_path.fused.path import FusedPath
+from sdnet.kernels.triton_path.layer import Layer
 from sdnet.kernels.triton_path.pointwise import mask, shrink_step, subtract
+from sdnet.kernels.triton_path.tiles import by_rule
 
 from ..triton_interpreter.numerics import convolutions_in_tf32, faithful, needs_interpreter, to_tf32
 from . import test_correlation
 from .cases import DEVICE, Case
 from .exactness import assert_as_exact_as_torch, errors
-from .test_correlation import FLAT, POINTERS, error, expected
+from .test_correlation import FEW, POINTERS, error, expected
 
 pytestmark = needs_interpreter
 
@@ -108,7 +109,7 @@ def test_a_fused_step_rounds_its_result_alone(form: str, descriptor_reads: list[
     layer = Layer(weight, case.batch, case.size, strides, padding, case.layout)
 
     def codes(seed: int) -> Tensor:
-        values = torch.randn(case.batch, case.atoms, *layer.grid, generator=torch.Generator().manual_seed(seed))
+        values = torch.randn(case.batch, case.atoms, *layer.codes_size, generator=torch.Generator().manual_seed(seed))
         return values.relu().to(x).contiguous(memory_format=case.layout)
 
     z, previous, m, later = map(codes, range(4))
@@ -120,18 +121,19 @@ def test_a_fused_step_rounds_its_result_alone(form: str, descriptor_reads: list[
     through = reference.analysis(x.double(), wide, strides, padding)
     made = reference.synthesis(m.double(), wide, case.size, strides, padding)
 
-    found, after = fused.encode(layer, x, p, z, previous, 0.28, scale, 0.43, keep_next=True)
+    path = FusedPath(layer, p, by_rule(layer.shape))
+    found, after = path.proximal_step(x, z, previous, 0.28, scale, 0.43)
     v = exact.damping * (1.28 * z.double() - 0.28 * previous.double()) + exact.gamma * scale * through
     assert_rounded_once(found, reference.shrink(v, exact.gamma * exact.lam, True))
     assert_rounded_once(after, 1.43 * found.double() - 0.43 * z.double())
 
-    found, d_y = fused.backstep(layer, x, m, z, p, 0.28, later, 0.43, keep_dy=True)
+    found, d_y = path.codes_gradient(x, m, z, 0.28, later, 0.43)
     direct = exact.damping * m.double() - through
     assert_rounded_once(found, (z != 0) * (1.28 * direct - 0.43 * later.double()))
     assert_rounded_once(d_y, direct)
 
-    assert_rounded_once(fused.residual(layer, x, m, p), x.double() - made)
-    assert_rounded_once(fused.spread(layer, m, p, scale, x), exact.gamma * scale * made + x.double())
+    assert_rounded_once(path.residual(x, m), x.double() - made)
+    assert_rounded_once(path.residual_gradient(m, scale, x), exact.gamma * scale * made + x.double())
     assert bool(descriptor_reads) == (form == "descriptors")
 
 
@@ -165,7 +167,7 @@ def test_a_weight_correlation_rounds_its_result_alone(case: test_correlation.Cas
     assert_rounded_once(actual, expected(pairs, weight, case.stride, case.padding))
 
 
-@pytest.mark.parametrize("case", [case for case in CORRELATIONS if case.tile in (FLAT, POINTERS)], ids=str)
+@pytest.mark.parametrize("case", [case for case in CORRELATIONS if case.tile in (FEW, POINTERS)], ids=str)
 def test_a_weight_correlation_in_tf32_rounds_its_operands_alone(case: test_correlation.Case) -> None:
     pairs, weight = case.tensors(torch.float32)
     actual = weight_correlation(pairs, weight, case.stride, case.padding, "tf32", case.tile, case.splits)

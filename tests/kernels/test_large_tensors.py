@@ -15,13 +15,15 @@ from torch import Tensor
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.reference import Pair
 from sdnet.kernels.torch_path import Problem
-from sdnet.kernels.triton_path import fused, pointwise
-from sdnet.kernels.triton_path.correlation import weight_correlation
-from sdnet.kernels.triton_path.fused import Layer
+from sdnet.kernels.triton_path import pointwise
+from sdnet.kernels.triton_path.correlation.weight_gradient import weight_correlation
+from sdnet.kernels.triton_path.fused.path import FusedPath
+from sdnet.kernels.triton_path.layer import Layer
+from sdnet.kernels.triton_path.tiles import boxes, by_rule
 
 from ..triton_interpreter.grid import Index, last, only
 from ..triton_interpreter.numerics import needs_interpreter
-from .test_correlation import DESCRIPTORS, FLAT, POINTERS
+from .test_correlation import DESCRIPTORS, FEW, POINTERS
 
 pytestmark = needs_interpreter
 
@@ -125,12 +127,12 @@ def end(tensor: Tensor) -> Tensor:
 
 
 def assert_the_end_as_alone(case: Case, step: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor) -> None:
-    """`step` of a layer, a problem with one lambda for each sample, and the tensors."""
+    """`step` of a path, whose problem has one lambda for each sample, and the tensors."""
     lam, strides = torch.linspace(0.1, 0.9, case.batch).view(-1, 1, 1, 1), (case.stride, case.stride)
     problem = Problem(torch.tensor(0.3), lam, Coding(n_steps=3, mu=0.5), strides, case.padding)
     with only(last(case.programs)):
-        large = step(case.layer(case.batch), problem, *tensors)
-    alone = step(case.layer(TAIL), problem._replace(lam=end(lam)), *map(end, tensors))
+        large = step(path_of(case.layer(case.batch), problem), *tensors)
+    alone = step(path_of(case.layer(TAIL), problem._replace(lam=end(lam))), *map(end, tensors))
     for many, few in zip(large, alone, strict=True):
         assert many is not None
         assert few is not None
@@ -139,54 +141,58 @@ def assert_the_end_as_alone(case: Case, step: Callable[..., tuple[Tensor | None,
         torch.testing.assert_close(many[-TAIL:], few)
 
 
+def path_of(layer: Layer, problem: Problem) -> FusedPath:
+    return FusedPath(layer, problem, by_rule(layer.shape))
+
+
 def scales(case: Case) -> Tensor:
     return torch.linspace(0.5, 1.5, case.batch).view(-1, 1, 1, 1)
 
 
-def test_encode(case: Case) -> None:
-    def step(layer: Layer, problem: Problem, r: Tensor, z: Tensor, previous: Tensor, scale: Tensor) -> Any:
-        return fused.encode(layer, r, problem, z, previous, 0.28, scale, 0.43, keep_next=True)
+def test_proximal_step(case: Case) -> None:
+    def step(path: FusedPath, r: Tensor, z: Tensor, previous: Tensor, scale: Tensor) -> Any:
+        return path.proximal_step(r, z, previous, 0.28, scale, 0.43)
 
     codes = [case.large(case.codes, seed) for seed in (2, 3)]
     assert_the_end_as_alone(case, step, case.large(case.image, 1), *codes, scales(case))
 
 
-def test_backstep(case: Case) -> None:
-    def step(layer: Layer, problem: Problem, dr: Tensor, m: Tensor, z: Tensor, later: Tensor) -> Any:
-        return fused.backstep(layer, dr, m, z, problem, 0.28, later, 0.43, keep_dy=True)
+def test_codes_gradient(case: Case) -> None:
+    def step(path: FusedPath, dr: Tensor, m: Tensor, z: Tensor, later: Tensor) -> Any:
+        return path.codes_gradient(dr, m, z, 0.28, later, 0.43)
 
     codes = [case.large(case.codes, seed) for seed in (2, 3, 4)]
     assert_the_end_as_alone(case, step, case.large(case.image, 1), *codes)
 
 
 def test_residual(case: Case) -> None:
-    def step(layer: Layer, problem: Problem, x: Tensor, z: Tensor) -> Any:
-        return (fused.residual(layer, x, z, problem),)
+    def step(path: FusedPath, x: Tensor, z: Tensor) -> Any:
+        return (path.residual(x, z),)
 
     assert_the_end_as_alone(case, step, case.large(case.image, 1), case.large(case.codes, 2))
 
 
 @pytest.mark.parametrize("case", [replace(case, channels=32) for case in POINTWISE], indirect=True, ids=str)
 def test_residual_of_two_dictionaries(case: Case) -> None:
-    def step(layer: Layer, problem: Problem, x: Tensor, z: Tensor) -> Any:
-        return (fused.residual(layer, x, z, problem),)
+    def step(path: FusedPath, x: Tensor, z: Tensor) -> Any:
+        return (path.residual(x, z),)
 
     x = replace(case, channels=16).large((16, case.size, case.size), 1)
     assert_the_end_as_alone(case, step, x, case.large(case.codes, 2))
 
 
-def test_spread(case: Case) -> None:
-    def step(layer: Layer, problem: Problem, m: Tensor, scale: Tensor, add: Tensor) -> Any:
-        return (fused.spread(layer, m, problem, scale, add),)
+def test_residual_gradient(case: Case) -> None:
+    def step(path: FusedPath, m: Tensor, scale: Tensor, add: Tensor) -> Any:
+        return (path.residual_gradient(m, scale, add),)
 
     assert_the_end_as_alone(case, step, case.large(case.codes, 1), scales(case), case.large(case.image, 2))
 
 
 @pytest.mark.parametrize("case", POINTWISE, indirect=True, ids=str)
 def test_pointwise_kernels(case: Case) -> None:
-    def steps(_: Layer, problem: Problem, v: Tensor, z: Tensor, previous: Tensor, doubled: Tensor) -> Any:
+    def steps(path: FusedPath, v: Tensor, z: Tensor, previous: Tensor, doubled: Tensor) -> Any:
         return (
-            pointwise.shrink_step(v, problem, z, previous, 0.4),
+            pointwise.shrink_step(v, path.problem, z, previous, 0.4),
             pointwise.mask(v, z, minus=previous),
             pointwise.subtract(v, z),
             pointwise.subtract(v, doubled, n_dict=2),
@@ -198,9 +204,9 @@ def test_pointwise_kernels(case: Case) -> None:
 
 
 TILES = {
-    "flat": FLAT._replace(box=(16, 8, 8)),
-    "pointers": POINTERS._replace(box=(16, 8, 8)),
-    "descriptors": DESCRIPTORS._replace(box=(512, 1, 1)),
+    "few": FEW._replace(images=16, rows=8, columns=8),
+    "pointers": POINTERS._replace(images=16, rows=8, columns=8),
+    "descriptors": DESCRIPTORS._replace(images=512),
 }
 BOXES = 64
 """How many boxes a split has, of which the last runs: 8 x 8 pixels of 512 images, or 1024 images."""
@@ -221,7 +227,7 @@ def test_weight_correlation(name: str, channels_last: bool, monkeypatch: pytest.
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     r, m = case.large(case.image, 1), case.large(case.codes, 2)
     options = ((1, 1), (0, 0), "ieee", tile)
-    splits = tile.boxes(case.batch, case.codes[1:]) // BOXES
+    splits = boxes(tile, case.batch, case.codes[1:]) // BOXES
     with only(select):
         large = weight_correlation([(r, m, -1.0)], case.weight(), *options, splits)
     alone = weight_correlation([(end(r), end(m), -1.0)], case.weight(), *options)
