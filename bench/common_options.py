@@ -22,6 +22,12 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", default="", help="a name by which a mark in a document selects this run")
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the pictures that training steps read."""
+    parser.add_argument("--data", type=Path, help="an ImageFolder tree; without it, noise on the device")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="decoding threads for --data; default 2")
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """Return the type of an option that takes integers of at least `least`."""
 

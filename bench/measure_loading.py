@@ -218,35 +218,32 @@ class Epoch:
 
 def measure(loads: list[tuple[str, LoadRequest]], rounds: int, ledger: Ledger) -> None:
     """Read epochs of the loaders in turns, and add a row for each loader."""
-    opened: dict[int, Batches] = {}
-    reasons: dict[int, str] = {}
-    for place, (name, load) in enumerate(loads):
+    opened: list[tuple[str, LoadRequest, Batches, list[Epoch]]] = []
+    for name, load in loads:
         try:
-            opened[place] = LOADERS[name](load)
+            opened.append((name, load, LOADERS[name](load), []))
         except (NotImplementedError, ModuleNotFoundError) as error:
-            reasons[place] = str(error)
-    epochs: dict[int, list[Epoch]] = {place: [] for place in opened}
+            ledger.add(name, "load", **facts_of(load), status="unsupported", reason=str(error))
     threads = torch.get_num_threads()
     try:
-        for turn in range(rounds + 1):
-            for place, batches in opened.items():
-                torch.set_num_threads(loads[place][1].threads)
-                epoch = measure_epoch(batches, loads[place][1])
-                if turn:
-                    epochs[place].append(epoch)
+        for _ in range(rounds + 1):
+            for _, load, batches, epochs in opened:
+                torch.set_num_threads(load.threads)
+                epochs.append(measure_epoch(batches, load))
     finally:
         torch.set_num_threads(threads)
-    for place, (name, load) in enumerate(loads):
-        count = len(load.source.pictures.labels)
-        shape = {"batch": load.batch, "image_size": load.image_size, "threads": load.threads, "images": count}
-        settings = {"source": load.source.kind, "data": load.source.label}
-        if place in reasons:
-            ledger.add(name, "load", shape, settings=settings, status="unsupported", reason=reasons[place])
-            continue
-        measured = percentiles([epoch.ms_per_batch for epoch in epochs[place]])
-        cpu = percentiles([epoch.cpu_ms_per_image for epoch in epochs[place]]).p50
+    for name, load, _, epochs in opened:
+        measured = percentiles([epoch.ms_per_batch for epoch in epochs[1:]])
+        cpu = percentiles([epoch.cpu_ms_per_image for epoch in epochs[1:]]).p50
         metrics = {"images_per_second": 1e3 * load.batch / measured.p50, "cpu_ms_per_image": cpu}
-        ledger.add(name, "load", shape, time_ms=measured._asdict(), metrics=metrics, settings=settings)
+        ledger.add(name, "load", **facts_of(load), time_ms=measured._asdict(), metrics=metrics)
+
+
+def facts_of(load: LoadRequest) -> dict[str, Any]:
+    """Return the fields of a row that say what was measured."""
+    count = len(load.source.pictures.labels)
+    shape = {"batch": load.batch, "image_size": load.image_size, "threads": load.threads, "images": count}
+    return {"shape": shape, "settings": {"source": load.source.kind, "data": load.source.label}}
 
 
 def measure_epoch(batches: Batches, load: LoadRequest) -> Epoch:

@@ -11,20 +11,20 @@ import gc
 import itertools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sdnet.bench import isolation
-from sdnet.bench.common_options import add_common_options, at_least, open_ledger, seconds
+from sdnet.bench.common_options import add_common_options, add_data_options, at_least, open_ledger, seconds
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.layer_shapes import stem_for
 from sdnet.bench.ledger import Ledger, print_outcome
 from sdnet.bench.providers import DTYPES, LAYOUTS
 from sdnet.bench.tables import training_table
 from sdnet.bench.timing import Timing, fp32_products, interleave, wall_time
-from sdnet.bench.training_run import OFFICIAL, Batches, TrainingRun, TrainingSetting, known_models, noise, pictures
+from sdnet.bench.training_run import OFFICIAL, Batches, TrainingRun, TrainingSetting, batches_of, known_models
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.train.errors import UserError
 
@@ -51,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--impl", nargs="+", choices=IMPLEMENTATIONS, default=["auto"], help="of the CSC operator; default auto"
     )
-    parser.add_argument("--data", type=Path, help="an ImageFolder tree; without it, noise on the device")
-    parser.add_argument("--threads", type=at_least(1), default=2, help="decoding threads for --data; default 2")
+    add_data_options(parser)
     parser.add_argument(
         "--seconds", type=seconds, default=30, help="of each batch and image size, all models; default 30"
     )
@@ -144,9 +143,7 @@ def train_in_turns(
             isolation.announce(str(setting))
             print(f"Warming up {setting}", flush=True)
             if setting.layout not in shared:
-                shared[setting.layout] = (
-                    pictures(setting, device, options.data, options.threads) if options.data else noise(setting, device)
-                )
+                shared[setting.layout] = batches_of(setting, device, options)
             try:
                 run = TimedRun(setting, device, shared[setting.layout])
                 run.warm_up(options.warm_up)
@@ -178,10 +175,12 @@ def facts_of(setting: TrainingSetting) -> dict[str, Any]:
 class TimedRun:
     """The turns of a training run, the phases of its steps over all turns, and its memory."""
 
-    def __init__(self, setting: TrainingSetting, device: torch.device, batches: Batches) -> None:
+    def __init__(
+        self, setting: TrainingSetting, device: torch.device, batches: Batches, model: nn.Module | None = None
+    ) -> None:
         self.setting, self.device, self.batches, self.steps = setting, device, batches, 1
         self.before = self._allocated()
-        self.training = TrainingRun(setting, device)
+        self.training = TrainingRun(setting, device, model)
         self.phases: dict[str, float] = {}
         self.taken = 0
         self.kept: float | None = None

@@ -14,11 +14,12 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sdnet.bench import plots
-from sdnet.bench.common_options import add_common_options, at_least, open_ledger
+from sdnet.bench.common_options import add_common_options, add_data_options, at_least, open_ledger
 from sdnet.bench.ledger import writable_folder
+from sdnet.bench.measure_training import TimedRun
 from sdnet.bench.tables import profile_table
-from sdnet.bench.timing import percentiles, wall_time
-from sdnet.bench.training_run import TrainingRun, TrainingSetting, noise, pictures
+from sdnet.bench.timing import percentiles
+from sdnet.bench.training_run import TrainingSetting, batches_of
 from sdnet.train.build import make_model
 from sdnet.train.recipes import RECIPES, Recipe
 
@@ -35,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=at_least(1), help="default the recipe's, on a CPU 8")
     parser.add_argument("--image-size", type=at_least(1), help="default the recipe's")
     parser.add_argument("--steps", type=at_least(1), default=3, help="recorded steps; default 3")
-    parser.add_argument("--data", type=Path, help="an ImageFolder tree; without it, noise on the device")
-    parser.add_argument("--threads", type=at_least(1), default=2, help="decoding threads for --data; default 2")
+    add_data_options(parser)
     parser.add_argument("--traces", type=Path, default=Path("runs/profile"), help="default runs/profile")
     add_common_options(parser)
 
@@ -47,15 +47,13 @@ def run(options: argparse.Namespace) -> int:
     device, ledger = open_ledger(options, "profile")
     recipe = RECIPES[options.recipe]()
     setting = setting_of(recipe, options, device)
-    training = TrainingRun(setting, device, make_model(recipe, 1000, device))
-    batches = pictures(setting, device, options.data, options.threads) if options.data else noise(setting, device)
-
+    timed = TimedRun(setting, device, batches_of(setting, device, options), make_model(recipe, 1000, device))
     for _ in range(3):
-        training.step(batches)
-    times, split = plain_steps(training, batches, options.steps, device)
-    profiler = recorded_steps(training, batches, options.steps, device)
-    metrics = {f"{phase}_ms": time / options.steps for phase, time in split.items()}
-    metrics["data_wait_share"] = 100 * split.get("data", 0.0) / sum(split.values())
+        timed.training.step(timed.batches)
+    times = [timed.turn() for _ in range(options.steps)]
+    profiler = recorded_steps(timed, options.steps)
+    metrics = {f"{phase}_ms": elapsed / options.steps for phase, elapsed in timed.phases.items()}
+    metrics["data_wait_share"] = 100 * timed.phases.get("data", 0.0) / sum(timed.phases.values())
     metrics |= counts(profiler.events() or [], options.steps, device)
     metrics |= operator_times(profiler.key_averages(), options.steps, device)
     ledger.add(
@@ -92,32 +90,13 @@ def setting_of(recipe: Recipe, options: argparse.Namespace, device: torch.device
     )
 
 
-def plain_steps(
-    training: TrainingRun, batches: Any, steps: int, device: torch.device
-) -> tuple[list[float], dict[str, float]]:
-    """Return the milliseconds of each step, and of each phase summed over the steps, without a profiler."""
-    times, total = [], {}
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for _ in range(steps):
-        wait()
-        training.clock.lap()
-        times.append(wall_time([lambda: training.step(batches), wait]))
-        for phase, time in training.clock.split().items():
-            total[phase] = total.get(phase, 0.0) + time
-    return times, total
-
-
-def recorded_steps(training: TrainingRun, batches: Any, steps: int, device: torch.device) -> profile:
+def recorded_steps(timed: TimedRun, steps: int) -> profile:
     """Return the profiler after so many steps, each recorded under the name STEP."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if timed.device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
         for _ in range(steps):
             with record_function(STEP):
-                training.step(batches)
+                timed.training.step(timed.batches)
     return profiler
 
 

@@ -1,5 +1,6 @@
 """A training run of a benchmark: a registered model with `sdnet.attach`, or an official network in its own loop."""
 
+import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
@@ -175,6 +176,11 @@ def make_model(setting: TrainingSetting) -> nn.Module:
         n_steps=setting.n_steps,
         impl=setting.impl,
     )
+
+
+def batches_of(setting: TrainingSetting, device: torch.device, options: argparse.Namespace) -> Batches:
+    """Return batches of the pictures of --data, else of noise."""
+    return pictures(setting, device, options.data, options.threads) if options.data else noise(setting, device)
 
 
 def noise(setting: TrainingSetting, device: torch.device) -> Batches:
