@@ -1,20 +1,13 @@
 """The DALI loader beyond plain folders: shards, uneven counts, odd formats, states, types, extra augmentation."""
 
-from io import BytesIO
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from sdnet.train.data.dali import DaliLoader
-from sdnet.train.data.folder import ImageSet, read_image_folder
+from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.loader import Rank
 from sdnet.train.data.mixing import Mixing
-from sdnet.train.data.pipeline import MEAN, STD
 from sdnet.train.data.shards import read_shards
-from sdnet.train.demo_data import photographs_folder
 from sdnet.train.errors import UserError
 from sdnet.train.prepare import prepare
 
@@ -136,41 +129,3 @@ def test_mixing_resumes_too(shards):
     for want, got in zip(expected[21:], resumed, strict=True):
         assert all(map(torch.equal, want, got))
         assert got[1].shape == (4, 97)
-
-
-def photograph(mode: str, name: str, **how) -> tuple[str, bytes]:
-    with Image.open(photographs_folder() / "chelsea.png") as picture:
-        out = BytesIO()
-        picture.resize((90, 60)).convert(mode).save(out, **how)
-    return name, out.getvalue()
-
-
-ODD = {
-    "baseline": photograph("RGB", "x.jpg", format="JPEG", quality=95),
-    "not subsampled": photograph("RGB", "x.jpg", format="JPEG", quality=95, subsampling=0),
-    "gray": photograph("L", "x.jpg", format="JPEG", quality=95),
-    "CMYK": photograph("CMYK", "x.jpg", format="JPEG", quality=95),
-    "progressive": photograph("RGB", "x.jpg", format="JPEG", quality=95, progressive=True),
-    "PNG named JPEG": photograph("RGB", "x.JPEG", format="PNG"),
-    "gray PNG": photograph("L", "x.png", format="PNG"),
-    "palette PNG": photograph("P", "x.png", format="PNG"),
-    "BMP": photograph("RGB", "x.bmp", format="BMP"),
-    "WebP": photograph("RGB", "x.webp", format="WEBP", lossless=True),
-}
-
-
-@pytest.mark.parametrize(("name", "data"), ODD.values(), ids=ODD)
-def test_odd_formats_decode_as_pil_converts_them(tmp_path, name, data):
-    """Within 1 of 255 in the mean and, where chroma is subsampled and interpolated, 20 at worst."""
-    for split in ("train", "val"):
-        folder = tmp_path / split / "one"
-        folder.mkdir(parents=True)
-        (folder / name).write_bytes(data)
-    _, val = read_image_folder(Path(tmp_path))
-    images, _ = next(iter(evaluation(val, size=60, resize=60, batch=1)))
-    found = images[0].permute(1, 2, 0).numpy() * STD + MEAN
-    with Image.open(BytesIO(data)) as picture:
-        expected = np.asarray(picture.convert("RGB").crop((15, 0, 75, 60)), np.float64)
-    difference = np.abs(found - expected)
-    assert difference.mean() < 1
-    assert difference.max() < 20

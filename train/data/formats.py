@@ -66,6 +66,7 @@ def _why_unsupported_tiff(image: TiffImagePlugin.TiffImageFile) -> str | None:
     bits, samples, extra = tags.get(258, (1,)), tags.get(339, (1,)), tags.get(338, (0,))
     accepted = (
         set(bits) == {8}
+        and tags.tagtype.get(258) == 3  # DALI takes this tag as 16-bit numbers only
         and set(samples) == {1}  # unsigned integers
         and 1 not in extra  # colours multiplied by alpha
         and tags.get(262) in _TIFF_PHOTOMETRIC
