@@ -1,6 +1,8 @@
 """Broken pictures are found before a run, listed, and left out only when asked; one may also break during a run."""
 
 import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,14 @@ from sdnet.train.data.check import check_images
 from sdnet.train.data.dali import DaliLoader, open_pictures
 from sdnet.train.data.folder import read_image_folder
 from sdnet.train.data.loader import Rank
-from sdnet.train.data.sources import read_checked
+from sdnet.train.data.sources import read_checked, read_pictures
 from sdnet.train.errors import DataError, UserError
 from sdnet.train.job import Job
 from sdnet.train.recipes import demo
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.trainer import Trainer
+
+MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +96,89 @@ def test_skipping_lists_what_is_left_out_in_the_run_folder(tree, tmp_path):
     left_out = [line.split("\t") for line in (run.path / "left_out.tsv").read_text().splitlines()]
     assert {Path(file).name for file, _ in left_out} == {*BROKEN, ".hidden.jpg", "nested", "loose.jpg"}
     assert all(reason for _, reason in left_out)
+
+
+def test_links_to_nothing_are_listed_like_broken_images(make_tree: MakeTree, tmp_path: Path) -> None:
+    """Whole classes too, in both splits: they may lie on a disk that is not mounted."""
+    root = make_tree([3, 3], [2, 2])
+    away = tmp_path / "not mounted"
+    for split in ("train", "val"):
+        (root / split / "class 02").symlink_to(away / "class 02")
+    (root / "train/class 00/001.jpg").unlink()
+    (root / "train/class 00/001.jpg").symlink_to(away / "001.jpg")
+    (root / "train/class 01/circle.jpg").symlink_to("circle.jpg")
+    (root / "train/class 01/notes.txt").symlink_to(away / "notes.txt")  # no image: of no interest
+    lost = {root / "train/class 02", root / "val/class 02"}
+    images = {root / "train/class 00/001.jpg", root / "train/class 01/circle.jpg"}
+    with pytest.raises(UserError, match=r"4 of the files in .* cannot be used") as caught:
+        read_checked(root)
+    assert all(f"  {path} is a link whose target is missing" in str(caught.value) for path in lost | images)
+    with pytest.raises(UserError, match=r"2 of the files in .* cannot be used"):
+        read_pictures(root)
+    checked = read_checked(root, bad_files="skip")
+    listed = {Path(name) for name, reason in checked.left_out if reason == "is a link whose target is missing"}
+    assert listed == lost | images
+    assert list(checked.train.labels) == [0, 0, 1, 1, 1]
+    for file in (root / "train/class 00").glob("*.jpg"):
+        file.unlink()
+        file.symlink_to(away / file.name)
+    with pytest.raises(UserError, match="None of the images of class class 00"):
+        read_checked(root, bad_files="skip")
+
+
+def test_a_class_that_one_split_lacks_because_of_a_link(make_tree: MakeTree, tmp_path: Path) -> None:
+    root = make_tree([3, 3], [2, 2])
+    shutil.rmtree(root / "val/class 01")
+    (root / "val/class 01").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(UserError, match=r"only in train: class 01; .*val/class 01 is a link whose target is missing"):
+        read_checked(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("two\nlines.jpg", r"two\nlines.jpg"),
+        ("tab\there.jpg", r"tab\there.jpg"),
+        ("caf\udce9.jpg", r"caf\xe9.jpg"),
+        ("back\\slash.jpg", r"back\\slash.jpg"),
+        ("café.jpg", "café.jpg"),
+    ],
+)
+@pytest.mark.parametrize("use", ["broken", "ignored"])
+def test_any_file_name_stands_on_a_line_of_its_own(
+    make_tree: MakeTree, tmp_path: Path, name: str, written: str, use: str
+) -> None:
+    root = make_tree([3], [1])
+    file = root / "train/class 00" / (name if use == "broken" else f"{name}.txt")
+    file.write_bytes(b"no image")
+    if use == "broken":
+        with pytest.raises(UserError) as caught:
+            read_checked(root)
+        assert len(str(caught.value).splitlines()) == 2
+        str(caught.value).encode()
+    checked = read_checked(root, bad_files="skip")
+    assert all(note.isprintable() for note in checked.notes)
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.note_left_out(checked.left_out)
+    ((listed, reason),) = [line.split("\t") for line in (run.path / "left_out.tsv").read_text().splitlines()]
+    assert reason.startswith("is not")
+    assert Path(listed).name == file.name.replace(name, written)
+
+
+def test_an_image_that_dali_alone_cannot_decode_is_named_during_a_run(make_tree: MakeTree) -> None:
+    """The check before the run refuses such kinds; here none was made."""
+    root = make_tree([7], [1])
+    file = root / "train/class 00/black and white.tif"
+    with Image.open(root / "train/class 00/000.jpg") as image:
+        image.convert("1").save(file)
+    loader = DaliLoader(read_image_folder(root)[0], batch=4, size=32, augment=True, threads=1)
+    with pytest.raises(DataError, match=f"The image {file} broke during the run: it is a TIFF file of a kind"):
+        list(loader)
+    good, bad = (root / f"train/class 00/{name}" for name in ("000.jpg", "black and white.tif"))
+    assert loader._why_not_decoded(good.read_bytes()) is None
+    assert loader._why_not_decoded(bad.read_bytes()) == "cannot be decoded by DALI"
+    loader.close()
 
 
 def test_a_class_of_bad_pictures_alone(tree):

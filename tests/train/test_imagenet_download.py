@@ -1,18 +1,23 @@
 """ImageNet as it is downloaded: a tar of tars, flat validation pictures, ground truth in several forms."""
 
 import io
+import os
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.io import savemat
 
+from sdnet.train.data.archives import list_tar
 from sdnet.train.data.folder import read_image_folder
-from sdnet.train.data.sources import read_pictures
+from sdnet.train.data.sources import read_checked, read_pictures
 from sdnet.train.errors import UserError
 from sdnet.train.prepare import prepare
+
+Download = tuple[Path, Path]
 
 WNIDS = ["n01440764", "n01443537", "n02119789"]
 IDS = {"n01440764": 3, "n01443537": 1, "n02119789": 2}  # the devkit's own numbers, not in the order of the wnids
@@ -177,3 +182,113 @@ def test_an_archive_of_a_class_without_pictures(download, tmp_path):
     pack(root / "ILSVRC2012_img_train.tar", {"n01440764.tar": pack(tmp_path / "empty.tar", {})})
     with pytest.raises(UserError, match=r"n01440764\.tar in .* has no images"):
         read_pictures(root)
+
+
+def spoil_inner(root: Path, change: Callable[[bytearray], None]) -> None:
+    """Change the archive of the first class inside the training archive."""
+    path = root / "ILSVRC2012_img_train.tar"
+    (member,) = [member for member in list_tar(path).members if member.name == f"{WNIDS[0]}.tar"]
+    data = bytearray(path.read_bytes())
+    inner = data[member.offset : member.offset + member.size]
+    change(inner)
+    data[member.offset : member.offset + member.size] = inner[: member.size].ljust(member.size, b"\0")
+    path.write_bytes(data)
+
+
+def hole_over_a_header(tar: bytearray) -> None:
+    at = tar.index(b"n01440764_001.jpg")
+    tar[at : at + 512] = bytes(512)
+
+
+def hole_from_an_image_to_the_end(tar: bytearray) -> None:
+    at = tar.index(b"n01440764_001.jpg") + 1500
+    tar[at:] = bytes(len(tar) - at)
+
+
+def nonsense_over_a_header(tar: bytearray) -> None:
+    at = tar.index(b"n01440764_002.jpg")
+    tar[at : at + 512] = b"?" * 512
+
+
+@pytest.mark.parametrize("change", [hole_over_a_header, hole_from_an_image_to_the_end, nonsense_over_a_header])
+def test_a_damaged_archive_of_a_class_is_refused_or_its_loss_is_listed(
+    download: Download, change: Callable[[bytearray], None]
+) -> None:
+    root, tree = download
+    kit_folder(root)
+    spoil_inner(root, change)
+    flaws = {f"{root}/ILSVRC2012_img_train.tar/{WNIDS[0]}.tar", f"{root}/{WNIDS[0]}/{WNIDS[0]}_001.jpg"}
+    with pytest.raises(UserError, match=r"(?s)--bad-files skip:.*(is damaged from byte|is truncated|is not a picture)"):
+        read_checked(root)
+    checked = read_checked(root, bad_files="skip")
+    assert 0 < len(checked.train) < len(read_image_folder(tree)[0])
+    assert flaws & {name for name, _ in checked.left_out}
+    assert labelled(checked.val) == labelled(read_image_folder(tree)[1])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
+def test_a_truncated_archive_is_refused(download: Download, name: str, share: float) -> None:
+    root, _ = download
+    kit_folder(root)
+    last = list_tar(root / name).members[-1]
+    os.truncate(root / name, int(share * (last.offset + last.size)))
+    sentences = "breaks off at byte|is damaged from|the training set does not have|6 labels for"
+    with pytest.raises(UserError, match=sentences):
+        read_checked(root)
+
+
+def test_a_hole_over_the_archive_of_a_class_does_not_shift_the_labels(download: Download) -> None:
+    root, _ = download
+    kit_folder(root)
+    path = root / "ILSVRC2012_img_train.tar"
+    members = list_tar(path).members
+    data = bytearray(path.read_bytes())
+    data[members[1].offset - 512 : members[1].offset + 512] = bytes(1024)
+    path.write_bytes(data)
+    with pytest.raises(
+        UserError, match=f"class {members[1].name.removesuffix('.tar')}, which the training set does not"
+    ):
+        read_checked(root, bad_files="skip")
+
+
+def test_two_archives_of_one_class(download: Download) -> None:
+    root, _ = download
+    kit_folder(root)
+    path = root / "ILSVRC2012_img_train.tar"
+    data = path.read_bytes()
+    inner = {f"{folder}/{WNIDS[0]}.tar": inner_tar(path, data) for folder in ("a", "b")}
+    pack(path, inner)
+    with pytest.raises(UserError, match=f"holds two archives of class {WNIDS[0]}"):
+        read_pictures(root)
+
+
+def inner_tar(path: Path, data: bytes) -> bytes:
+    member = list_tar(path).members[-1]
+    return data[member.offset : member.offset + member.size]
+
+
+def test_an_image_that_is_stored_twice_counts_once(download: Download) -> None:
+    root, _ = download
+    kit_folder(root)
+    path = root / "ILSVRC2012_img_val.tar"
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG")
+        info.size = 5
+        tar.addfile(info, io.BytesIO(b"newer"))
+    with pytest.raises(
+        UserError, match=r"ILSVRC2012_val_00000001\.JPEG is replaced by a later copy in the same archive"
+    ):
+        read_pictures(root)
+    _, val = read_pictures(root, bad_files="skip")
+    assert len(val) == 6
+    assert val.where(0).read() == b"newer"
+
+
+def test_what_is_no_image_in_an_archive_is_noted(download: Download) -> None:
+    root, _ = download
+    kit_folder(root)
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("readme.txt"))
+    checked = read_checked(root)
+    assert [name for name, _ in checked.left_out] == [str(root / "readme.txt")]

@@ -1,9 +1,4 @@
-"""CIFAR and other small pictures: official archives, image folders, batches made on the device, training."""
-
-import io
-import pickle
-import tarfile
-from pathlib import Path
+"""Small images in memory: batches made on the device, states, mixing, and the official recipe."""
 
 import numpy as np
 import pytest
@@ -11,16 +6,11 @@ import torch
 from PIL import Image
 
 from sdnet.train.cifar import main
-from sdnet.train.data.cifar import read_small_pictures
-from sdnet.train.data.cifar_files import load_restricted
 from sdnet.train.data.loader import Rank
 from sdnet.train.data.mixing import Mixing
 from sdnet.train.data.resident import MEAN, STD, ResidentLoader
 from sdnet.train.errors import UserError
 from sdnet.train.recipes import cifar_sdnet18
-from sdnet.train.run_folder import RunFolder
-
-NAMES = {10: "cifar-10-batches-py", 100: "cifar-100-python"}
 
 
 def pixels(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
@@ -35,111 +25,6 @@ def loader(count: int = 23, rank: int = 0, world: int = 1, side: int = 32, **opt
 
 def as_pixels(images: torch.Tensor) -> torch.Tensor:
     return (images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).round().to(torch.uint8)
-
-
-def write_official(root: Path, classes: int, per_batch: int = 6) -> dict[str, bytes]:
-    """The files of an official archive, pickled as Python 2 did, with random pixels."""
-    fine = classes == 100
-    key = b"fine_labels" if fine else b"labels"
-
-    def batch(seed: int) -> bytes:
-        labels = [(seed * per_batch + at) % classes for at in range(per_batch)]
-        return pickle.dumps({b"data": pixels(per_batch, seed=seed).reshape(per_batch, -1), key: labels}, protocol=2)
-
-    names = [f"class {label}".encode() for label in range(classes)]
-    files = {"train": batch(0), "test": batch(9)} if fine else {f"data_batch_{at}": batch(at) for at in range(1, 6)}
-    if not fine:
-        files["test_batch"] = batch(9)
-    files["meta" if fine else "batches.meta"] = pickle.dumps(
-        {b"fine_label_names" if fine else b"label_names": names}, 2
-    )
-    folder = root / NAMES[classes]
-    folder.mkdir(parents=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return files
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("classes", [10, 100])
-def test_reads_the_official_archive_packed_or_unpacked(tmp_path, classes, packed):
-    files = write_official(tmp_path / "made", classes)
-    root = tmp_path / "made"
-    if packed:
-        root = tmp_path / "packed"
-        root.mkdir()
-        with tarfile.open(root / f"cifar-{classes}-python.tar.gz", "w:gz") as tar:
-            for name, data in files.items():
-                info = tarfile.TarInfo(f"{NAMES[classes]}/{name}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    found = read_small_pictures(root)
-    assert found.classes == tuple(f"class {label}" for label in range(classes))
-    seeds = range(1, 6) if classes == 10 else [0]
-    assert np.array_equal(found.train.images, np.concatenate([pixels(6, seed=seed) for seed in seeds]))
-    assert found.train.labels.tolist() == [(seed * 6 + at) % classes for seed in seeds for at in range(6)]
-    assert np.array_equal(found.val.images, pixels(6, seed=9))
-
-
-class Hostile:
-    """Unpickling one of these would run a command."""
-
-    def __reduce__(self):
-        return eval, ("__import__('pathlib').Path('executed').touch()",)
-
-
-@pytest.mark.parametrize("where", ["data", "labels"])
-def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, where):
-    monkeypatch.chdir(tmp_path)
-    write_official(tmp_path, 10)
-    stored = {b"data": pixels(6).reshape(6, -1), b"labels": [0] * 6} | {where.encode(): Hostile()}
-    (tmp_path / NAMES[10] / "data_batch_3").write_bytes(pickle.dumps(stored, 2))
-    with pytest.raises(UserError, match=r"not the official CIFAR-10: UnpicklingError it asks for .*eval"):
-        read_small_pictures(tmp_path)
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize("admitted", [np.arange(6, dtype=np.uint8), [1, "two", b"three", 4.0], {"a": [1]}])
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_arrays_lists_and_plain_values_are_admitted(admitted, protocol):
-    found = load_restricted(pickle.dumps({b"x": admitted}, protocol))["x"]
-    assert np.array_equal(found, admitted)
-
-
-@pytest.mark.parametrize("refused", [Path("/"), np.float64, print, Hostile(), {1, 2}.__class__, io.BytesIO()])
-def test_anything_else_is_refused(refused):
-    with pytest.raises((pickle.UnpicklingError, TypeError)):
-        load_restricted(pickle.dumps({b"x": refused}, 2))
-
-
-def test_broken_official_files(tmp_path):
-    write_official(tmp_path, 10)
-    for data, sentence in (
-        (b"", "EOFError"),
-        (b"text", "not the official"),
-        (pickle.dumps({b"data": np.zeros((6, 10), np.uint8), b"labels": [0] * 6}, 2), r"images of shape \(6, 10\)"),
-        (pickle.dumps({b"data": pixels(6).reshape(6, -1), b"labels": [11] * 6}, 2), "labels out of range"),
-        (pickle.dumps([1, 2], 2), "holds no dictionary"),
-    ):
-        (tmp_path / NAMES[10] / "test_batch").write_bytes(data)
-        with pytest.raises(UserError, match=sentence):
-            read_small_pictures(tmp_path)
-
-
-def test_reads_an_image_folder_with_test_for_val(tmp_path):
-    for split in ("train", "test"):
-        for label in range(2):
-            folder = tmp_path / split / f"class {label}"
-            folder.mkdir(parents=True)
-            Image.fromarray(pixels(1, seed=label)[0].transpose(1, 2, 0)).save(folder / "one.png")
-            Image.fromarray(pixels(1, seed=label)[0, 0]).save(folder / "gray.png")
-    found = read_small_pictures(tmp_path)
-    assert found.train.labels.tolist() == [0, 0, 1, 1]
-    assert np.array_equal(found.train.images[3], pixels(1, seed=1)[0])
-    assert np.array_equal(found.train.images[0], np.repeat(pixels(1)[:, 0], 3, axis=0))
-    Image.fromarray(pixels(1, 40)[0].transpose(1, 2, 0)).save(tmp_path / "test/class 1/one.png")
-    with pytest.raises(UserError, match=r"one\.png is 40 x 40, the first 32 x 32"):
-        read_small_pictures(tmp_path)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -267,16 +152,6 @@ def test_the_official_recipe():
     assert (recipe.lr, recipe.momentum, recipe.nesterov, recipe.weight_decay) == (0.1, 0.9, True, 5e-4)
     assert (recipe.epochs, recipe.batch, recipe.schedule, recipe.lr_min) == (220, 128, "cosine", 1e-6)
     assert (recipe.stem, recipe.image_size, recipe.crop_padding, recipe.lam) == ("cifar", 32, 4, 0.1)
-
-
-def test_trains_and_resumes_from_the_command_line(tmp_path):
-    write_official(tmp_path, 10)
-    settings = ["--model", "sdnet18", "--batch", "10", "--data", str(tmp_path), "--log-every", "1"]
-    main([*settings, "--epochs", "1", "--out", str(tmp_path / "run")])
-    (line,) = RunFolder(tmp_path / "run").metrics()
-    assert line["step"] == 3
-    with pytest.raises(SystemExit, match="batch: 15, not 10"):
-        main(["--data", str(tmp_path), "--resume", str(tmp_path / "run"), "--batch", "15"])
 
 
 def test_pictures_of_another_size_than_the_recipes(tmp_path):
