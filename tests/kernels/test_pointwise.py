@@ -103,7 +103,7 @@ def test_one_lambda_expanded_to_every_sample() -> None:
 
 
 @pytest.mark.parametrize("nonnegative", [True, False])
-def test_nan_is_not_hidden(nonnegative: bool) -> None:
+def test_nan_propagates(nonnegative: bool) -> None:
     v = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0], device=DEVICE).view(1, 4, 1, 1)
     codes = shrink_step(v, problem_of(Case(nonnegative=nonnegative))).flatten()
     assert codes[0].isnan()

@@ -64,7 +64,7 @@ def test_programs_cover_every_layer(layer: LayerShape, arch: int) -> None:
         assert tiles.boxes(correlation, 256, shape.codes_size) * correlation.pixels >= 256 * prod(layer.codes_size)
 
 
-def test_descriptors_are_for_what_they_can_read() -> None:
+def test_descriptors_are_chosen_only_for_layouts_they_can_read() -> None:
     shape = SHAPE._replace(atoms=256)
     assert {tile.form for tile in by_rule(shape)} == {"descriptors"}
     assert [shape._replace(batch=batch).described_images for batch in (64, 127, 128, 192)] == [64, 64, 128, 64]
