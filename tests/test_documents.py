@@ -144,3 +144,11 @@ def test_the_api_page_lists_the_public_names(module: str) -> None:
     listed = [name.strip("`") for name, _ in table("docs/api.md", f"`{module}`")]
     assert listed == sorted(listed)
     assert set(listed) == set(import_module(module).__all__), "docs/api.md has one line for each name of __all__"
+
+
+def test_the_names_in_the_page_on_extending_exist() -> None:
+    folders = ("kernels", "sdnet", "train", "bench", "tests")
+    source = "\n".join(path.read_text() for folder in folders for path in (ROOT / folder).glob("**/*.py"))
+    named = set(re.findall(r"`([A-Za-z_]\w+)(?:\([^`]*\))?`", (ROOT / "docs" / "extending.md").read_text()))
+    assert len(named) > 20
+    assert {name for name in named if not re.search(rf"\b{name}\b", source)} == set()
