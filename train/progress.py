@@ -76,7 +76,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(printable(text, self.console.encoding), markup=False)
+        self.console.print(one_line(text, self.console.encoding), markup=False)
 
     def show(self, step: int, text: str) -> None:
         """Show where the run stands: above the bar, or in a line with the time that is left.
@@ -93,7 +93,7 @@ class Display:
         self.say(f"step {step}/{self.steps}  {text}  {_clock(left)} left")
 
 
-def printable(text: str, encoding: str) -> str:
+def one_line(text: str, encoding: str) -> str:
     """Return a text that can be printed on one line in an encoding.
 
     File names may hold line breaks, escape sequences of a terminal, and bytes that are not UTF-8 (which Python keeps

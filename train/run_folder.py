@@ -5,7 +5,7 @@ environment.json   versions, commit, devices and command line, one entry per sta
 metrics.jsonl      one line per epoch: epoch, step, losses, rate, top-1 and top-5, step margin, images/s, data wait
 curve.png          loss and accuracy over the epochs
 tensorboard/       the same, and the training loss within epochs
-left_out.tsv       files of the data that are not used, and why; a line break, tab or backslash in a name is escaped
+left_out.tsv       files of the data that are not used, and why; special characters of names are escaped
 best.safetensors   weights of the epoch with the highest validation top-1
 last.safetensors   weights of the last checkpoint
 last.pt            all that a resume needs, in one file (see sdnet.train.checkpoint)
@@ -27,7 +27,7 @@ from sdnet.train.files import write_atomically
 from sdnet.train.recipes import Recipe
 
 CURVES = ("train_loss", "val_loss", "val_top1", "val_top5")
-ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
+ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 
 class RunFolder:
@@ -63,8 +63,13 @@ class RunFolder:
         """Check that files can be written into the folder, which need not exist yet; leaves nothing behind.
 
         Raises:
-            UserError: It is a file or lies below one, or the system refuses to write there.
+            UserError: It is a file or lies below one, its name is not UTF-8, or the system refuses to write there.
         """
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            name = str(self.path).encode(errors="backslashreplace").decode()
+            raise UserError(f"The run folder {name} has a name that is not UTF-8, which TensorBoard needs.") from None
         place = next(place for place in (self.path, *self.path.absolute().parents) if os.path.lexists(place))
         if not place.is_dir():
             raise UserError(f"The run folder {self.path} cannot be made: {place} is not a folder.")
@@ -135,11 +140,15 @@ class RunFolder:
         _write_json(self.environment_file, [*self.environments(), environment])
 
     def note_left_out(self, files: Sequence[tuple[str, str]]) -> None:
-        """Write which files of the data are not used, and why: one line for each file."""
+        """Write which files of the data are not used, and why: one line for each file.
+
+        Args:
+            files: (file, reason), with names from `sdnet.train.data.names.printable`.
+        """
         path = self.path / "left_out.tsv"
         text = "".join(f"{file.translate(ESCAPES)}\t{reason.translate(ESCAPES)}\n" for file, reason in files)
         if files:
-            write_atomically(path, lambda temporary: temporary.write_bytes(text.encode(errors="surrogateescape")))
+            write_atomically(path, lambda temporary: temporary.write_bytes(text.encode(errors="backslashreplace")))
         else:
             path.unlink(missing_ok=True)
 

@@ -302,5 +302,9 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path
     for out in (file, file / "run"):
         assert refusal("--out", str(out)) == f"The run folder {out} cannot be made: {file} is not a folder."
     assert refusal("--out", "/proc/run").startswith("The run folder /proc/run cannot be written: ")
+    not_utf8 = (b"run\xe9").decode(errors="surrogateescape")
+    assert refusal("--out", not_utf8) == (
+        "The run folder run\\udce9 has a name that is not UTF-8, which TensorBoard needs."
+    )
     parse("--out", str(tmp_path / "deep" / "run"))
     assert list(tmp_path.iterdir()) == [file]  # the check leaves nothing behind

@@ -13,11 +13,12 @@ from safetensors import safe_open
 
 from sdnet.train import environment
 from sdnet.train.checkpoint import Checkpoint, RandomState, TrainState, restore
+from sdnet.train.data.names import printable
 from sdnet.train.environment import describe_environment, package_version
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
 from sdnet.train.metrics import LossMeter
-from sdnet.train.progress import Display, printable
+from sdnet.train.progress import Display, one_line
 from sdnet.train.recipes import demo
 from sdnet.train.run_folder import RunFolder
 
@@ -195,28 +196,25 @@ def test_random_numbers_continue_where_their_state_was_taken() -> None:
 
 
 def test_files_left_out_are_one_line_each(tmp_path: Path) -> None:
-    """A name may hold a line break, a tab, a backslash, or bytes that are not UTF-8."""
+    """A name may hold a line break, a tab, a backslash, or bytes that are not UTF-8; each stays readable."""
     names = [b"caf\xe9.txt".decode(errors="surrogateescape"), "two\nlines\tand a\\.jpg", "été.jpg"]
     run = RunFolder(tmp_path)
-    run.note_left_out([(name, "is\nbroken") for name in names])
-    assert (tmp_path / "left_out.tsv").read_bytes().split(b"\n") == [
-        b"caf\xe9.txt\tis\\nbroken",
-        rb"two\nlines\tand a\\.jpg" + b"\tis\\nbroken",
-        "été.jpg\tis\\nbroken".encode(),
-        b"",
-    ]
+    run.note_left_out([(printable(name), "is\nbroken") for name in names])
+    assert (tmp_path / "left_out.tsv").read_text(encoding="utf-8") == (
+        "caf\\xe9.txt\tis\\nbroken\ntwo\\nlines\\tand a\\\\.jpg\tis\\nbroken\nété.jpg\tis\\nbroken\n"
+    )
     run.note_left_out([])
     assert not (tmp_path / "left_out.tsv").exists()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_every_name_can_be_printed_on_one_line(encoding: str) -> None:
+def test_every_text_can_be_printed_on_one_line(encoding: str) -> None:
     name = b"caf\xe9 \n \x1b[31m \xc3\xa9.jpg".decode(errors="surrogateescape")
-    text = printable(name, encoding)
+    text = one_line(name, encoding)
     assert text.encode(encoding)
     assert text.isprintable()
     assert text.startswith(r"caf\udce9 \n \x1b[31m ")
-    assert text == printable(text, encoding)
+    assert text == one_line(text, encoding)
 
 
 def test_the_display_prints_names_that_are_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
