@@ -34,7 +34,7 @@ def write_tar(path: Path, contents: dict[str, bytes], extra: tarfile.TarInfo | N
     return path
 
 
-def test_members_are_at_their_recorded_offsets(tmp_path):
+def test_members_are_at_their_recorded_offsets(tmp_path: Path) -> None:
     contents = {"a/one.jpg": b"1" * 700, "a/two.jpg": b"", "three.jpg": b"3"}
     path = write_tar(tmp_path / "plain.tar", contents)
     data = path.read_bytes()
@@ -42,7 +42,7 @@ def test_members_are_at_their_recorded_offsets(tmp_path):
     assert found == contents
 
 
-def test_a_tar_inside_a_tar_is_read_in_place(tmp_path):
+def test_a_tar_inside_a_tar_is_read_in_place(tmp_path: Path) -> None:
     inner = {
         name: write_tar(tmp_path / name, {f"{name}.jpg": name.encode()}).read_bytes() for name in ("a.tar", "b.tar")
     }
@@ -55,7 +55,7 @@ def test_a_tar_inside_a_tar_is_read_in_place(tmp_path):
 
 @pytest.mark.parametrize("extra", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("name", ["hostile.tar", "hostile.tar.gz"])
-def test_a_hostile_member_is_refused(tmp_path, name, extra):
+def test_a_hostile_member_is_refused(tmp_path: Path, name: str, extra: tarfile.TarInfo) -> None:
     path = write_tar(tmp_path / name, {"fine.jpg": b"1"}, extra)
     with pytest.raises(UserError, match=f"{path} is refused: its member {extra.name} "):
         read_members(path, lambda name: True)
@@ -82,7 +82,9 @@ def names(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("filling", [b"\0", b"\xff"], ids=["zeros", "garbage"])
 @pytest.mark.parametrize(("first", "blocks", "left"), [(3, 1, "134"), (3, 4, "14"), (2, 2, "134"), (0, 3, "234")])
-def test_a_hole_costs_the_members_whose_headers_it_covers(tmp_path, first, blocks, left, filling):
+def test_a_hole_costs_the_members_whose_headers_it_covers(
+    tmp_path: Path, first: int, blocks: int, left: str, filling: bytes
+) -> None:
     path = damaged(write_tar(tmp_path / "hole.tar", FOUR), first * BLOCK, filling * blocks * BLOCK)
     if filling != b"\0" and first == 0:
         with pytest.raises(UserError, match=r"hole\.tar cannot be read"):
@@ -96,7 +98,7 @@ def test_a_hole_costs_the_members_whose_headers_it_covers(tmp_path, first, block
     assert lost.reason == f"is damaged from byte {header * BLOCK} to byte {following * BLOCK}: what lay there is lost"
 
 
-def test_a_hole_up_to_the_end(tmp_path):
+def test_a_hole_up_to_the_end(tmp_path: Path) -> None:
     contents = {f"{number:02}.jpg": bytes([number + 1]) * 1000 for number in range(20)}
     path = write_tar(tmp_path / "hole.tar", contents)
     damaged(path, 6 * BLOCK, bytes(path.stat().st_size - 6 * BLOCK))
@@ -111,7 +113,7 @@ def test_a_hole_up_to_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("end", [3 * BLOCK, 3 * BLOCK + 100, 4 * BLOCK, 5 * BLOCK])
-def test_an_archive_that_breaks_off(tmp_path, end):
+def test_an_archive_that_breaks_off(tmp_path: Path, end: int) -> None:
     path = write_tar(tmp_path / "cut.tar", FOUR)
     os.truncate(path, end)
     listing = list_tar(path)
@@ -122,7 +124,7 @@ def test_an_archive_that_breaks_off(tmp_path, end):
     assert whole == ["1.jpg"], "a member that is cut off is listed, and cannot be read"
 
 
-def test_a_damaged_tar_inside_a_tar_is_not_read_beyond_its_end(tmp_path):
+def test_a_damaged_tar_inside_a_tar_is_not_read_beyond_its_end(tmp_path: Path) -> None:
     inner = write_tar(tmp_path / "inner.tar", FOUR).read_bytes()
     outer = write_tar(tmp_path / "outer.tar", {"a.tar": inner[: 6 * BLOCK], "b.tar": inner})
     first, second = list_tar(outer).members
@@ -132,7 +134,7 @@ def test_a_damaged_tar_inside_a_tar_is_not_read_beyond_its_end(tmp_path):
     assert list_tar(outer, second.offset, second.size).lost == []
 
 
-def test_of_two_copies_of_a_member_the_later_one_counts(tmp_path):
+def test_of_two_copies_of_a_member_the_later_one_counts(tmp_path: Path) -> None:
     path = tmp_path / "twice.tar"
     with tarfile.open(path, "w") as tar:
         for name, data in (("a.jpg", b"old"), ("b.jpg", b"b"), ("./a.jpg", b"new")):
@@ -148,7 +150,7 @@ def test_of_two_copies_of_a_member_the_later_one_counts(tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_long_names_and_settings_of_the_whole_archive_are_no_damage(tmp_path, form):
+def test_long_names_and_settings_of_the_whole_archive_are_no_damage(tmp_path: Path, form: int) -> None:
     names = ["short.jpg", "n" * 90 + "/" + "m" * 60 + ".jpg"]
     names += ["ä" * 80 + ".jpg"] if form != tarfile.USTAR_FORMAT else []
     headers = {"comment": "made by a test"} if form == tarfile.PAX_FORMAT else None
@@ -163,7 +165,7 @@ def test_long_names_and_settings_of_the_whole_archive_are_no_damage(tmp_path, fo
 
 
 @pytest.mark.parametrize("name", ["kit.tar.gz", "kit.tar"])
-def test_a_compressed_archive_is_read_to_its_checksum(tmp_path, name):
+def test_a_compressed_archive_is_read_to_its_checksum(tmp_path: Path, name: str) -> None:
     path = write_tar(tmp_path / name, {"a.txt": b"one" * 100, "b.txt": b"two" * 100})
     assert read_members(path, lambda name: name == "a.txt") == {"a.txt": b"one" * 100}
     data = path.read_bytes()
@@ -175,7 +177,7 @@ def test_a_compressed_archive_is_read_to_its_checksum(tmp_path, name):
         read_members(path, lambda name: name == "a.txt")
 
 
-def test_two_members_of_one_name_are_not_chosen_from(tmp_path):
+def test_two_members_of_one_name_are_not_chosen_from(tmp_path: Path) -> None:
     path = tmp_path / "kit.tar"
     with tarfile.open(path, "w") as tar:
         for data in (b"old", b"new"):
@@ -186,7 +188,7 @@ def test_two_members_of_one_name_are_not_chosen_from(tmp_path):
         read_members(path, lambda name: True)
 
 
-def test_a_file_that_is_no_archive(tmp_path):
+def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
     path = tmp_path / "text.tar"
     path.write_text("not an archive" * 100)
     for read in (lambda: list_tar(path), lambda: read_members(path, lambda name: True)):

@@ -14,7 +14,7 @@ from sdnet.train.data.folder import read_image_folder
 from sdnet.train.data.loader import Rank
 from sdnet.train.data.sources import read_checked, read_pictures
 from sdnet.train.errors import DataError, UserError
-from sdnet.train.job import Job
+from sdnet.train.job import Job, Verify
 from sdnet.train.recipes import demo
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.trainer import Trainer
@@ -23,7 +23,7 @@ MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Verdicts are remembered in the test's own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "sdnet"
@@ -41,7 +41,7 @@ BROKEN = {
 
 
 @pytest.fixture
-def tree(make_tree) -> Path:
+def tree(make_tree: MakeTree) -> Path:
     """Two classes of six good pictures and one of each bad file in the first."""
     root = make_tree([6, 6], [2, 2])
     folder = root / "train/class 00"
@@ -61,12 +61,12 @@ def tree(make_tree) -> Path:
 
 
 @pytest.mark.parametrize("verify", ["header", "full"])
-def test_one_of_each_bad_file_is_named_with_its_reason(tree, verify):
+def test_one_of_each_bad_file_is_named_with_its_reason(tree: Path, verify: Verify) -> None:
     found = {Path(bad.name).name: bad.reason for bad in check_images(read_image_folder(tree)[0], verify, 2)}
     assert found == BROKEN
 
 
-def test_scrambled_pixels_are_found_by_a_full_check_alone(tree):
+def test_scrambled_pixels_are_found_by_a_full_check_alone(tree: Path) -> None:
     file = tree / "train/class 01/003.jpg"
     data = file.read_bytes()
     file.write_bytes(data[:20] + bytes(len(data) - 40) + data[-20:])
@@ -78,13 +78,13 @@ def test_scrambled_pixels_are_found_by_a_full_check_alone(tree):
     assert str(file) in names["full"]
 
 
-def test_by_default_a_run_does_not_start(tree):
+def test_by_default_a_run_does_not_start(tree: Path) -> None:
     with pytest.raises(UserError, match=f"{len(BROKEN)} of the files .*--bad-files skip") as caught:
         read_checked(tree)
     assert all(name in str(caught.value) for name in BROKEN)
 
 
-def test_skipping_lists_what_is_left_out_in_the_run_folder(tree, tmp_path):
+def test_skipping_lists_what_is_left_out_in_the_run_folder(tree: Path, tmp_path: Path) -> None:
     (tree / "train/class 01/.hidden.jpg").write_bytes(b"")
     (tree / "train/class 01/nested").mkdir()
     (tree / "train/loose.jpg").write_bytes(b"")
@@ -181,14 +181,14 @@ def test_an_image_that_dali_alone_cannot_decode_is_named_during_a_run(make_tree:
     loader.close()
 
 
-def test_a_class_of_bad_pictures_alone(tree):
+def test_a_class_of_bad_pictures_alone(tree: Path) -> None:
     for file in (tree / "train/class 01").iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError, match="None of the images of class class 01"):
         read_checked(tree, bad_files="skip")
 
 
-def test_verdicts_are_remembered_until_a_file_changes(tree, cache, monkeypatch):
+def test_verdicts_are_remembered_until_a_file_changes(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = read_image_folder(tree)[0]
     found = check_images(images, "full", 1)
     monkeypatch.setattr("sdnet.train.data.check.inspect", lambda *_: pytest.fail("looked again"))
@@ -202,7 +202,7 @@ def test_verdicts_are_remembered_until_a_file_changes(tree, cache, monkeypatch):
     assert len(check_images(images, "header", 1)) == len(found) + 1
 
 
-def test_a_fifo_does_not_stop_the_check(make_tree):
+def test_a_fifo_does_not_stop_the_check(make_tree: MakeTree) -> None:
     root = make_tree([2], [1])
     images = read_image_folder(root)[0]
     (root / "train/class 00/001.jpg").unlink()
@@ -212,7 +212,7 @@ def test_a_fifo_does_not_stop_the_check(make_tree):
 
 
 @pytest.mark.parametrize("breaks", ["deleted", "text", "empty", "header"])
-def test_a_file_that_breaks_during_an_epoch_is_named(make_tree, breaks):
+def test_a_file_that_breaks_during_an_epoch_is_named(make_tree: MakeTree, breaks: str) -> None:
     train, _ = read_image_folder(make_tree([60], [1]))
     loader = DaliLoader(train, batch=2, size=32, augment=True, threads=1)
     iterator = iter(loader)
@@ -227,7 +227,9 @@ def test_a_file_that_breaks_during_an_epoch_is_named(make_tree, breaks):
     loader.close()
 
 
-def test_a_broken_file_during_a_run_leaves_the_checkpoint(make_tree, tmp_path, monkeypatch):
+def test_a_broken_file_during_a_run_leaves_the_checkpoint(
+    make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_tree([40], [2])
     small = demo().__class__(model="resnet18", image_size=32, eval_resize=32, epochs=3, batch=2, lr=0.01)
     trainer = Trainer(Job(small, root, RunFolder(tmp_path / "run"), False, 1, 1), open_pictures)
@@ -244,7 +246,7 @@ def test_a_broken_file_during_a_run_leaves_the_checkpoint(make_tree, tmp_path, m
     assert len(trainer.run.metrics()) == 1
 
 
-def test_more_ranks_than_pictures_and_a_single_picture(make_tree):
+def test_more_ranks_than_pictures_and_a_single_picture(make_tree: MakeTree) -> None:
     train, val = read_image_folder(make_tree([1], [1]))
     with pytest.raises(UserError, match="1 images, fewer than the 2 processes"):
         DaliLoader(train, batch=1, size=32, augment=True, rank=Rank(0, 2))

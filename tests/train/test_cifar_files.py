@@ -48,7 +48,7 @@ def write_official(root: Path, classes: int, per_batch: int = 6) -> dict[str, by
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("classes", [10, 100])
-def test_reads_the_official_archive_packed_or_unpacked(tmp_path, classes, packed):
+def test_reads_the_official_archive_packed_or_unpacked(tmp_path: Path, classes: int, packed: bool) -> None:
     files = write_official(tmp_path / "made", classes)
     root = tmp_path / "made"
     if packed:
@@ -200,7 +200,9 @@ class Hostile:
 
 
 @pytest.mark.parametrize("where", ["data", "labels"])
-def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, where):
+def test_a_hostile_pickle_is_refused_and_not_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_official(tmp_path, 10)
     stored = {b"data": pixels(6).reshape(6, -1), b"labels": [0] * 6} | {where.encode(): Hostile()}
@@ -212,18 +214,18 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, whe
 
 @pytest.mark.parametrize("admitted", [np.arange(6, dtype=np.uint8), [1, "two", b"three", 4.0], {"a": [1]}])
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_arrays_lists_and_plain_values_are_admitted(admitted, protocol):
+def test_arrays_lists_and_plain_values_are_admitted(admitted: bool, protocol: int) -> None:
     found = load_restricted(pickle.dumps({b"x": admitted}, protocol))["x"]
     assert np.array_equal(found, admitted)
 
 
 @pytest.mark.parametrize("refused", [Path("/"), np.float64, print, Hostile(), {1, 2}.__class__, io.BytesIO()])
-def test_anything_else_is_refused(refused):
+def test_anything_else_is_refused(refused: str) -> None:
     with pytest.raises((pickle.UnpicklingError, TypeError)):
         load_restricted(pickle.dumps({b"x": refused}, 2))
 
 
-def test_broken_official_files(tmp_path):
+def test_broken_official_files(tmp_path: Path) -> None:
     write_official(tmp_path, 10)
     for data, sentence in (
         (b"", "EOFError"),
@@ -237,7 +239,7 @@ def test_broken_official_files(tmp_path):
             read_small_pictures(tmp_path)
 
 
-def test_reads_an_image_folder_with_test_for_val(tmp_path):
+def test_reads_an_image_folder_with_test_for_val(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for label in range(2):
             folder = tmp_path / split / f"class {label}"
@@ -253,7 +255,7 @@ def test_reads_an_image_folder_with_test_for_val(tmp_path):
         read_small_pictures(tmp_path)
 
 
-def test_trains_and_resumes_from_the_command_line(tmp_path):
+def test_trains_and_resumes_from_the_command_line(tmp_path: Path) -> None:
     write_official(tmp_path, 10)
     settings = ["--model", "sdnet18", "--batch", "10", "--data", str(tmp_path), "--log-every", "1"]
     main([*settings, "--epochs", "1", "--out", str(tmp_path / "run")])

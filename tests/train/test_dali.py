@@ -1,6 +1,7 @@
 """DALI loaders on real JPEGs. In most trees every picture is a class of its own, so that labels tell pictures apart."""
 
 import resource
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from sdnet.train.data.folder import ImageSet, read_image_folder
 from sdnet.train.data.loader import Rank
 from sdnet.train.data.pipeline import MEAN, STD
 from sdnet.train.errors import UserError
+
+MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
 
 
 def training(images: ImageSet, rank: int = 0, world: int = 1, **options) -> DaliLoader:
@@ -30,12 +33,12 @@ def labels_of(loader: DaliLoader) -> list[list[int]]:
 
 
 @pytest.fixture
-def pictures(make_tree) -> tuple[ImageSet, ImageSet]:
+def pictures(make_tree: MakeTree) -> tuple[ImageSet, ImageSet]:
     """23 pictures in 23 classes, in train and in val."""
     return read_image_folder(make_tree([1] * 23, [1] * 23))
 
 
-def test_a_batch_is_normalised_images_and_labels(pictures):
+def test_a_batch_is_normalised_images_and_labels(pictures: tuple[ImageSet, ImageSet]) -> None:
     images, labels = next(iter(training(pictures[0])))
     assert images.shape == (4, 3, 32, 32)
     assert images.dtype == torch.float32
@@ -47,7 +50,9 @@ def test_a_batch_is_normalised_images_and_labels(pictures):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_training_takes_each_picture_at_most_once_in_equal_steps(pictures, world):
+def test_training_takes_each_picture_at_most_once_in_equal_steps(
+    pictures: tuple[ImageSet, ImageSet], world: int
+) -> None:
     loaders = [training(pictures[0], rank, world) for rank in range(world)]
     for epoch in range(3):
         for loader in loaders:
@@ -60,7 +65,7 @@ def test_training_takes_each_picture_at_most_once_in_equal_steps(pictures, world
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_evaluation_takes_each_picture_once_at_every_epoch(pictures, world):
+def test_evaluation_takes_each_picture_once_at_every_epoch(pictures: tuple[ImageSet, ImageSet], world: int) -> None:
     loaders = [evaluation(pictures[1], rank, world) for rank in range(world)]
     for epoch in range(3):
         for loader in loaders:
@@ -71,7 +76,7 @@ def test_evaluation_takes_each_picture_once_at_every_epoch(pictures, world):
         assert sorted(label for of_rank in batches for batch in of_rank for label in batch) == list(range(23))
 
 
-def test_each_epoch_reshuffles_the_whole_set(pictures):
+def test_each_epoch_reshuffles_the_whole_set(pictures: tuple[ImageSet, ImageSet]) -> None:
     loader = training(pictures[0], batch=23)
     epochs = []
     for epoch in range(3):
@@ -81,14 +86,14 @@ def test_each_epoch_reshuffles_the_whole_set(pictures):
     assert len({tuple(order) for order in epochs}) == 3
 
 
-def test_a_seed_gives_the_same_batches_whatever_the_threads(pictures):
+def test_a_seed_gives_the_same_batches_whatever_the_threads(pictures: tuple[ImageSet, ImageSet]) -> None:
     for (one, first), (two, second) in zip(training(pictures[0]), training(pictures[0], threads=2), strict=True):
         assert torch.equal(one, two)
         assert torch.equal(first, second)
     assert labels_of(training(pictures[0])) != labels_of(training(pictures[0], seed=1))
 
 
-def test_global_batches_do_not_depend_on_the_number_of_ranks(pictures):
+def test_global_batches_do_not_depend_on_the_number_of_ranks(pictures: tuple[ImageSet, ImageSet]) -> None:
     """The union of the ranks' k-th batches is the lone rank's k-th batch: runs on other machines stay comparable."""
     whole = labels_of(training(pictures[0], batch=8))
     halves = [labels_of(training(pictures[0], rank, 2)) for rank in range(2)]
@@ -96,7 +101,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(pictures):
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
-def test_a_new_loader_resumes_in_the_middle_of_an_epoch(pictures, batches):
+def test_a_new_loader_resumes_in_the_middle_of_an_epoch(pictures: tuple[ImageSet, ImageSet], batches: int) -> None:
     loader = training(pictures[0])
     loader.set_epoch(2)
     expected = list(loader)
@@ -114,7 +119,7 @@ def test_a_new_loader_resumes_in_the_middle_of_an_epoch(pictures, batches):
     assert len(list(resumed)) == len(loader), "the epoch after it is whole again"
 
 
-def test_evaluation_agrees_with_pil(pictures):
+def test_evaluation_agrees_with_pil(pictures: tuple[ImageSet, ImageSet]) -> None:
     """Shorter side to 36 px with an antialiased bilinear filter, centre crop of 32 px: a quarter grey level at most."""
     loaded = torch.cat([images for images, _ in evaluation(pictures[1])])
     for images, file in zip(loaded, pictures[1].files, strict=True):
@@ -128,7 +133,7 @@ def test_evaluation_agrees_with_pil(pictures):
         assert np.abs(found - expected).mean() < 0.25
 
 
-def test_a_rotation_flag_in_the_file_is_not_applied(make_tree):
+def test_a_rotation_flag_in_the_file_is_not_applied(make_tree: MakeTree) -> None:
     root = make_tree([1], [1])
     file = root / "val/class 00/000.jpg"
     _, val = read_image_folder(root)
@@ -144,14 +149,16 @@ def test_a_rotation_flag_in_the_file_is_not_applied(make_tree):
 
 
 @pytest.mark.parametrize("make", [training, evaluation])
-def test_channels_last_changes_strides_alone(pictures, make):
+def test_channels_last_changes_strides_alone(
+    pictures: tuple[ImageSet, ImageSet], make: Callable[..., DaliLoader]
+) -> None:
     plain, last = next(iter(make(pictures[0])))[0], next(iter(make(pictures[0], channels_last=True)))[0]
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(plain, last)
 
 
 @pytest.mark.parametrize("make", [training, evaluation])
-def test_fewer_pictures_than_ranks(make_tree, make):
+def test_fewer_pictures_than_ranks(make_tree: MakeTree, make: Callable[..., DaliLoader]) -> None:
     train, _ = read_image_folder(make_tree([1, 1], [1, 1]))
     with pytest.raises(UserError, match="has 2 images, fewer than the 3 processes"):
         make(train, 0, 3)

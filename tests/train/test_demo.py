@@ -17,7 +17,7 @@ from sdnet.train.errors import UserError
 ROOT = Path(__file__).parents[2]
 
 
-def test_pictures_are_jpegs_in_an_image_folder(tmp_path):
+def test_pictures_are_jpegs_in_an_image_folder(tmp_path: Path) -> None:
     assert make_demo_data(tmp_path / "demo", train=3, val=2)
     train, val = read_image_folder(tmp_path / "demo")
     assert len(train.classes) == len(PHOTOGRAPHS)
@@ -26,7 +26,7 @@ def test_pictures_are_jpegs_in_an_image_folder(tmp_path):
         assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (96, 96))
 
 
-def test_the_same_arguments_give_the_same_files(tmp_path):
+def test_the_same_arguments_give_the_same_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
         make_demo_data(tmp_path / name, train=2, val=1)
     files = sorted(file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*.jpg"))
@@ -34,7 +34,7 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
 
 
-def test_an_existing_tree_is_kept(tmp_path, capsys):
+def test_an_existing_tree_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert make_demo_data(tmp_path / "demo", train=1, val=1)
     assert not make_demo_data(tmp_path / "demo", train=1, val=1)
     with pytest.raises(UserError, match="holds something else: remove it, or choose another folder"):
@@ -45,21 +45,21 @@ def test_an_existing_tree_is_kept(tmp_path, capsys):
         main([str(tmp_path / "other")])
 
 
-def test_an_unfinished_tree_is_rebuilt(tmp_path):
+def test_an_unfinished_tree_is_rebuilt(tmp_path: Path) -> None:
     (tmp_path / ".demo.tmp" / "train" / "astronaut").mkdir(parents=True)
     assert make_demo_data(tmp_path / "demo", train=1, val=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
 
 
 @pytest.mark.parametrize("file", PHOTOGRAPHS)
-def test_photographs_are_real(file):
+def test_photographs_are_real(file: str) -> None:
     with Image.open(photographs_folder() / file) as picture:
         assert min(picture.width // 3, picture.height) >= 96
         assert np.asarray(picture.convert("L")).std() > 10
 
 
 @pytest.mark.slow
-def test_the_demo_trains_end_to_end(tmp_path):
+def test_the_demo_trains_end_to_end(tmp_path: Path) -> None:
     make_demo_data(tmp_path / "data", train=16, val=4)
     run = tmp_path / "run"
     command = "launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train/imagenet.py"

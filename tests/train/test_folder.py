@@ -1,12 +1,15 @@
 """Checks of an ImageFolder tree: each flaw has its sentence."""
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from sdnet.train.data.folder import read_image_folder
 from sdnet.train.errors import UserError
+
+MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
 
 
 def refusal(root: Path) -> str:
@@ -15,7 +18,7 @@ def refusal(root: Path) -> str:
     return str(caught.value)
 
 
-def test_reads_classes_files_and_labels_in_sorted_order(make_tree):
+def test_reads_classes_files_and_labels_in_sorted_order(make_tree: MakeTree) -> None:
     train, val = read_image_folder(make_tree([2, 1], [1, 2]))
     assert train.classes == val.classes == ("class 00", "class 01")
     assert list(train.files) == ["class 00/000.jpg", "class 00/001.jpg", "class 01/000.jpg"]
@@ -23,7 +26,7 @@ def test_reads_classes_files_and_labels_in_sorted_order(make_tree):
     assert list(val.labels) == [0, 1, 1]
 
 
-def test_digest_follows_names_and_classes(make_tree):
+def test_digest_follows_names_and_classes(make_tree: MakeTree) -> None:
     root = make_tree([2, 1], [1, 1])
     before = read_image_folder(root)[0].digest()
     assert read_image_folder(root)[0].digest() == before
@@ -31,7 +34,7 @@ def test_digest_follows_names_and_classes(make_tree):
     assert read_image_folder(root)[0].digest() != before
 
 
-def test_files_that_are_no_pictures_are_named_not_used(make_tree):
+def test_files_that_are_no_pictures_are_named_not_used(make_tree: MakeTree) -> None:
     root = make_tree([1], [1])
     (root / "train/class 00/notes.txt").write_text("not a picture")
     (root / "train/class 00/.hidden.jpg").write_bytes(b"")
@@ -41,29 +44,29 @@ def test_files_that_are_no_pictures_are_named_not_used(make_tree):
     assert list(train.ignored) == ["class 00/.hidden.jpg", "class 00/nested.jpg", "class 00/notes.txt"]
 
 
-def test_missing_folder(tmp_path):
+def test_missing_folder(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no") == f"The data folder {tmp_path / 'no'} does not exist."
 
 
-def test_empty_folder(tmp_path):
+def test_empty_folder(tmp_path: Path) -> None:
     sentence = f"There is no folder {tmp_path / 'train'}: an ImageFolder tree holds train/<class>/ and val/<class>/."
     assert refusal(tmp_path) == sentence
 
 
-def test_missing_val(make_tree):
+def test_missing_val(make_tree: MakeTree) -> None:
     root = make_tree([1], [1])
     shutil.rmtree(root / "val")
     assert f"no folder {root / 'val'}" in refusal(root)
 
 
-def test_no_class_folders(make_tree):
+def test_no_class_folders(make_tree: MakeTree) -> None:
     root = make_tree([1], [1])
     (root / "train/class 00/000.jpg").rename(root / "train/000.jpg")
     (root / "train/class 00").rmdir()
     assert refusal(root) == f"The folder {root / 'train'} has no class folders: images belong in train/<class>/."
 
 
-def test_class_sets_that_differ(make_tree):
+def test_class_sets_that_differ(make_tree: MakeTree) -> None:
     root = make_tree([1, 1], [1, 1])
     (root / "val/class 01").rename(root / "val/cats")
     assert (
@@ -71,7 +74,7 @@ def test_class_sets_that_differ(make_tree):
     )
 
 
-def test_empty_class_folder(make_tree):
+def test_empty_class_folder(make_tree: MakeTree) -> None:
     root = make_tree([1, 1], [1, 1])
     (root / "train/class 00/000.jpg").unlink()
     empty = root / "train/class 00"

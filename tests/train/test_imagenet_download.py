@@ -4,7 +4,7 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,12 @@ import pytest
 from scipy.io import savemat
 
 from sdnet.train.data.archives import list_tar
-from sdnet.train.data.folder import read_image_folder
+from sdnet.train.data.folder import ImageSet, read_image_folder
 from sdnet.train.data.sources import read_checked, read_pictures
 from sdnet.train.errors import UserError
 from sdnet.train.prepare import prepare
+
+MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
 
 Download = tuple[Path, Path]
 
@@ -49,7 +51,7 @@ def synsets() -> bytes:
 
 
 @pytest.fixture
-def download(make_tree, tmp_path) -> tuple[Path, Path]:
+def download(make_tree: MakeTree, tmp_path: Path) -> tuple[Path, Path]:
     """The download without ground truth, and an image folder of the same pictures."""
     tree = make_tree([3, 2, 4], [2, 2, 2])
     for split in ("train", "val"):
@@ -89,7 +91,7 @@ def kit_archive(root: Path) -> None:
     shutil.rmtree(folder)
 
 
-def listed(name: str, line: str):
+def listed(name: str, line: str) -> Callable[[Path], None]:
     def write(root: Path) -> None:
         head = "ImageId,PredictionString\n" if name.endswith(".csv") else ""
         rows = [
@@ -111,13 +113,15 @@ TRUTHS = {
 }
 
 
-def labelled(images) -> list[tuple[bytes, int]]:
+def labelled(images: ImageSet) -> list[tuple[bytes, int]]:
     return sorted((images.where(at).read(), images.labels[at]) for at in range(len(images)))
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["val tar", "val folder"])
 @pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS)
-def test_reads_the_pictures_of_the_same_image_folder(download, truth, flat):
+def test_reads_the_pictures_of_the_same_image_folder(
+    download: Download, truth: Callable[[Path], object], flat: bool
+) -> None:
     root, tree = download
     truth(root)
     if flat:
@@ -127,7 +131,7 @@ def test_reads_the_pictures_of_the_same_image_folder(download, truth, flat):
         assert labelled(found) == labelled(expected)
 
 
-def test_an_unpacked_training_set_beside_a_flat_validation_folder(download):
+def test_an_unpacked_training_set_beside_a_flat_validation_folder(download: Download) -> None:
     root, tree = download
     (root / "ILSVRC2012_img_train.tar").unlink()
     shutil.copytree(tree / "train", root / "train")
@@ -137,7 +141,7 @@ def test_an_unpacked_training_set_beside_a_flat_validation_folder(download):
     assert (len(train), len(val)) == (9, 6)
 
 
-def test_prepares_shards_from_the_archives(download, tmp_path):
+def test_prepares_shards_from_the_archives(download: Download, tmp_path: Path) -> None:
     root, tree = download
     kit_archive(root)
     prepare(root, tmp_path / "out", say=lambda _: None)
@@ -145,7 +149,7 @@ def test_prepares_shards_from_the_archives(download, tmp_path):
         assert labelled(found) == labelled(expected)
 
 
-def test_ground_truth_may_lie_elsewhere(download, tmp_path):
+def test_ground_truth_may_lie_elsewhere(download: Download, tmp_path: Path) -> None:
     root, tree = download
     TRUTHS["files and wnids"](tmp_path)
     _, val = read_pictures(root, tmp_path / "val_labels.txt")
@@ -169,14 +173,14 @@ def test_ground_truth_may_lie_elsewhere(download, tmp_path):
         ),
     ],
 )
-def test_ground_truth_that_does_not_fit(download, spoil, sentence):
+def test_ground_truth_that_does_not_fit(download: Download, spoil: Callable[[Path], object], sentence: str) -> None:
     root, _ = download
     spoil(root)
     with pytest.raises(UserError, match=sentence):
         read_pictures(root)
 
 
-def test_an_archive_of_a_class_without_pictures(download, tmp_path):
+def test_an_archive_of_a_class_without_pictures(download: Download, tmp_path: Path) -> None:
     root, _ = download
     kit_folder(root)
     pack(root / "ILSVRC2012_img_train.tar", {"n01440764.tar": pack(tmp_path / "empty.tar", {})})

@@ -1,15 +1,21 @@
 """The DALI loader beyond plain folders: shards, uneven counts, odd formats, states, types, extra augmentation."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from sdnet.train.data.dali import DaliLoader
+from sdnet.train.data.dali import DaliLoader, Extras
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.loader import Rank
 from sdnet.train.data.mixing import Mixing
 from sdnet.train.data.shards import read_shards
 from sdnet.train.errors import UserError
 from sdnet.train.prepare import prepare
+
+WriteTree = Callable[[Path, Sequence[int], Sequence[int]], Path]
 
 
 def training(images: ImageSet, rank: int = 0, world: int = 1, **options) -> DaliLoader:
@@ -22,7 +28,7 @@ def evaluation(images: ImageSet, rank: int = 0, world: int = 1, **options) -> Da
 
 
 @pytest.fixture(scope="module")
-def shards(write_tree, tmp_path_factory) -> tuple[ImageSet, ImageSet]:
+def shards(write_tree: WriteTree, tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, ImageSet]:
     """97 pictures in 97 classes, in train and in val, in shards of uneven length."""
     folder = tmp_path_factory.mktemp("many")
     write_tree(folder / "in", [1] * 97, [1] * 97)
@@ -31,7 +37,7 @@ def shards(write_tree, tmp_path_factory) -> tuple[ImageSet, ImageSet]:
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 16), (2, 16), (3, 16), (2, 48), (3, 5)])
-def test_each_picture_counts_once_at_every_epoch(shards, world, batch):
+def test_each_picture_counts_once_at_every_epoch(shards: tuple[ImageSet, ImageSet], world: int, batch: int) -> None:
     """97 files, 2 ranks, batches of 16 is where DALI's DROP with padding repeats one picture 16 times in epoch 1."""
     train, val = shards
     loaders = [training(train, rank, world, batch=batch, size=8) for rank in range(world)]
@@ -50,7 +56,7 @@ def test_each_picture_counts_once_at_every_epoch(shards, world, batch):
         assert sorted(label for of_rank in judged for of_step in of_rank for label in of_step) == list(range(97))
 
 
-def test_shards_resume_in_the_middle_of_an_epoch(shards):
+def test_shards_resume_in_the_middle_of_an_epoch(shards: tuple[ImageSet, ImageSet]) -> None:
     loader, resumed = training(shards[0], 1, 2), training(shards[0], 1, 2)
     for each in (loader, resumed):
         each.set_epoch(4)
@@ -64,7 +70,7 @@ def test_shards_resume_in_the_middle_of_an_epoch(shards):
         assert all(map(torch.equal, want, got))
 
 
-def test_a_second_iteration_continues_the_first(shards):
+def test_a_second_iteration_continues_the_first(shards: tuple[ImageSet, ImageSet]) -> None:
     loader = training(shards[0])
     expected = [labels.tolist() for _, labels in loader]
     iterator = iter(loader)
@@ -83,7 +89,9 @@ def test_a_second_iteration_continues_the_first(shards):
         ({"epoch": 1}, "epoch: 1, not 0"),
     ],
 )
-def test_a_state_of_another_loader_is_refused_by_field(shards, other, field):
+def test_a_state_of_another_loader_is_refused_by_field(
+    shards: tuple[ImageSet, ImageSet], other: dict[str, Any], field: str
+) -> None:
     loader = training(shards[0], 0, 2)
     next(iter(loader))
     options = {"rank": 0, "world": 2} | {key: value for key, value in other.items() if key not in ("files", "epoch")}
@@ -96,7 +104,9 @@ def test_a_state_of_another_loader_is_refused_by_field(shards, other, field):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_batches_in_half_precision_are_rounded_ones(shards, dtype, channels_last):
+def test_batches_in_half_precision_are_rounded_ones(
+    shards: tuple[ImageSet, ImageSet], dtype: torch.dtype, channels_last: bool
+) -> None:
     pairs = zip(training(shards[0], dtype=dtype, channels_last=channels_last), training(shards[0]), strict=True)
     for (half, _), (full, _) in pairs:
         assert half.dtype == dtype
@@ -106,7 +116,7 @@ def test_batches_in_half_precision_are_rounded_ones(shards, dtype, channels_last
 
 @pytest.mark.parametrize("extras", ["trivial", "rand"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:nvidia")
-def test_extra_augmentation_repeats_and_resumes(shards, extras):
+def test_extra_augmentation_repeats_and_resumes(shards: tuple[ImageSet, ImageSet], extras: Extras) -> None:
     plain, loader = training(shards[0]), training(shards[0], extras=extras)
     expected = list(loader)
     assert not torch.equal(expected[0][0], next(iter(plain))[0])
@@ -119,7 +129,7 @@ def test_extra_augmentation_repeats_and_resumes(shards, extras):
         assert all(map(torch.equal, want, got))
 
 
-def test_mixing_resumes_too(shards):
+def test_mixing_resumes_too(shards: tuple[ImageSet, ImageSet]) -> None:
     loader, resumed = (training(shards[0], mixing=Mixing(0.2, 1.0, 97)) for _ in range(2))
     expected = list(loader)
     iterator = iter(loader)

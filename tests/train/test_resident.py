@@ -1,5 +1,8 @@
 """Small images in memory: batches made on the device, states, mixing, and the official recipe."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +31,7 @@ def as_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_training_picture_is_a_crop_in_a_black_margin_perhaps_flipped(channels_last):
+def test_a_training_picture_is_a_crop_in_a_black_margin_perhaps_flipped(channels_last: bool) -> None:
     padded = torch.nn.functional.pad(torch.from_numpy(pixels(23, 12)), (4,) * 4)
     seen = set()
     for epoch in range(4):
@@ -51,13 +54,13 @@ def test_a_training_picture_is_a_crop_in_a_black_margin_perhaps_flipped(channels
     assert {flip for _, _, flip in seen} == {False, True}
 
 
-def test_both_memory_formats_hold_the_same_pictures():
+def test_both_memory_formats_hold_the_same_pictures() -> None:
     for (one, _), (two, _) in zip(loader(), loader(channels_last=True), strict=True):
         assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_picture_counts_once(world):
+def test_every_picture_counts_once(world: int) -> None:
     for epoch in range(3):
         training = [loader(rank=rank, world=world) for rank in range(world)]
         evaluation = [loader(rank=rank, world=world, augment=False) for rank in range(world)]
@@ -72,19 +75,19 @@ def test_every_picture_counts_once(world):
         assert sorted(seen) == list(range(23))
 
 
-def test_global_batches_do_not_depend_on_the_number_of_ranks():
+def test_global_batches_do_not_depend_on_the_number_of_ranks() -> None:
     for (whole, labels), *parts in zip(loader(batch=8), *(loader(rank=r, world=2) for r in range(2)), strict=False):
         order = torch.cat([part for _, part in parts]).argsort()
         assert torch.equal(torch.cat([part for part, _ in parts])[order], whole[labels.argsort()])
 
 
-def test_evaluation_gives_the_pictures_as_they_are():
+def test_evaluation_gives_the_pictures_as_they_are() -> None:
     images = torch.cat([images for images, _ in loader(augment=False)])
     assert torch.equal(as_pixels(images), torch.from_numpy(pixels(23)))
 
 
 @pytest.mark.parametrize("batches", [0, 2, 5])
-def test_resumes_in_the_middle_of_an_epoch(batches):
+def test_resumes_in_the_middle_of_an_epoch(batches: int) -> None:
     first, second = loader(), loader()
     for this in (first, second):
         this.set_epoch(3)
@@ -115,19 +118,19 @@ def loader_at(epoch: int) -> ResidentLoader:
         ({"world": 2}, "processes: 2, not 1"),
     ],
 )
-def test_a_state_of_another_loader_is_refused_by_field(other, field):
+def test_a_state_of_another_loader_is_refused_by_field(other: dict[str, Any], field: str) -> None:
     with pytest.raises(UserError, match=field):
         loader(**other).load_state(loader().state())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_batches_in_half_precision_are_rounded_ones(dtype):
+def test_batches_in_half_precision_are_rounded_ones(dtype: torch.dtype) -> None:
     for (half, _), (full, _) in zip(loader(dtype=dtype), loader(), strict=True):
         assert torch.equal(half, full.to(dtype))
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
-def test_mixed_images_have_mixed_targets(mixup, cutmix):
+def test_mixed_images_have_mixed_targets(mixup: float, cutmix: float) -> None:
     mixing = Mixing(mixup, cutmix, 23)
     options = {"mixing": mixing, "padding": 0}
     for (images, targets), (again, _) in zip(loader(**options), loader(**options), strict=True):
@@ -142,19 +145,19 @@ def test_mixed_images_have_mixed_targets(mixup, cutmix):
         torch.testing.assert_close(mixed.mean((2, 3)), targets)
 
 
-def test_fewer_pictures_than_ranks():
+def test_fewer_pictures_than_ranks() -> None:
     with pytest.raises(UserError, match="The set has 2 images, fewer than the 3 processes"):
         loader(2, 0, 3)
 
 
-def test_the_official_recipe():
+def test_the_official_recipe() -> None:
     recipe = cifar_sdnet18()
     assert (recipe.lr, recipe.momentum, recipe.nesterov, recipe.weight_decay) == (0.1, 0.9, True, 5e-4)
     assert (recipe.epochs, recipe.batch, recipe.schedule, recipe.lr_min) == (220, 128, "cosine", 1e-6)
     assert (recipe.stem, recipe.image_size, recipe.crop_padding, recipe.lam) == ("cifar", 32, 4, 0.1)
 
 
-def test_pictures_of_another_size_than_the_recipes(tmp_path):
+def test_pictures_of_another_size_than_the_recipes(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split / "one").mkdir(parents=True)
         Image.fromarray(pixels(1, 16)[0].transpose(1, 2, 0)).save(tmp_path / split / "one/one.png")
