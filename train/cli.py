@@ -1,5 +1,6 @@
 """The command line of the training programs: every setting of a `Recipe` and a `Job` is an option."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,9 +117,14 @@ def _description(recipes: Recipes) -> str:
 def user_errors() -> Iterator[None]:
     """End the program with the sentence of a `UserError` instead of a traceback, and print it once.
 
+    Standard output escapes the characters that its encoding lacks, as standard error does, so no file name can end the
+    program.
+
     Raises:
         SystemExit: A `UserError` or Ctrl-C ended the block.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

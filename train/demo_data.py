@@ -1,7 +1,7 @@
-"""A small ImageFolder tree from the photographs inside the scikit-image wheel: `python -m sdnet.train.demo_data OUT`.
+"""Make a small ImageFolder tree from the photographs in scikit-image: `python -m sdnet.train.demo_data OUT`.
 
-A class is a picture; its pictures are square JPEG crops of random place and size. Training crops come from the left
-two thirds of the picture, validation crops from the right third: no pixel is in both.
+Each class is one photograph, and its images are square JPEG crops of random position and size. Training crops come from
+the left two thirds of the photograph, validation crops from the right third: no pixel is in both.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from sdnet.train.cli import user_errors
+from sdnet.train.data.names import printable
 from sdnet.train.errors import UserError
 
 PHOTOGRAPHS = (
@@ -35,9 +36,17 @@ MARKER = "demo.json"
 
 
 def make_demo_data(out: Path, train: int = 64, val: int = 16, side: int = 96, seed: int = 0) -> bool:
-    """Write `out`/{train,val}/<class>/NNN.jpg with `train` and `val` crops a class, `side` pixels square.
+    """Write `out`/{train,val}/<class>/NNN.jpg. The tree appears complete or not at all.
 
-    The same arguments give the same files. The tree appears whole or not at all. Returns False if it was there.
+    Args:
+        out: The folder to make.
+        train: The number of training images of a class.
+        val: The number of validation images of a class.
+        side: Height and width of the images, in pixels.
+        seed: The seed of the crops; equal arguments give equal files.
+
+    Returns:
+        False if the tree was there already, else True.
 
     Raises:
         UserError: `out` holds something else, or scikit-image is not installed.
@@ -47,20 +56,20 @@ def make_demo_data(out: Path, train: int = 64, val: int = 16, side: int = 96, se
     if marker.is_file() and json.loads(marker.read_text()) == made_with:
         return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something else: remove it, or choose another folder.")
+        raise UserError(f"{printable(out)} holds something else: remove it, or choose another folder.")
     source = photographs_folder()
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     generator = np.random.default_rng(seed)
     for file in PHOTOGRAPHS:
         with Image.open(source / file) as opened:
-            picture = opened.convert("RGB")
-        border = 2 * picture.width // 3
-        for split, count, left, right in (("train", train, 0, border), ("val", val, border, picture.width)):
+            photograph = opened.convert("RGB")
+        border = 2 * photograph.width // 3
+        for split, count, left, right in (("train", train, 0, border), ("val", val, border, photograph.width)):
             folder = temporary / split / Path(file).stem
             folder.mkdir(parents=True)
             for number in range(count):
-                crop = _random_crop(picture.crop((left, 0, right, picture.height)), side, generator)
+                crop = _random_crop(photograph.crop((left, 0, right, photograph.height)), side, generator)
                 crop.save(folder / f"{number:03}.jpg", quality=90)
     (temporary / MARKER).write_text(json.dumps(made_with))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +77,13 @@ def make_demo_data(out: Path, train: int = 64, val: int = 16, side: int = 96, se
     return True
 
 
-def _random_crop(picture: Image.Image, side: int, generator: np.random.Generator) -> Image.Image:
-    """A square of 3/4 to all of the picture's shorter side, anywhere in it, scaled to `side`."""
-    shorter = min(picture.size)
+def _random_crop(photograph: Image.Image, side: int, generator: np.random.Generator) -> Image.Image:
+    """Return a square of 3/4 to all of the shorter side, anywhere in the photograph, scaled to `side`."""
+    shorter = min(photograph.size)
     extent = int(generator.integers(3 * shorter // 4, shorter + 1))
-    left = int(generator.integers(0, picture.width - extent + 1))
-    top = int(generator.integers(0, picture.height - extent + 1))
-    return picture.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + extent, top + extent))
+    left = int(generator.integers(0, photograph.width - extent + 1))
+    top = int(generator.integers(0, photograph.height - extent + 1))
+    return photograph.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + extent, top + extent))
 
 
 def photographs_folder() -> Path:
@@ -90,13 +99,13 @@ def photographs_folder() -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the tree, or say that it is there."""
+    """Make the tree, or print that it is there."""
     parser = argparse.ArgumentParser(description="Make a small ImageFolder tree of real photographs.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, with train/<class>/ and val/<class>/")
     out = parser.parse_args(argv).out
     with user_errors():
         made = make_demo_data(out)
-    print(f"{'Made' if made else 'Already there:'} {out}, {len(PHOTOGRAPHS)} classes of photographs")
+    print(f"{'Made' if made else 'Already there:'} {printable(out)}, {len(PHOTOGRAPHS)} classes of photographs")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Make tar shards of a data set: `python -m sdnet.train.prepare --data IN --out OUT`.
 
-Every picture is decoded; what does not decode is left out and listed. A picture whose shorter side is longer than
-`--size` is shrunk to it and stored as JPEG; any other keeps its bytes. OUT then holds
+Every image is decoded; what cannot be used is left out and listed. An image whose shorter side is longer than `--size`
+is shrunk to it and stored as JPEG; any other keeps its bytes. OUT then holds
 
-train-00000.tar ...   shards in the WebDataset layout, the training pictures in random order
-train-00000.idx ...   where the pictures lie in them
+train-00000.tar ...   shards in the WebDataset layout, the training images in random order
+train-00000.idx ...   where the images lie in them
 manifest.json         classes, counts per class, size and SHA-256 of the shards, what was left out and why
 
-A shard appears whole or not at all, the manifest when all is done: after an interruption the same command goes on.
+A shard appears complete or not at all, and the manifest when all shards are done: after an interruption, run the same
+command again.
 """
 
 import argparse
@@ -36,13 +37,14 @@ from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
 from sdnet.train.interrupt import Interrupt
 
-PICTURES_PER_SHARD = 2500
+IMAGES_PER_SHARD = 2500
+AGAIN = "run the same command again to finish"
 WORK = ".prepare"  # inside OUT until all is done: the plan, and a record of every finished shard
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides the bytes of the output."""
+    """The facts that decide the bytes of the output."""
 
     train: str
     val: str
@@ -62,21 +64,21 @@ def prepare(
     labels: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Make the shards of `source` in `out`, or go on making them, and return the manifest.
+    """Make the shards of `source` in `out`, or finish making them, and return the manifest.
 
     Args:
-        source: what `sdnet.train.data.sources.read_pictures` reads; only regular files inside of it are read.
-        out: a new folder, or one in which the same preparation was begun.
-        size: the longest that a shorter side may be, in pixels; 0 keeps every picture as it is.
-        quality: of the JPEG of a shrunk picture, 1 to 100.
-        shards: how many the training set gets, 0 for one per 2500 pictures; val gets its share.
-        workers: processes; 1 works in this one.
-        labels: the ground truth of a flat validation folder, where it does not lie in `source`.
-        say: takes a line on the progress.
+        source: What `sdnet.train.data.sources.read_pictures` reads; only regular files inside of it are read.
+        out: A new folder, or one in which the same preparation was begun.
+        size: The longest that a shorter side may be, in pixels; 0 keeps every image as it is.
+        quality: The JPEG quality of shrunk images, 1 to 100.
+        shards: The number of training shards, 0 for one per 2500 images; the validation set gets its share.
+        workers: The number of processes; 1 works in this one.
+        labels: The ground truth of a flat validation folder, where it does not lie in `source`.
+        say: Called with a line on the progress.
 
     Raises:
-        UserError: wrong arguments or input, `out` holds something else, or the disk is full.
-        SystemExit: after Ctrl-C or SIGTERM; finished shards are kept.
+        UserError: Wrong arguments or input, `out` holds something else, or the disk is full.
+        SystemExit: After Ctrl-C or SIGTERM; finished shards are kept.
     """
     for name, value, least, most in (
         ("size", size, 0, 2**16),
@@ -86,14 +88,14 @@ def prepare(
         if not least <= value <= most:
             raise UserError(f"{name} is {value}; it must be between {least} and {most}.")
     if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{out} lies in {source}: choose a folder outside of it.")
+        raise UserError(f"{printable(out)} lies in {printable(source)}: choose a folder outside of it.")
     train, val = read_pictures(source, labels, bad_files="skip")
     sets = {"train": train, "val": val}
     refuse_links(source, sets)
-    shards = min(shards or -(-len(train) // PICTURES_PER_SHARD), len(train))
+    shards = min(shards or -(-len(train) // IMAGES_PER_SHARD), len(train))
     plan = Plan(_fingerprint(train), _fingerprint(val), size, quality, shards)
     if (done := _begin(out, plan)) is not None:
-        say(f"Already there: {out}")
+        say(f"Already there: {printable(out)}")
         return done
     counts = {"train": shards, "val": max(1, min(len(val), round(shards * len(val) / len(train))))}
     tasks = [
@@ -103,24 +105,21 @@ def prepare(
     ]
     records = out / WORK
     left = [task for task in tasks if not task.is_done(records)]
-    say(
-        f"{len(train)} + {len(val)} pictures in {len(train.classes)} classes, "
-        f"{len(left)} of {len(tasks)} shards to make"
-    )
+    say(f"{len(train)} + {len(val)} images in {len(train.classes)} classes, {len(left)} of {len(tasks)} shards to make")
     try:
         _make(left, sets, records, workers, say)
         manifest = _gather(tasks, sets, plan, records)
         write_atomically(out / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"))
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written: {error.strerror}. Finished shards are kept: the same command goes on."
+            f"{printable(out)} cannot be written: {error.strerror}. Finished shards are kept: {AGAIN}."
         ) from error
     shutil.rmtree(records)
     return manifest
 
 
 def refuse_links(source: Path, sets: dict[str, ImageSet]) -> None:
-    """Raise a UserError if a folder or archive that pictures come from is a link to another place."""
+    """Raise a UserError if a folder or archive that images come from is a link to another place."""
     inside = source.resolve()
     folders = {path.parent for images in sets.values() for path in images.paths()}
     for folder in sorted(folders):
@@ -137,7 +136,7 @@ def _order(split: str, count: int) -> np.ndarray:
 
 
 def _begin(out: Path, plan: Plan) -> dict[str, Any] | None:
-    """Open the output folder; the manifest if all is done already."""
+    """Open the output folder and return the manifest if all is done already."""
     manifest = read_manifest(out)
     noted = out / WORK / "plan.json"
     former = manifest["plan"] if manifest else json.loads(noted.read_text()) if noted.is_file() else None
@@ -146,20 +145,20 @@ def _begin(out: Path, plan: Plan) -> dict[str, Any] | None:
             f"{key}: {value}, not {former.get(key)}" for key, value in asdict(plan).items() if value != former.get(key)
         ]
         if differences:
-            raise UserError(f"{out} holds shards that were made otherwise; {'; '.join(differences)}.")
+            raise UserError(f"{printable(out)} holds shards that were made otherwise; {'; '.join(differences)}.")
         return manifest
     if out.exists() and (not out.is_dir() or any(entry.name != WORK for entry in out.iterdir())):
-        raise UserError(f"{out} holds something else: choose another folder.")
+        raise UserError(f"{printable(out)} holds something else: choose another folder.")
     try:
         noted.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(noted, lambda path: path.write_text(json.dumps(asdict(plan))))
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{printable(out)} cannot be written: {error.strerror}.") from error
     return None
 
 
 def _make(tasks: Sequence[ShardPlan], sets: Sources, records: Path, workers: int, say: Callable[[str], object]) -> None:
-    """Write the shards, and say now and then how far it is."""
+    """Write the shards and report the progress every few seconds."""
     begin, made, said = time.monotonic(), 0, 0.0
     total = sum(len(task.indices) for task in tasks)
     with Interrupt() as interrupt:
@@ -170,9 +169,9 @@ def _make(tasks: Sequence[ShardPlan], sets: Sources, records: Path, workers: int
             if elapsed - said > 5 or number == len(tasks):
                 said, rate = elapsed, made / elapsed
                 left = f"{(total - made) / rate / 60:.0f} min left"
-                say(f"{number}/{len(tasks)} shards, {made}/{total} pictures, {rate:.0f} pictures/s, {left}")
+                say(f"{number}/{len(tasks)} shards, {made}/{total} images, {rate:.0f} images/s, {left}")
         if interrupt.signal:
-            say("Stopped; finished shards are kept: the same command goes on.")
+            say(f"Stopped; finished shards are kept: {AGAIN}.")
             raise SystemExit(128 + interrupt.signal)
 
 
@@ -189,7 +188,7 @@ def _alone(
 def _together(
     tasks: Sequence[ShardPlan], sets: Sources, records: Path, interrupt: Interrupt, workers: int
 ) -> Iterator[ShardPlan]:
-    """Shards in the order in which worker processes finish them."""
+    """Yield the shards in the order in which worker processes finish them."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
     stop = context.Event()
     with ProcessPoolExecutor(workers, context, begin_worker, (sets, records, stop)) as executor:
@@ -201,16 +200,14 @@ def _together(
                     future.result()
                     yield futures.pop(future)
         except BrokenProcessPool as error:
-            raise UserError(
-                "A worker process was killed; finished shards are kept: the same command goes on."
-            ) from error
+            raise UserError(f"A worker process was killed; finished shards are kept: {AGAIN}.") from error
         finally:
             stop.set()
             executor.shutdown(cancel_futures=True)
 
 
 def _gather(tasks: Sequence[ShardPlan], sets: Sources, plan: Plan, records: Path) -> dict[str, Any]:
-    """The manifest, from the records of the shards."""
+    """Return the manifest, made from the records of the shards."""
     splits: dict[str, Any] = {}
     for split, images in sets.items():
         made = [json.loads(task.record(records).read_text()) for task in tasks if task.split == split]
@@ -227,20 +224,20 @@ def _gather(tasks: Sequence[ShardPlan], sets: Sources, plan: Plan, records: Path
             "skipped": skipped,
         }
         if not splits[split]["pictures"]:
-            raise UserError(f"None of the pictures of {split} can be used; the first {skipped[0]['reason']}.")
+            raise UserError(f"None of the images of {split} can be used; the first {skipped[0]['reason']}.")
     return {"version": 1, "plan": asdict(plan), "classes": list(sets["train"].classes), "splits": splits}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prepare, and say what came of it."""
+    """Prepare the shards and print a summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--data", type=Path, required=True, metavar="IN", help="ImageFolder, shards, or ImageNet's download"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to make")
     parser.add_argument("--size", type=int, default=400, help="longest shorter side, in pixels; 0: as they are [400]")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEG of shrunk pictures [90]")
-    parser.add_argument("--shards", type=int, default=0, help=f"for the training set [one per {PICTURES_PER_SHARD}]")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of shrunk images [90]")
+    parser.add_argument("--shards", type=int, default=0, help=f"for the training set [one per {IMAGES_PER_SHARD}]")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes [cores]")
     parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ground truth of a flat validation folder")
     given = parser.parse_args(argv)
@@ -256,12 +253,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for split, facts in manifest["splits"].items():
         print(
-            f"{split}: {facts['pictures']} pictures, {facts['shrunk']} of them shrunk, in {len(facts['shards'])} shards"
+            f"{split}: {facts['pictures']} images, {facts['shrunk']} of them shrunk, in {len(facts['shards'])} shards"
             f"; {len(facts['skipped'])} left out"
         )
         for entry in facts["skipped"][:10]:
             print(f"  {printable(entry['file'])} {printable(entry['reason'])}")
-    print(f"Ready: {given.out}")
+    print(f"Ready: {printable(given.out)}")
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_sigterm_to_a_preparation_with_workers(make_tree, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "the same command goes on" in said
+    assert "run the same command again to finish" in said
     assert not list(out.glob(".*.tmp"))
     assert 0 < len(list(out.glob("train-*.tar"))) < 40
     assert quiet(tree, out, size=20, shards=40) == quiet(tree, tmp_path / "whole", size=20, shards=40)
@@ -279,5 +279,5 @@ def test_the_command_reports_its_output(tree, tmp_path, capsys):
     (tree / "val/class 00/001.jpg").write_bytes(b"")
     main(["--data", str(tree), "--out", str(tmp_path / "out"), "--workers", "1", "--size", "20"])
     said = capsys.readouterr().out
-    assert "train: 23 pictures, 23 of them shrunk, in 1 shards; 0 left out" in said
-    assert "val: 6 pictures, 6 of them shrunk, in 1 shards; 1 left out\n  class 00/001.jpg is empty" in said
+    assert "train: 23 images, 23 of them shrunk, in 1 shards; 0 left out" in said
+    assert "val: 6 images, 6 of them shrunk, in 1 shards; 1 left out\n  class 00/001.jpg is empty" in said

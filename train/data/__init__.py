@@ -1,1 +1,1 @@
-"""Loaders: from pictures on disk to normalised batches on the device."""
+"""Data loading: from images on disk to normalised batches on the device."""

@@ -54,21 +54,24 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
             f"The images are {width} x {height}, not {recipe.image_size} x {recipe.image_size}: pass --image-size and "
             "--eval-resize, or train with train/imagenet.py."
         )
-    options = loader_options(job, rank, device)
-    digest = train.digest()
+    batch, options = recipe.local_batch(rank.world), loader_options(job, rank, device)
+    digest, val_digest = train.digest(), val.digest()
+    name, val_name = (f"The {split} set in {printable(job.data)}" for split in ("training", "test"))
+    mixing = mixing_of(recipe, len(found.classes))
     return Data(
         train=ResidentLoader(
             train.images,
             train.labels,
-            name=f"The training set in {job.data}",
+            name=name,
             digest=digest,
+            batch=batch,
             augment=True,
             padding=recipe.crop_padding,
-            mixing=mixing_of(recipe, len(found.classes)),
+            mixing=mixing,
             **options,
         ),
         val=ResidentLoader(
-            val.images, val.labels, name=f"The test set in {job.data}", digest=val.digest(), augment=False, **options
+            val.images, val.labels, name=val_name, digest=val_digest, batch=batch, augment=False, **options
         ),
         val_size=len(val.labels),
         classes=found.classes,

@@ -8,7 +8,7 @@ repeat or drop images when counts are uneven.)
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
-from sdnet.train.data.epochs import EpochLoader, loader_options
+from sdnet.train.data.epochs import EpochLoader, LoaderOptions, loader_options
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.formats import why_unusable
 from sdnet.train.data.loader import Data, Rank
@@ -43,6 +43,7 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     train, val = checked.train, checked.val
     options: dict[str, Any] = {
         **loader_options(job, rank, device),
+        "batch": recipe.local_batch(rank.world),
         "size": recipe.image_size,
         "threads": job.threads or max(1, cores // neighbours),
         "prefetch": job.prefetch,
@@ -73,15 +74,11 @@ class DaliLoader(EpochLoader):
         resize: The shorter side before the centre crop; evaluation only.
         augment: True for training, False for evaluation.
         extras: DALI's TrivialAugmentWide or RandAugment (2 operations of magnitude 9) after the crop; training only.
-        mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
-        rank: The rank that this loader feeds.
-        device: Where batches come out; a CUDA device decodes too.
         threads: Decoding threads of this rank.
-        seed: The seed of order and augmentation.
-        channels_last: Give images channels_last strides, without a transpose.
-        dtype: The type of the images: fp32, fp16 or bf16.
         prefetch: Batches that DALI prepares in advance.
         hw_decoder_load: Share of a batch for the GPU's JPEG unit, where it has one.
+        mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
+        options: Rank, device (a CUDA device decodes too), seed, channels_last and dtype; see `EpochLoader`.
 
     Raises:
         UserError: There are fewer images than ranks, or the evaluation crops more than it resizes to.
@@ -96,28 +93,15 @@ class DaliLoader(EpochLoader):
         augment: bool,
         resize: int = 0,
         extras: Extras = "none",
-        mixing: Mixing | None = None,
-        rank: Rank | None = None,
-        device: torch.device | str = "cpu",
         threads: int = 2,
-        seed: int = 0,
-        channels_last: bool = False,
-        dtype: torch.dtype = torch.float32,
         prefetch: int = 2,
         hw_decoder_load: float = 0.65,
+        mixing: Mixing | None = None,
+        **options: Unpack[LoaderOptions],
     ) -> None:
+        name, digest = printable(images.root), images.digest()
         super().__init__(
-            total=len(images),
-            name=printable(images.root),
-            digest=images.digest(),
-            batch=batch,
-            augment=augment,
-            mixing=mixing,
-            rank=rank,
-            device=device,
-            seed=seed,
-            dtype=dtype,
-            channels_last=channels_last,
+            total=len(images), name=name, digest=digest, batch=batch, augment=augment, mixing=mixing, **options
         )
         if not augment and resize < size:
             raise UserError(f"resize is {resize}; it must be at least size, {size}, for a centre crop.")
@@ -129,8 +113,8 @@ class DaliLoader(EpochLoader):
             "extras": extras,
             "decoder": "mixed" if self.device.type == "cuda" else "cpu",
             "hw_decoder_load": hw_decoder_load,
-            "layout": "HWC" if channels_last else "CHW",
-            "half": dtype == torch.float16,
+            "layout": "HWC" if self.channels_last else "CHW",
+            "half": self.dtype == torch.float16,
         }
         self._reader: ReadAhead | None = None
         self._iterator: Any = None

@@ -17,26 +17,20 @@ from sdnet.train.job import Job
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class LoaderOptions(TypedDict):
-    """The arguments that a job gives to the training and the validation loader alike."""
+class LoaderOptions(TypedDict, total=False):
+    """The arguments that every loader hands to `EpochLoader`."""
 
-    batch: int
     rank: Rank
-    device: torch.device
+    device: torch.device | str
     seed: int
     channels_last: bool
     dtype: torch.dtype
 
 
 def loader_options(job: Job, rank: Rank, device: torch.device) -> LoaderOptions:
-    """Return the arguments that both loaders of a job share.
-
-    Raises:
-        UserError: The batch does not divide among the ranks.
-    """
+    """Return the arguments that the training and the validation loader of a job share."""
     recipe = job.recipe
     return {
-        "batch": recipe.local_batch(rank.world),
         "rank": rank,
         "device": device,
         "seed": recipe.seed,
@@ -61,12 +55,12 @@ class EpochLoader(ABC):
         digest: A fingerprint of the set, for states.
         batch: Images of one batch of one rank.
         augment: True for training, False for evaluation.
-        mixing: Mixup and CutMix; labels are then targets [B, classes].
+        mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
         rank: The rank that this loader feeds.
         device: Where batches come out.
         seed: The seed of order and augmentation.
-        dtype: The type of the images: fp32, fp16 or bf16.
         channels_last: Give images channels_last strides.
+        dtype: The type of the images: fp32, fp16 or bf16.
 
     Raises:
         UserError: There are fewer images than ranks.
@@ -80,12 +74,12 @@ class EpochLoader(ABC):
         digest: str,
         batch: int,
         augment: bool,
-        mixing: Mixing | None,
-        rank: Rank | None,
-        device: torch.device | str,
-        seed: int,
-        dtype: torch.dtype,
-        channels_last: bool,
+        mixing: Mixing | None = None,
+        rank: Rank | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.total, self.batch, self.augment, self.mixing = total, batch, augment, mixing
         self.rank, self.device = rank or Rank(), torch.device(device)

@@ -1,14 +1,14 @@
 """Small images: all of them on the device as uint8; cropped, flipped and normalised there, without worker processes."""
 
 from collections.abc import Iterator
+from typing import Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdnet.train.data.epochs import EpochLoader
-from sdnet.train.data.loader import Rank
+from sdnet.train.data.epochs import EpochLoader, LoaderOptions
 from sdnet.train.data.mixing import Mixing
 
 # CIFAR-10's mean of RGB in [0, 255], and the usual deviation: the mean of the deviations of the single images.
@@ -31,11 +31,7 @@ class ResidentLoader(EpochLoader):
         augment: True for training, False for evaluation.
         padding: Margin on every side, in pixels; training only.
         mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
-        rank: The rank that this loader feeds.
-        device: Where images lie and batches come out.
-        seed: The seed of order and augmentation.
-        channels_last: Give images channels_last strides.
-        dtype: The type of the batches: fp32, fp16 or bf16.
+        options: Rank, device, seed, channels_last and dtype; see `EpochLoader`.
 
     Raises:
         UserError: There are fewer images than ranks.
@@ -52,34 +48,20 @@ class ResidentLoader(EpochLoader):
         augment: bool,
         padding: int = 4,
         mixing: Mixing | None = None,
-        rank: Rank | None = None,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-        channels_last: bool = False,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         super().__init__(
-            total=len(images),
-            name=name,
-            digest=digest,
-            batch=batch,
-            augment=augment,
-            mixing=mixing,
-            rank=rank,
-            device=device,
-            seed=seed,
-            dtype=dtype,
-            channels_last=channels_last,
+            total=len(images), name=name, digest=digest, batch=batch, augment=augment, mixing=mixing, **options
         )
         self._margin = padding if augment else 0
         # Images lie in memory as batches will, CHW or HWC: a crop then moves whole rows and needs no transpose.
         _, _, height, width = images.shape
         padded = F.pad(torch.from_numpy(images), (self._margin,) * 4).to(self.device)
-        if channels_last:
+        if self.channels_last:
             padded = padded.contiguous(memory_format=torch.channels_last)
         # A view of every possible crop: [N, 2 margin + 1, 2 margin + 1, C, H, W], or [..., H, W, C].
         crops = padded.unfold(2, height, 1).unfold(3, width, 1)
-        self._crops = crops.permute(0, 2, 3, 4, 5, 1) if channels_last else crops.permute(0, 2, 3, 1, 4, 5)
+        self._crops = crops.permute(0, 2, 3, 4, 5, 1) if self.channels_last else crops.permute(0, 2, 3, 1, 4, 5)
         self._labels = torch.from_numpy(labels).long().to(self.device)
         # As large as an image, which is ten times faster on a CPU than a broadcast along short rows.
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))
