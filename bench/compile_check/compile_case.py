@@ -25,6 +25,9 @@ from sdnet.kernels.triton_path.tiles import Tile
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The types that kernels are compiled for, by Triton's names. fp32 multiplies in tf32."""
 
+EVERY_LAYER = ("bf16", "fp32")
+"""The types that every layer is compiled for; fp16 differs from bf16 in the type of the instructions alone."""
+
 POINTERS = {**DTYPES, "i32": torch.int32, "i64": torch.int64}
 """What a pointer may point to."""
 
@@ -127,6 +130,19 @@ def recorded(arch: int, *kernels: tuple[ModuleType, str]) -> Iterator[list[Recor
         stack.callback(setattr, convolutions, "fp32_precision", before)
         convolutions.fp32_precision = "tf32"
         yield recorders
+
+
+def fullest(cases: list[CompileCase]) -> list[CompileCase]:
+    """Return the cases of which no other of the same kernel has all operands and more."""
+
+    def present(case: CompileCase) -> set[str]:
+        return {name for name, value in case.arguments.items() if value is not None}
+
+    return [
+        case
+        for case in cases
+        if not any(case.kernel is other.kernel and present(case) < present(other) for other in cases)
+    ]
 
 
 def cases_of_launches(recorders: list[Recorder], name: str, tensor_cores: bool = True) -> Iterator[CompileCase]:

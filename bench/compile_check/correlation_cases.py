@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sdnet.bench.compile_check.compile_case import DTYPES, CompileCase, cases_of_launches, recorded
+from sdnet.bench.compile_check.compile_case import DTYPES, EVERY_LAYER, CompileCase, cases_of_launches, recorded
 from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.kernels.triton_path.correlation import weight_gradient
 
@@ -13,14 +13,16 @@ PASS_2 = (weight_gradient, "add_splits_kernel")
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Pass 1 for every layer, type and layout, as two steps call it, other pairings for one layer, and pass 2."""
+    """Pass 1 for every layer and layout, as two steps call it, fp16 and other pairings for one layer, and pass 2."""
     for layer in distinct_layers():
-        for dtype in DTYPES:
+        for dtype in EVERY_LAYER:
             for last in (True, False):
                 yield from cases(layer, dtype, last, 2, 1, arch)
     layer = next(layer for layer in distinct_layers() if layer.channels == layer.atoms == 64)
     for head, tail in ((1, 0), (3, 0), (1, 1), (0, 3)):
         yield from cases(layer, "bf16", True, head, tail, arch)
+    for last in (True, False):
+        yield from cases(layer, "fp16", last, 2, 1, arch)
     # Between the forms: more channels than "few" holds, fewer than a block of SDNet's layers.
     narrow = layer._replace(channels=16, atoms=24)
     yield from cases(narrow, "bf16", True, 2, 1, arch)

@@ -4,7 +4,15 @@ from collections.abc import Iterator
 
 import torch
 
-from sdnet.bench.compile_check.compile_case import DTYPES, CompileCase, Recorder, cases_of_launches, recorded
+from sdnet.bench.compile_check.compile_case import (
+    DTYPES,
+    EVERY_LAYER,
+    CompileCase,
+    Recorder,
+    cases_of_launches,
+    fullest,
+    recorded,
+)
 from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.reference import Pair
@@ -32,14 +40,18 @@ CODINGS = (
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Two steps on every layer in every type; other codings, layouts and sizes on a layer of each form."""
+    """Two steps on every layer; all types, other codings, layouts and sizes on a layer of each form.
+
+    On every layer a kernel is compiled with the most operands that two steps give it, for these cost registers.
+    """
     layers = distinct_layers()
     for layer in layers:
-        for dtype in DTYPES:
-            yield from cases(layer, dtype, torch.channels_last, Coding(), arch)
+        for dtype in EVERY_LAYER:
+            yield from fullest(list(cases(layer, dtype, torch.channels_last, Coding(), arch)))
     chosen = [layer for layer in layers if layer.channels == 3]
     chosen.append(next(layer for layer in layers if layer.channels == layer.atoms == 64 and layer.stride == 1))
     for layer in chosen:
+        yield from cases(layer, "fp16", torch.channels_last, Coding(), arch)
         yield from cases(layer, "fp16", torch.contiguous_format, Coding(), arch)
         for coding in CODINGS:
             yield from cases(layer, "bf16", torch.channels_last, coding, arch, name=coding.solver)

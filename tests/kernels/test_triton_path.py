@@ -5,7 +5,7 @@ out on its other side, which hardly changes the codes and takes a whole element 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import combinations, product
 from typing import Any
@@ -187,6 +187,78 @@ def test_other_strides_through_a_copy() -> None:
     sliced = wide[:, ::2, :, 1::2]
     turned = weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     torch.testing.assert_close(case.encode(sliced, turned, lam), expected)  # in another layout, another order
+
+
+@pytest.mark.parametrize("steps", ["fused", "cudnn"])
+@pytest.mark.parametrize("view", ["a column of a table", "every second of a list", "one number for all"])
+def test_a_lambda_for_each_sample_may_be_any_view(view: str, steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNET_TRITON_PATH", steps)
+    case = Case(batch=3)
+    x, weight, _ = (leaf.detach() for leaf in case.leaves())
+    values = torch.tensor([0.1, 0.3, 0.2], device=DEVICE)
+    lam = {
+        "a column of a table": torch.stack([values, values + 5], dim=1)[:, 0],
+        "every second of a list": torch.stack([values, values + 5], dim=1).flatten()[::2],
+        "one number for all": values[:1].expand(3),
+    }[view]
+    assert not lam.is_contiguous()
+    for shaped in (lam, lam.view(3, 1, 1, 1)):
+        codes = case.encode(x, weight, shaped)
+        assert rms(codes, case.encode(x.double(), weight.double(), lam.double(), "reference")) <= TOLERANCE[x.dtype]
+
+
+def other_layout(tensor: Tensor) -> Tensor:
+    """The tensor in the memory format that it is not in."""
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
+
+
+HOOKS: dict[str, Callable[[Tensor, Case], Tensor]] = {
+    "all": lambda tensor, case: other_layout(tensor) if tensor.ndim == 4 else tensor,
+    "codes alone": lambda tensor, case: other_layout(tensor) if tensor.shape[1:2] == (case.atoms,) else tensor,
+    "all at odd addresses": lambda tensor, case: at_odd_address(tensor) if tensor.ndim == 4 else tensor,
+}
+
+
+def at_odd_address(tensor: Tensor) -> Tensor:
+    """A copy with the same strides whose first address is no multiple of 16."""
+    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return storage[1:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+@pytest.mark.parametrize("steps", ["fused", "cudnn"])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("changed", HOOKS)
+def test_saved_tensors_may_come_back_in_another_layout(
+    changed: str, channels_last: bool, steps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDNET_TRITON_PATH", steps)
+    case = Case(channels=9, n_steps=3, channels_last=channels_last, keep_residuals=True)
+    kept, hooked = case.leaves(), case.leaves()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: HOOKS[changed](t, case)):
+        codes = case.encode(*hooked)
+        codes.square().sum().backward()
+    case.encode(*kept).square().sum().backward()
+    for leaf, other in zip(kept, hooked, strict=True):
+        assert leaf.grad is not None
+        assert other.grad is not None
+        assert rms(other.grad, leaf.grad) <= 2e-6
+
+
+def test_saved_tensors_of_descriptors_may_come_back_in_another_layout(
+    descriptor_reads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
+    case = Case(channels=16, atoms=8, size=(3, 2), batch=64, half=True)
+    kept, hooked = case.leaves(case.dtype), case.leaves(case.dtype)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: HOOKS["codes alone"](t, case)):
+        codes = case.encode(*hooked)
+        assert descriptor_reads
+        codes.backward(case.grad(codes))
+    codes = case.encode(*kept)
+    codes.backward(case.grad(codes))
+    assert hooked[1].grad is not None
+    torch.testing.assert_close([leaf.grad for leaf in hooked], [leaf.grad for leaf in kept])
 
 
 def test_a_nan_stays_a_nan() -> None:
