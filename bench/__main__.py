@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("measure_training", "images per second of training steps, and the phases of a step"),
     "load": ("measure_loading", "images per second of the loaders, and the CPU time of an image"),
     "profile": ("profile_steps", "operators, launches and host syncs of a recipe's training steps"),
+    "margins": ("measure_margins", "how far step sizes are from divergence while networks learn"),
     "report": ("report", "tables and plots from the ledger"),
     "gpu-check": ("gpu_check", "tests that need a GPU, then kernels and train, in ten minutes"),
 }

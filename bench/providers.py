@@ -94,9 +94,7 @@ def layer_inputs(workload: Workload, seed: int) -> dict[str, Tensor]:
     weight = F.normalize(normal(layer.atoms, layer.channels * layer.kernel_size**2), dim=1)
     weight = weight.view(layer.atoms, layer.channels, layer.kernel_size, layer.kernel_size)
     power_vector = step_sizes.initial_power_vector((1, layer.channels, *layer.size))
-    _, eigenvalue = step_sizes.power_iteration(
-        weight, power_vector.to(workload.device), **workload.geometry, iterations=20
-    )
+    _, eigenvalue = step_sizes.largest_eigenvalue(weight, power_vector.to(workload.device), **workload.geometry)
     images, codes = (workload.batch, layer.channels, *layer.size), (workload.batch, layer.atoms, *layer.codes_size)
     tensors = {"x": normal(*images), "weight": weight, "grad": normal(*codes)}
     layout = LAYOUTS[workload.layout]

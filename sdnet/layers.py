@@ -16,8 +16,8 @@ from sdnet.kernels.step_sizes import DictionaryState
 from sdnet.state import CodingState, checked_lambda, persistent_state
 
 DEFAULT_INPUT_SIZE = 32
-FIRST_ITERATIONS = 10
-"""Power iterations at construction: enough for a safe first step size (0.9 leaves room for a low estimate)."""
+FIRST_ITERATIONS = 3
+"""Iterations of the estimate at construction: enough for a safe first step size (0.9 leaves room for a low estimate)."""
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -252,7 +252,7 @@ class CSCConv2d(CodingState):
         """Project the atoms onto the unit sphere and update power vector and step size, without a host sync.
 
         Args:
-            iterations: the number of power iterations.
+            iterations: how often `sdnet.kernels.step_sizes.estimate_eigenvalue` runs.
         """
         step_sizes.update_dictionaries([self.dictionary], iterations)
 

