@@ -111,7 +111,7 @@ class Classification:
         size = recipe.image_size
         self.facts: dict[str, Any] = {
             "provider": model,
-            "shape": {"batch": batch, "image_size": size, "n_steps": recipe.n_steps},
+            "shape": {"batch": batch, "image_size": size, "n_steps": recipe.coding.n_steps},
         }
         self.settings = {"optimizer": "SGD", "lr": lr, "seed": seed}
         self.model: nn.Module = sdnet.create_model(model, len(pictures.classes), stem="cifar", image_size=size).to(

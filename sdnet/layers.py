@@ -17,7 +17,7 @@ from sdnet.state import CodingState, checked_lambda, persistent_state
 
 DEFAULT_INPUT_SIZE = 32
 FIRST_ITERATIONS = 3
-"""Iterations of the estimate at construction: enough for a safe first step size (0.9 leaves room for a low estimate)."""
+"""Estimates at construction: enough for a safe first step size (0.9 leaves room for a low estimate)."""
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
