@@ -168,7 +168,8 @@ def estimate_eigenvalue(
     Args:
         weight: the dictionary.
         power_vector: the vector of the last estimate, or any other to start from.
-        stride, padding: of the layer's convolution.
+        stride: the stride of the layer's convolution.
+        padding: its padding.
         iterations: how many estimates, each from the vector of the one before.
 
     Shape:
