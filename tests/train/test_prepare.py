@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from sdnet.train.data.sources import read_pictures
 from sdnet.train.errors import UserError
 from sdnet.train.prepare import main, prepare
 
+MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
+
 COMMAND = [sys.executable, "-m", "sdnet.train.prepare"]
 
 
@@ -46,12 +48,12 @@ def pixels(images: ImageSet, **options) -> list[tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.fixture
-def tree(make_tree) -> Path:
+def tree(make_tree: MakeTree) -> Path:
     return make_tree([9, 8, 6], [3, 2, 2])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_shards_and_manifest_say_the_same(tree, tmp_path, workers):
+def test_shards_and_manifest_say_the_same(tree: Path, tmp_path: Path, workers: int) -> None:
     manifest = quiet(tree, tmp_path / "out", shards=3, workers=workers)
     assert manifest == json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["classes"] == ["class 00", "class 01", "class 02"]
@@ -64,7 +66,9 @@ def test_shards_and_manifest_say_the_same(tree, tmp_path, workers):
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tar", ".idx", ".json"}
 
 
-def test_pictures_that_are_small_enough_keep_their_bytes_and_give_the_folders_batches(tree, tmp_path):
+def test_pictures_that_are_small_enough_keep_their_bytes_and_give_the_folders_batches(
+    tree: Path, tmp_path: Path
+) -> None:
     quiet(tree, tmp_path / "out", shards=3)
     for folder, shards in zip(read_image_folder(tree), read_shards(tmp_path / "out"), strict=True):
         assert shards.classes == folder.classes
@@ -75,7 +79,7 @@ def test_pictures_that_are_small_enough_keep_their_bytes_and_give_the_folders_ba
                 assert all(map(torch.equal, one, two))
 
 
-def test_dalis_own_reader_takes_the_shards_and_their_indices(tree, tmp_path):
+def test_dalis_own_reader_takes_the_shards_and_their_indices(tree: Path, tmp_path: Path) -> None:
     quiet(tree, tmp_path / "out", shards=2)
     tars = sorted(map(str, (tmp_path / "out").glob("train-*.tar")))
 
@@ -91,7 +95,7 @@ def test_dalis_own_reader_takes_the_shards_and_their_indices(tree, tmp_path):
     assert stored == {train.where(at).read(): train.labels[at] for at in range(23)}
 
 
-def test_shards_of_other_origin_need_neither_manifest_nor_index(tree, tmp_path):
+def test_shards_of_other_origin_need_neither_manifest_nor_index(tree: Path, tmp_path: Path) -> None:
     quiet(tree, tmp_path / "out", shards=2)
     known = read_shards(tmp_path / "out")
     for path in [tmp_path / "out/manifest.json", *(tmp_path / "out").glob("*-00000.idx")]:
@@ -105,7 +109,7 @@ def test_shards_of_other_origin_need_neither_manifest_nor_index(tree, tmp_path):
         assert theirs.classes == ("0", "1", "2")
 
 
-def test_shrinks_the_shorter_side_and_never_enlarges():
+def test_shrinks_the_shorter_side_and_never_enlarges() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     out = BytesIO()
     Image.fromarray(noise).save(out, "JPEG", quality=95)
@@ -118,7 +122,7 @@ def test_shrinks_the_shorter_side_and_never_enlarges():
         assert suffix == "jpg"
 
 
-def test_bad_pictures_are_left_out_and_listed(tree, tmp_path):
+def test_bad_pictures_are_left_out_and_listed(tree: Path, tmp_path: Path) -> None:
     (tree / "train/class 00/002.jpg").write_bytes(b"")
     (tree / "train/class 01/003.jpg").write_text("text")
     (tree / "train/class 01/notes.txt").write_text("text")
@@ -133,7 +137,7 @@ def test_bad_pictures_are_left_out_and_listed(tree, tmp_path):
     assert len(read_shards(tmp_path / "out")[0]) == 21
 
 
-def test_links_are_not_followed(tree, tmp_path):
+def test_links_are_not_followed(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     shutil.copy(tree / "train/class 00/000.jpg", tmp_path / "outside/secret.jpg")
     (tree / "train/class 00/link.jpg").symlink_to(tmp_path / "outside/secret.jpg")
@@ -145,24 +149,26 @@ def test_links_are_not_followed(tree, tmp_path):
         quiet(tree, tmp_path / "other")
 
 
-def test_a_single_picture(make_tree, tmp_path):
+def test_a_single_picture(make_tree: MakeTree, tmp_path: Path) -> None:
     manifest = quiet(make_tree([1], [1]), tmp_path / "out", shards=5)
     assert [len(split["shards"]) for split in manifest["splits"].values()] == [1, 1]
     assert [len(images) for images in read_shards(tmp_path / "out")] == [1, 1]
 
 
-def test_a_class_folder_without_pictures(tree, tmp_path):
+def test_a_class_folder_without_pictures(tree: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tree / split / "empty").mkdir()
     with pytest.raises(UserError, match=r"class folder .*empty has no images"):
         quiet(tree, tmp_path / "out")
 
 
-def test_an_interrupted_preparation_ends_with_the_same_bytes(tree, tmp_path, monkeypatch):
+def test_an_interrupted_preparation_ends_with_the_same_bytes(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = quiet(tree, tmp_path / "whole", shards=4)
     written = []
 
-    def stop_at_the_second(*arguments):
+    def stop_at_the_second(*arguments: Any) -> Any:
         written.append(arguments)
         if len(written) == 10:
             signal.raise_signal(signal.SIGTERM)
@@ -188,7 +194,7 @@ def test_an_interrupted_preparation_ends_with_the_same_bytes(tree, tmp_path, mon
     assert not written
 
 
-def test_sigterm_to_a_preparation_with_workers(make_tree, tmp_path):
+def test_sigterm_to_a_preparation_with_workers(make_tree: MakeTree, tmp_path: Path) -> None:
     tree, out = make_tree([400], [4]), tmp_path / "out"
     command = [*COMMAND, "--data", tree, "--out", out, "--size", "20", "--shards", "40", "--workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -206,7 +212,7 @@ def test_sigterm_to_a_preparation_with_workers(make_tree, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KB."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -217,7 +223,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk(tree, small_disk):
+def test_a_full_disk(tree: Path, small_disk: Path) -> None:
     with pytest.raises(UserError, match=r"No space left on device\. Finished shards are kept"):
         quiet(tree, small_disk / "out", shards=12)
     assert not list((small_disk / "out").glob("*.tmp"))
@@ -228,7 +234,7 @@ def test_a_full_disk(tree, small_disk):
     assert quiet(tree, small_disk / "out", shards=12)["splits"]["train"]["pictures"] == 23
 
 
-def test_a_limit_on_files(tree, tmp_path):
+def test_a_limit_on_files(tree: Path, tmp_path: Path) -> None:
     """Where mounting is forbidden: writing fails in the midst of a shard just as on a full disk."""
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -257,14 +263,14 @@ def test_a_limit_on_files(tree, tmp_path):
         ),
     ],
 )
-def test_spoilt_shards_are_refused(tree, tmp_path, spoil, sentence):
+def test_spoilt_shards_are_refused(tree: Path, tmp_path: Path, spoil: Callable[[Path], object], sentence: str) -> None:
     quiet(tree, tmp_path / "out", shards=2)
     spoil(tmp_path / "out")
     with pytest.raises(UserError, match=sentence):
         read_shards(tmp_path / "out")
 
 
-def test_wrong_arguments(tree, tmp_path, capsys):
+def test_wrong_arguments(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="choose a folder outside of it"):
         quiet(tree, tree / "out")
     with pytest.raises(UserError, match="holds something else"):
@@ -275,7 +281,7 @@ def test_wrong_arguments(tree, tmp_path, capsys):
         main(["--data", str(tmp_path / "no"), "--out", str(tmp_path / "out")])
 
 
-def test_the_command_reports_its_output(tree, tmp_path, capsys):
+def test_the_command_reports_its_output(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tree / "val/class 00/001.jpg").write_bytes(b"")
     main(["--data", str(tree), "--out", str(tmp_path / "out"), "--workers", "1", "--size", "20"])
     said = capsys.readouterr().out

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sdnet.kernels.coding import Coding
-from sdnet.train.cli import parse_job
-from sdnet.train.errors import UserError
+from sdnet.train.cli import parse_job, user_errors
+from sdnet.train.errors import DataError, UserError
 from sdnet.train.job import Job
 from sdnet.train.recipes import RECIPES, Recipe, demo, imagenet_sdnet18, imagenet_sdnet18_all
 from sdnet.train.run_folder import RunFolder
@@ -308,3 +308,25 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path
     )
     parse("--out", str(tmp_path / "deep" / "run"))
     assert list(tmp_path.iterdir()) == [file]  # the check leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("lr is -1."), "error: lr is -1."),
+        (DataError("The picture a.jpg broke."), "error: The picture a.jpg broke."),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=["wrong input", "broken picture", "ctrl-c"],
+)
+def test_a_program_ends_with_a_sentence_and_a_status(
+    error: BaseException, code: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as caught, user_errors():
+        raise error
+    assert caught.value.code == code
+    monkeypatch.setenv("RANK", "1")  # the first process says what all have met; a broken picture only one
+    with pytest.raises(SystemExit) as caught, user_errors():
+        raise error
+    assert caught.value.code == (1 if type(error) is UserError else code)
