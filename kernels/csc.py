@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sdnet.kernels import checks, reference
 from sdnet.kernels.coding import Coding, coding_of, takes_coding
-from sdnet.kernels.dispatch import choose, requested
-from sdnet.kernels.operators import memory_format_of
+from sdnet.kernels.dispatch import Choice, choose, transform_of
+from sdnet.kernels.operators import csc_operator, memory_format_of
 from sdnet.kernels.reference import Pair
+from sdnet.kernels.triton_path.paths import requested_path
 
 KEEP_RESIDUALS = "SDNET_KEEP_RESIDUALS"
 
@@ -39,13 +41,16 @@ def csc_encode(
     Args:
         x: the input.
         weight: the dictionary. Atoms of unit norm make lam comparable between layers.
-        step_size: a float or a 0-d tensor (which is not read on the host); below 2 / (largest eigenvalue of A'A), 0.9
-            of its inverse as a rule (`sdnet.kernels.step_sizes`). It carries no gradient.
-        lam: the weight of |z|_1: a float, a 0-d tensor, or one value per sample, [N] or [N, 1, 1, 1].
+        step_size: a float or a 0-d tensor; as a rule 0.9 / L with L the largest eigenvalue of A'A, which is what
+            `sdnet.kernels.step_size` returns. With many steps "fista" diverges from 4/3 / L on, "ista" and "sdnet"
+            from 2 / L on. It carries no gradient.
+        lam: the weight of |z|_1: a float, a 0-d tensor, or one value per sample, [N] or [N, 1, 1, 1]. Numbers and
+            tensors on a CPU must be finite and at least 0. On other devices this is not checked, for a check would
+            wait for the device; `explain` makes it.
         stride: of the convolution, an int or a (vertical, horizontal) pair.
         padding: of the convolution, an int or a (vertical, horizontal) pair.
-        impl: "auto", "torch", "reference" (undecorated, for torch.export and higher derivatives) or "triton"
-            (`explain` says what a call would take).
+        impl: "auto", "torch", "reference" (plain torch, for torch.export, ONNX and every kind of derivative) or
+            "triton"; `explain` says what a call would take. The environment variable SDNET_IMPL replaces "auto".
         keep_residuals: whether the forward pass keeps the residuals for the backward pass, n_steps - 1 tensors of the
             size of n_dict x, instead of computing them again, a transposed convolution each. None reads the
             environment variable SDNET_KEEP_RESIDUALS, "1" for yes and "0" for no, and without it keeps them on a CPU,
@@ -57,7 +62,8 @@ def csc_encode(
         - weight: [K, n_dict C, kh, kw]
         - Output: the codes [N, K, h, w] in x's dtype (autocast's under autocast), channels_last if x or weight is.
 
-    Gradients reach x, weight and lam, once; use impl="reference" for higher derivatives.
+    Gradients reach x, weight and lam. Under the transforms of torch.func (grad, jvp, vmap, ...), in forward mode, for
+    batched gradients and for higher derivatives the reference computes the call by itself, unless impl is "triton".
 
     Raises:
         ValueError: an argument has a wrong type, shape or value.
@@ -76,21 +82,28 @@ def encode(
     padding: int | Pair,
     impl: str = "auto",
     keep_residuals: bool | None = None,
+    path: str | None = None,
 ) -> Tensor:
-    """Compute `csc_encode` for a `Coding`."""
-    x, weight, step_size, lam, stride, padding = prepared(x, weight, step_size, lam, coding, stride, padding)
-    impl, _ = requested(impl)
-    if impl == "reference":
-        return reference.csc_encode(x, weight, step_size, lam, coding, stride, padding)
-    if keep_residuals is None:
-        keep_residuals = _keeps_residuals(x)
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or lam.requires_grad)
-    options = (*coding.values(), stride, padding, impl, keep_residuals, needs_gradient)
-    return torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *options)[-1]
+    """Compute `csc_encode` for a `Coding`.
+
+    `path` is what a benchmark asks of the Triton kernels: "auto", "fused", "cudnn", or an encoded
+    `triton_path.paths.Entry`, which gives the tiles too. None reads the environment variable SDNET_TRITON_PATH.
+    """
+    call = prepared(x, weight, step_size, lam, coding, stride, padding, impl, keep_residuals, path)
+    tensors = call.x, call.weight, call.step_size, call.lam
+    if call.choice.impl == "reference":
+        return reference.csc_encode(*tensors, coding, call.stride, call.padding)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return csc_operator(
+        *tensors, coding, call.stride, call.padding, call.choice.impl, call.path, call.keep_residuals, needs_gradient
+    )
 
 
 class Prepared(NamedTuple):
-    """The checked arguments of a call: tensors of one type, step_size 0-d, lam 0-d or [N, 1, 1, 1], pairs."""
+    """A checked call, with the choice of what computes it.
+
+    The tensors are of one type, step_size is 0-d, lam 0-d or dense [N, 1, 1, 1].
+    """
 
     x: Tensor
     weight: Tensor
@@ -98,6 +111,9 @@ class Prepared(NamedTuple):
     lam: Tensor
     stride: Pair
     padding: Pair
+    choice: Choice
+    path: str
+    keep_residuals: bool
 
 
 def prepared(
@@ -108,14 +124,25 @@ def prepared(
     coding: Coding,
     stride: int | Pair,
     padding: int | Pair,
+    impl: str,
+    keep_residuals: bool | None,
+    path: str | None = None,
 ) -> Prepared:
-    """Return the checked arguments of a call, in the form that the implementations take."""
+    """Check the arguments of a call, bring them into the form that the implementations take, and choose one.
+
+    This is the only place that reads the environment.
+    """
     stride, padding = checks.pair("stride", stride, 1), checks.pair("padding", padding, 0)
     _check(x, weight, padding, coding.n_dict)
+    transform = transform_of(*(tensor for tensor in (x, weight, step_size, lam) if isinstance(tensor, Tensor)))
     step_size = _scalar_or_per_sample("step_size", step_size, x, per_sample=False)
     lam = _scalar_or_per_sample("lam", lam, x, per_sample=True)
     x, weight = _autocast(x, weight)
-    return Prepared(x, weight, step_size, lam, stride, padding)
+    choice = choose(impl, x, weight, transform)
+    keep = _keeps_residuals(x) if keep_residuals is None else checks.flag("keep_residuals", keep_residuals)
+    if path is None:
+        path = requested_path() if choice.impl == "triton" else "auto"
+    return Prepared(x, weight, step_size, lam, stride, padding, choice, path, keep)
 
 
 @takes_coding
@@ -131,30 +158,64 @@ def explain(
     keep_residuals: bool | None = None,
     **coding: Any,
 ) -> str:
-    """Return which implementation `csc_encode` takes for these arguments, and why; raise what it would raise."""
+    """Return which implementation `csc_encode` takes for these arguments, and why; raise what it would raise.
+
+    The values of tensors are checked on every device here, which waits for a GPU. `csc_encode` checks the values of
+    step_size and lam only where this costs no wait: numbers, and tensors on a CPU.
+
+    Args:
+        x: see `csc_encode`, as all other arguments.
+        weight: see `csc_encode`.
+        step_size: see `csc_encode`.
+        lam: see `csc_encode`.
+        stride: see `csc_encode`.
+        padding: see `csc_encode`.
+        impl: see `csc_encode`.
+        keep_residuals: see `csc_encode`.
+        **coding: see `csc_encode`.
+    """
     options = coding_of(explain, coding)
-    x, weight, _, _, stride, padding = prepared(x, weight, step_size, lam, options, stride, padding)
-    choice = choose(impl, x, weight)
+    call = prepared(x, weight, step_size, lam, options, stride, padding, impl, keep_residuals)
+    for name, value in (("step_size", call.step_size), ("lam", call.lam)):
+        _check_values(name, value)
+    choice = call.choice
     if choice.impl != "triton":
         return f"{choice.impl}: {choice.reason}."
     from sdnet.kernels.triton_path import loop
 
-    layer = loop.layer_of(x, weight, stride, padding, memory_format_of(x, weight))
-    return f"triton: {choice.reason}; {loop.choice_of(layer)}."
+    layer = loop.layer_of(call.x, call.weight, call.stride, call.padding, memory_format_of(call.x, call.weight))
+    return f"triton: {choice.reason}; {loop.choice_of(layer, call.path)}."
 
 
 def _scalar_or_per_sample(name: str, value: float | Tensor, x: Tensor, per_sample: bool) -> Tensor:
-    """`value` as a 0-d tensor, or [N, 1, 1, 1] where that is allowed, of at least fp32."""
+    """Return `value` as a 0-d tensor, or as a dense [N, 1, 1, 1] where that is allowed, of at least fp32."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} is {value}; it must be a finite number of at least 0.")
-        return torch.full((), value, dtype=dtype, device=x.device)
+        return torch.full((), checks.number(name, value), dtype=dtype, device=x.device)
     if value.ndim > 0 and not (per_sample and value.numel() == x.shape[0] and value.shape[0] == x.shape[0]):
         allowed = f"0-d, [{x.shape[0]}] or [{x.shape[0]}, 1, 1, 1]" if per_sample else "0-d"
         raise ValueError(f"{name} has shape {list(value.shape)}; for x of shape {list(x.shape)} it must be {allowed}.")
+    if value.is_complex():
+        raise ValueError(f"{name} is {value.dtype}; it must be real.")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and _has_values(value):
+        _check_values(name, value)
     value = value.to(device=x.device, dtype=dtype)
-    return value.reshape(-1, 1, 1, 1) if value.ndim else value
+    return value.reshape(-1, 1, 1, 1).contiguous() if value.ndim else value
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a value can be read: not within a trace, a transform of torch.func or a mode that watches operators."""
+    traced = torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return not traced and type(tensor) in (Tensor, Parameter) and transform_of(tensor) is None
+
+
+def _check_values(name: str, value: Tensor) -> None:
+    """Raise a ValueError unless all values are finite and at least 0. Waits for the device of `value`."""
+    value = value.detach()
+    least, most = (value, value) if value.ndim == 0 else (value.min(), value.max()) if value.numel() else (0.0, 0.0)
+    for extreme in (float(least), float(most)):  # a NaN is both
+        if not 0 <= extreme < float("inf"):
+            raise ValueError(f"{name} holds {extreme:.6g}; its values must be finite and at least 0.")
 
 
 def _keeps_residuals(x: Tensor) -> bool:
@@ -166,6 +227,10 @@ def _keeps_residuals(x: Tensor) -> bool:
 
 
 def _check(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) -> None:
+    """Raise a ValueError unless x and weight fit together."""
+    for name, value, shape in (("x", x, "[N, C, H, W]"), ("weight", weight, "[K, n_dict C, kh, kw]")):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is of type {type(value).__name__}; it must be a Tensor {shape}.")
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError(
             f"x has shape {list(x.shape)} and weight {list(weight.shape)}; "
@@ -173,8 +238,8 @@ def _check(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) -> None:
         )
     if weight.shape[1] != n_dict * x.shape[1]:
         raise ValueError(
-            f"x has {x.shape[1]} channels and n_dict is {n_dict}, so the atoms of weight must have "
-            f"{n_dict * x.shape[1]} channels; they have {weight.shape[1]}."
+            f"x has {x.shape[1]} channels and n_dict is {n_dict}, but the atoms of weight have {weight.shape[1]} "
+            "channels; they must have n_dict times as many as x."
         )
     if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; they must be of one floating-point type.")

@@ -1,44 +1,67 @@
 """Which implementation a call takes, and why.
 
-"torch" is the quick loop of `torch_path`, "triton" the kernels of `fused`, behind one custom operator; "reference" is
-the undecorated maths of `reference`, for torch.export and for autograd through the loop. "auto" takes triton for CUDA
-tensors where it can, and torch otherwise. The environment variable SDNET_IMPL overrides "auto".
+"torch" is the loop of `torch_path` and "triton" the loop of `triton_path`, both behind one custom operator. "reference"
+is the plain mathematics of `reference`, for torch.export and for autograd through the loop. "auto" takes triton for
+CUDA tensors where it can, and torch otherwise. The environment variable SDNET_IMPL overrides "auto".
 
-Nothing here imports Triton, and a GPU is asked about only when a call brings tensors that lie on it.
+`csc_encode` chooses once per call and hands the choice to the forward and the backward pass. A function compiled by
+torch.compile keeps the choice that was made when it was traced.
+
+Nothing here imports Triton, and a GPU is queried only when a call brings tensors that lie on it.
 """
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Impl = Literal["auto", "torch", "reference", "triton"]
 IMPLEMENTATIONS = get_args(Impl)
+
+functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 ENVIRONMENT_VARIABLE = "SDNET_IMPL"
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What the Triton kernels compute in."""
+"""The types that the Triton kernels compute in."""
 
 MOST_TAPS = 16
-"""The highest and widest atoms of the Triton kernels: a tap is a bit of half a word."""
+"""The largest height and width of the Triton kernels' atoms: a tap is a bit of half a word."""
 
 MOST_ELEMENTS = 2**30
-"""The largest sample of codes or images: within one, offsets are of 32 bits."""
+"""The largest sample of codes or images of the Triton kernels: within one, offsets have 32 bits."""
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_a_trace(function: Function) -> Function:
+    """Let torch.compile call the function while it traces, and take its result as a constant.
+
+    This is torch.compiler.assume_constant_result, which imports the whole compiler to set one attribute.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 class Choice(NamedTuple):
-    """An implementation and the sentence that gives the reason for it."""
+    """An implementation and the reason for it, a clause."""
 
     impl: Literal["torch", "reference", "triton"]
     reason: str
 
 
 def requested(impl: str) -> tuple[str, str]:
-    """The implementation that is asked for, the environment heard, and by what. ValueError for an unknown one."""
+    """Return the implementation that is asked for, and by what; the environment variable replaces "auto".
+
+    Raises:
+        ValueError: there is no such implementation.
+    """
     asked_by = "the argument impl"
     if impl == "auto" and ENVIRONMENT_VARIABLE in os.environ:
         impl, asked_by = os.environ[ENVIRONMENT_VARIABLE], f"the environment variable {ENVIRONMENT_VARIABLE}"
@@ -47,51 +70,101 @@ def requested(impl: str) -> tuple[str, str]:
     return impl, asked_by
 
 
-def choose(impl: str, x: Tensor, weight: Tensor) -> Choice:
-    """The implementation for x [N, C, H, W] and weight [K, n_dict C, kh, kw], of one type.
+def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None) -> Choice:
+    """Return the implementation for x [N, C, H, W] and weight [K, n_dict C, kh, kw], of one type.
 
-    ValueError for an unknown one, NotImplementedError for a call that Triton is asked for and cannot do.
+    Args:
+        impl: what the caller asks for.
+        x: the input.
+        weight: the dictionary.
+        transform: what `transform_of` found. Only the reference can be transformed.
+
+    Raises:
+        ValueError: there is no such implementation.
+        NotImplementedError: Triton is asked for and cannot compute this call.
     """
     impl, asked_by = requested(impl)
-    if impl == "torch" or impl == "reference":
-        return Choice(impl, f"{asked_by} asks for it")
+    if impl == "reference":
+        return Choice("reference", f"{asked_by} asks for it")
+    if transform is not None:
+        if impl == "triton":
+            raise NotImplementedError(
+                f"{asked_by} is 'triton', but its kernels have no rule for {transform}; use impl='reference'."
+            )
+        return Choice("reference", f"only the reference has a rule for {transform}")
+    if impl == "torch":
+        return Choice("torch", f"{asked_by} asks for it")
+    if impl == "auto" and not x.is_cuda:
+        return Choice("torch", f"auto takes the torch path for tensors on {x.device.type}")
     obstacle = obstacle_to_triton(x, weight)
     if impl == "triton":
         if obstacle:
             raise NotImplementedError(f"{asked_by} is 'triton', but {obstacle}.")
         return Choice("triton", f"{asked_by} asks for it")
-    if not x.is_cuda:
-        return Choice("torch", f"auto takes the torch path for tensors on {x.device.type}")
     if obstacle:
         _warn_once(f"auto takes the torch path: {obstacle}.")
         return Choice("torch", f"auto takes the torch path: {obstacle}")
     return Choice("triton", "auto takes the Triton kernels for CUDA tensors")
 
 
+def transform_of(*tensors: Tensor) -> str | None:
+    """Return what is being done to these tensors that a custom operator has no rule for; None in ordinary calls.
+
+    Such are the transforms of torch.func (grad, vmap, jvp and all that is made of them) and forward-mode derivatives.
+    """
+    if torch.compiler.is_compiling():
+        return TRANSFORM if _inside_transform() else None
+    if any(map(functorch.is_functorch_wrapped_tensor, tensors)):
+        return TRANSFORM
+    if any(map(functorch.is_legacy_batchedtensor, tensors)):
+        return "batched gradients"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return "forward-mode derivatives"
+    return None
+
+
+TRANSFORM = "the transforms of torch.func"
+
+
+@constant_in_a_trace
+def _inside_transform() -> bool:
+    # The compiler enters the levels of torch.func while it traces, and guards on them.
+    return functorch.peek_interpreter_stack() is not None
+
+
 def obstacle_to_triton(x: Tensor, weight: Tensor) -> str | None:
-    """Why the Triton kernels cannot compute this call; None if they can."""
+    """Return why the Triton kernels cannot compute this call; None if they can."""
     kernel_h, kernel_w = weight.shape[2:]
-    sample = x.shape[2] * x.shape[3] * max(weight.shape[0], weight.shape[1])  # of images; codes are hardly larger
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    largest = x.shape[2] * x.shape[3] * max(weight.shape[0], weight.shape[1])  # of images; codes are hardly larger
     if not _is_installed("triton"):
         return "Triton is not installed"
     if x.dtype not in DTYPES:
         return f"its kernels compute in {', '.join(map(_name, DTYPES))}, not in {_name(x.dtype)}"
-    if interpreted and x.dtype == torch.bfloat16:
-        return "Triton's interpreter gets bfloat16 wrong"
-    if not x.is_cuda and not interpreted:
-        return (
-            f"x is on {x.device}: its kernels need a CUDA device, "
-            "or TRITON_INTERPRET=1 in the environment before Triton is imported"
-        )
-    if x.is_cuda and torch.version.hip:
-        return "its kernels are for NVIDIA GPUs, and this is an AMD one"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(x.device)} has less"
+    if obstacle := _obstacle_of_device(x.device, x.dtype):
+        return obstacle
     if max(kernel_h, kernel_w) > MOST_TAPS:
         return f"atoms are {kernel_h}x{kernel_w}, and its kernels reach {MOST_TAPS}x{MOST_TAPS}"
-    if sample > MOST_ELEMENTS:
-        return f"a sample of {sample} elements is over its kernels' {MOST_ELEMENTS}"
+    if largest > MOST_ELEMENTS:
+        return f"a sample has more than the {MOST_ELEMENTS} elements that its kernels reach"
+    return None
+
+
+@constant_in_a_trace
+def _obstacle_of_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and dtype == torch.bfloat16:
+        return "Triton's interpreter gets bfloat16 wrong"
+    if device.type != "cuda":
+        if interpreted:
+            return None
+        return (
+            f"x is on {device}: its kernels need a CUDA device, "
+            "or TRITON_INTERPRET=1 in the environment before Triton is imported"
+        )
+    if torch.version.hip:
+        return "its kernels are for NVIDIA GPUs, and this is an AMD one"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
     return None
 
 
@@ -99,11 +172,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@constant_in_a_trace
 @cache
 def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
+@constant_in_a_trace
 @cache
 def _warn_once(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)

@@ -1,12 +1,12 @@
 """The private custom operators behind `csc_encode`: opaque to torch.compile, with a gradient written by hand.
 
-`csc_forward` returns all codes, so that its gradient can save them; `csc_encode` hands out the last. Their schemas are
-plain: step and lam are always tensors. What autograd keeps for a layer is x, weight, step, lam and the codes, and the
-residuals if asked to. Which implementation runs is chosen here, on real tensors: no compiler traces the choice.
+`csc_forward` returns all codes, so that its gradient can save them; `csc_operator` returns the last. Their schemas are
+plain: step_size and lam are always tensors, and the options are the fields of `Coding`, the geometry, and what
+`csc_encode` chose. For a backward pass autograd keeps x, weight, step_size, lam, the codes, and the residuals if asked.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdnet.kernels import torch_path
+from sdnet.kernels import flops, reference, torch_path
 from sdnet.kernels.coding import Coding
-from sdnet.kernels.dispatch import choose
-from sdnet.kernels.reference import codes_size
+from sdnet.kernels.dispatch import transform_of
+from sdnet.kernels.reference import Pair, codes_size
 
 SCHEMA_TYPES: dict[Any, str] = {int: "int", float: "float", bool: "bool"}
 """The schema's name of a field's type; a `Literal` is a str."""
@@ -53,16 +53,16 @@ def quietly_on(x: Tensor) -> Iterator[None]:
 
 def csc_forward(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *options: Any) -> list[Tensor]:
     """Return [z_1, ..., z_n], before them [r_1, ..., r_{n-1}] if keep_residuals; [z_n] alone unless keep_all."""
-    impl, keep_residuals, keep_all = options[-3:]
-    problem = problem_of(step_size, lam, options[:-3])
+    impl, path, keep_residuals, keep_all = options[-4:]
+    problem = problem_of(step_size, lam, options[:-4])
     layout = memory_format_of(x, weight)
     keep_residuals = keep_residuals and keep_all
     with quietly_on(x):
         x = x.contiguous(memory_format=layout)
-        if choose(impl, x, weight).impl == "triton":
+        if impl == "triton":
             from sdnet.kernels.triton_path import loop
 
-            codes, residuals = loop.forward(x, weight, problem, layout, keep_residuals)
+            codes, residuals = loop.forward(x, weight, problem, layout, keep_residuals, path)
         else:
             codes, residuals = torch_path.forward(x, weight, problem, keep_residuals)
     kept = [*residuals, *codes] if keep_all else codes[-1:]
@@ -72,7 +72,7 @@ def csc_forward(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *opti
 def csc_forward_fake(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *options: Any) -> list[Tensor]:
     """Return what `csc_forward` would return, without values."""
     keep_residuals, keep_all = options[-2:]
-    _, _, coding, stride, padding = problem_of(step_size, lam, options[:-3])
+    _, _, coding, stride, padding = problem_of(step_size, lam, options[:-4])
     (height, width), (kernel_h, kernel_w) = x.shape[2:], weight.shape[2:]
     codes = (x.shape[0], weight.shape[0], *codes_size((height, width), (kernel_h, kernel_w), stride, padding))
     residual = (x.shape[0], weight.shape[1], *x.shape[2:])
@@ -90,18 +90,18 @@ def csc_backward(
 
     `kept` is what csc_forward returned.
     """
-    impl, needs = options[-2:]
-    problem = problem_of(step_size, lam, options[:-2])
+    impl, path, needs = options[-3:]
+    problem = problem_of(step_size, lam, options[:-3])
     n_steps = problem.coding.n_steps
     layout = memory_format_of(x, weight)
     residuals, codes = kept[:-n_steps], kept[-n_steps:]
     wanted = torch_path.Needs(*needs)
     with quietly_on(x):
         x, grad = (tensor.contiguous(memory_format=layout) for tensor in (x, grad))
-        if choose(impl, x, weight).impl == "triton":
+        if impl == "triton":
             from sdnet.kernels.triton_path import loop
 
-            gradients = loop.backward(grad, x, weight, codes, residuals, problem, wanted, layout)
+            gradients = loop.backward(grad, x, weight, codes, residuals, problem, wanted, layout, path)
         else:
             gradients = torch_path.backward(grad, x, weight, codes, residuals, problem, wanted)
     layouts = layout, memory_format_of(weight, weight), torch.contiguous_format
@@ -125,8 +125,49 @@ def csc_backward_fake(
     ]
 
 
+def csc_operator(
+    x: Tensor,
+    weight: Tensor,
+    step_size: Tensor,
+    lam: Tensor,
+    coding: Coding,
+    stride: Pair,
+    padding: Pair,
+    impl: str,
+    path: str,
+    keep_residuals: bool,
+    needs_gradient: bool,
+) -> Tensor:
+    """Return the codes [N, K, h, w] of a checked call, by the custom operator."""
+    eager = not torch.compiler.is_compiling()
+    if eager and torch._C._len_torch_dispatch_stack():
+        flops.register()
+    options = (*coding.values(), stride, padding, impl, path, keep_residuals)
+    codes = torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *options, needs_gradient)[-1]
+    if needs_gradient and eager:
+        _allow_changes_in_place(codes)
+    return codes
+
+
+def _allow_changes_in_place(codes: Tensor) -> None:
+    """Let the backward pass accept that the codes, which it keeps, have been changed in place.
+
+    As after a convolution, `nn.ReLU(inplace=True)` may follow. The backward pass finds an empty tensor instead of codes
+    that were changed, and computes them again.
+    """
+    (*_, saved) = codes.grad_fn._raw_saved_tensors  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    # It has hooks where the caller uses torch.autograd.graph.saved_tensors_hooks, which see no changes in place.
+    with suppress(RuntimeError):
+        saved.register_hooks(lambda tensor: (tensor, tensor._version), _unchanged)
+
+
+def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
+    tensor, version = kept
+    return tensor if tensor._version == version else tensor.new_empty(0)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weight, step_size, lam, *options, _, keep_all = inputs
+    x, weight, step_size, lam, *options, keep_all = inputs
     assert keep_all, "a gradient needs all codes"
     # The backward pass does not read lambda's value. A lambda without a gradient is not saved, so that it may change in
     # place between the two passes.
@@ -136,16 +177,41 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    # csc_encode hands out the last codes alone, so no other has a gradient.
-    x, weight, step_size, lam, *kept = ctx.saved_tensors
-    needs_x, needs_weight, _, needs_lam = ctx.needs_input_grad[:4]
-    needs = [needs_x, needs_weight, needs_lam]
-    untouched = (None,) * (len(ctx.options) + 2)
-    if grads[-1] is None:
+    # csc_operator returns the last codes alone, so no other has a gradient.
+    grad, needs = grads[-1], [ctx.needs_input_grad[n] for n in (0, 1, 3)]
+    untouched = (None,) * (len(ctx.options) + 1)
+    if grad is None:
         return None, None, None, None, *untouched
-    wanted = iter(torch.ops.sdnet.csc_backward(grads[-1], x, weight, step_size, lam, kept, *ctx.options, needs))
+    x, weight, step_size, lam, *kept = ctx.saved_tensors
+    if torch.is_grad_enabled() or transform_of(grad) is not None:
+        found = _reference_gradients(grad, x, weight, step_size, lam, ctx.options, needs)
+    else:
+        if torch._C._len_torch_dispatch_stack():
+            flops.register()
+        if kept[-1].shape != grad.shape:
+            kept = torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *ctx.options, True)
+        options = ctx.options[:-1]  # without keep_residuals
+        found = torch.ops.sdnet.csc_backward(grad, x, weight, step_size, lam, kept, *options, needs)
+    wanted = iter(found)
     d_x, d_weight, d_lam = (next(wanted) if needed else None for needed in needs)
     return d_x, d_weight, None, d_lam, *untouched
+
+
+def _reference_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, options: list[Any], needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """Return the gradients for x, weight and lam that `needs` asks for, by autograd through the reference.
+
+    They can be differentiated again, and grad may be a batch of gradients (`is_grads_batched`).
+    """
+    *_, coding, stride, padding = problem_of(step_size, lam, tuple(options[:-3]))
+    create_graph = torch.is_grad_enabled()
+    with quietly_on(x), torch.enable_grad():
+        # Aliases, for x may depend on weight or lam: these are the derivatives of this call alone.
+        inputs = [tensor.view_as(tensor) for tensor in (x, weight, lam)]
+        codes = reference.csc_encode(inputs[0], inputs[1], step_size, inputs[2], coding, stride, padding)
+        wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
+        return torch.autograd.grad(codes, wanted, grad, create_graph=create_graph)
 
 
 OPTIONS = ", ".join(
@@ -170,13 +236,13 @@ def define(schema: str, function: Callable[..., list[Tensor]], fake: Callable[..
 
 define(
     f"csc_forward(Tensor x, Tensor weight, Tensor step_size, Tensor lam, {OPTIONS}, "
-    "str impl, bool keep_residuals, bool keep_all) -> Tensor[]",
+    "str impl, str path, bool keep_residuals, bool keep_all) -> Tensor[]",
     csc_forward,
     csc_forward_fake,
 )
 define(
     f"csc_backward(Tensor grad, Tensor x, Tensor weight, Tensor step_size, Tensor lam, Tensor[] kept, {OPTIONS}, "
-    "str impl, bool[] needs) -> Tensor[]",
+    "str impl, str path, bool[] needs) -> Tensor[]",
     csc_backward,
     csc_backward_fake,
 )

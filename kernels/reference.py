@@ -16,6 +16,7 @@ The gradient point p_k tells the solvers apart: "ista" has beta = 0 and p = z; "
 p = y (Beck and Teboulle 2009); "sdnet" is the official loop with p = z. For two steps beta_1 = 0 and all three agree.
 """
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
@@ -78,11 +79,16 @@ def momentum(n_steps: int, solver: Solver) -> list[float]:
 
 
 def residual_scale(residual: Tensor, data_term: DataTerm) -> Tensor | None:
-    """What the data term multiplies a residual by, per sample: None (one), or 1/2 / |r| for the norm, detached."""
+    """Return what the data term multiplies a residual by: None (one), or 1/2 / |r| of each sample for the norm.
+
+    The norm is detached. It is computed in at least fp32, in which the factor is returned, [N, 1, 1, 1]: in fp16 the
+    squares of a picture of 224 pixels overflow, and so does the factor of a small residual.
+    """
     if data_term == "squared":
         return None
-    squares = reduce(residual.detach().square(), "n c h w -> n 1 1 1", "sum")
-    return 0.5 / squares.sqrt().clamp_min(NORM_FLOOR)
+    dtype = torch.promote_types(residual.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(residual.detach(), dim=(1, 2, 3), keepdim=True, dtype=dtype)
+    return 0.5 / norm.clamp_min(NORM_FLOOR)
 
 
 def csc_encode(
@@ -112,7 +118,7 @@ def csc_encode(
         residual = target - synthesis(gradient_point, weight, size, stride, padding)
         scale = residual_scale(residual, coding.data_term)
         if scale is not None:
-            residual = residual * scale
+            residual = (residual * scale).to(x.dtype)
         previous = codes
         codes = proximal(
             extrapolated + step_size * analysis(residual, weight, stride, padding), step_size, lam, mu, nonnegative
@@ -121,12 +127,16 @@ def csc_encode(
 
 
 def objective(x: Tensor, codes: Tensor, reconstruction: Tensor, lam: Tensor, coding: Coding) -> Tensor:
-    """The objective of each sample, [N]: lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2, or |x - A z| for the norm.
+    """Return the objective of each sample, [N], in at least fp32.
 
-    The official steps descend the norm with half its gradient.
+    It is lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2, or with |x - A z| as the last term for the norm. The official steps
+    descend the norm with half its gradient: the codes that they converge to minimise the objective with
+    1/2 |x - A z| as the last term, and so not quite this one.
     """
+    dtype = torch.promote_types(codes.dtype, torch.float32)
     target = repeat(x, "n c h w -> n (d c) h w", d=coding.n_dict)
-    squares = reduce((target - reconstruction).square(), "n c h w -> n", "sum")
+    codes, lam = codes.to(dtype), lam.to(dtype)
+    squares = reduce((target.to(dtype) - reconstruction).square(), "n c h w -> n", "sum")
     data = 0.5 * squares if coding.data_term == "squared" else squares.sqrt()
     sparsity = rearrange(lam.expand(x.shape[0], 1, 1, 1), "n 1 1 1 -> n") * reduce(codes.abs(), "n k h w -> n", "sum")
     return sparsity + 0.5 * coding.mu * reduce(codes.square(), "n k h w -> n", "sum") + data

@@ -71,11 +71,10 @@ def residual_of(x: Tensor, gradient_point: Tensor, weight: Tensor, problem: Prob
 
 
 def rescaled(residual: Tensor, scale: Tensor | None, in_place: bool) -> Tensor:
-    """c r; r itself for c = None, which stands for one."""
+    """Return c r, in r's dtype and rounded once; r itself for c = None, which stands for one."""
     if scale is None:
         return residual
-    scale = scale.to(residual.dtype)
-    return residual.mul_(scale) if in_place else residual * scale
+    return residual.mul_(scale) if in_place else (residual * scale).to(residual.dtype)
 
 
 def shrink_step(y: Tensor | None, residual: Tensor, scaled_weight: Tensor, problem: Problem) -> Tensor:

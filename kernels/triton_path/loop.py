@@ -20,7 +20,7 @@ from sdnet.kernels.triton_path.cudnn import CudnnPath
 from sdnet.kernels.triton_path.fused.descriptors import aligned
 from sdnet.kernels.triton_path.fused.path import FusedPath
 from sdnet.kernels.triton_path.layer import Layer
-from sdnet.kernels.triton_path.paths import ChosenPath, Path, choose_path, requested_path
+from sdnet.kernels.triton_path.paths import AUTO, ChosenPath, Path, choose_path
 from sdnet.kernels.triton_path.pointwise import mask
 from sdnet.kernels.triton_path.tiles import Tile
 
@@ -33,9 +33,9 @@ def layer_of(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, layout: tor
     return Layer(weight, x.shape[0], (x.shape[2], x.shape[3]), stride, padding, layout)
 
 
-def choice_of(layer: Layer, asked: str | None = None) -> ChosenPath:
+def choice_of(layer: Layer, asked: str = AUTO) -> ChosenPath:
     """Return the path and the tiles of a layer; `asked` is for `choose_path`, None reads the environment."""
-    return choose_path(layer.shape, hardware.gpu_of(layer.weight.device), requested_path() if asked is None else asked)
+    return choose_path(layer.shape, hardware.gpu_of(layer.weight.device), asked)
 
 
 def path_of(layer: Layer, problem: Problem, choice: ChosenPath) -> Path:
@@ -62,7 +62,7 @@ def forward(
     problem: Problem,
     layout: torch.memory_format,
     keep_residuals: bool = False,
-    asked: str | None = None,
+    asked: str = AUTO,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return all codes [z_1, ..., z_n], each [N, K, h, w], and the residuals [r_1, ..., r_{n-1}] if kept, else none."""
     x, coding = dense(x, layout), problem.coding
@@ -100,7 +100,7 @@ def backward(
     problem: Problem,
     needs: Needs,
     layout: torch.memory_format,
-    asked: str | None = None,
+    asked: str = AUTO,
 ) -> Gradients:
     """Return the gradients for x, weight and lam from grad = dL/dz_n [N, K, h, w].
 

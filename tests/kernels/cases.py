@@ -14,6 +14,7 @@ from sdnet.bench.layer_shapes import LayerShape
 from sdnet.kernels import csc_encode, torch_path
 from sdnet.kernels.coding import CODING_FIELDS, Coding, DataTerm, Solver
 from sdnet.kernels.reference import Pair
+from sdnet.kernels.triton_path.paths import requested_path
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -110,7 +111,7 @@ class Case(Named):
         """
         x, weight, lam = (leaf.detach() for leaf in leaves)
         step_size = torch.tensor(self.step_size, device=DEVICE)
-        options = (*self.options, impl, False, True)
+        options = (*self.options, impl, requested_path(), False, True)
         codes = [z.double() for z in torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *options)]
         problem = self.problem(step_size.double(), lam.double())
         needs = torch_path.Needs(True, True, True)

@@ -281,7 +281,7 @@ def test_autograd_keeps_the_input_the_dictionary_the_codes_and_on_a_cpu_the_resi
 @some_cases
 def test_both_operators_pass_opcheck(case: Case) -> None:
     x, weight, step_size, lam = case.tensors()
-    options = (*case.options, "torch")
+    options = (*case.options, "torch", "auto")
     torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step_size, lam, *options, False, True))
     leaves = [tensor.detach() for tensor in (x, weight, step_size, lam)]
     torch.library.opcheck(torch.ops.sdnet.csc_forward, (*leaves, *options, False, False))

@@ -25,8 +25,11 @@ def encode_with(**changed: Any) -> Callable[[], Tensor]:
     [
         ({"x": torch.ones(3, 8, 8)}, r"x has shape \[3, 8, 8\].*must be \[N, C, H, W\]"),
         ({"weight": torch.ones(4, 3, 3)}, r"weight \[4, 3, 3\].*\[K, n_dict C, kh, kw\]"),
-        ({"weight": torch.ones(4, 2, 3, 3)}, "x has 3 channels.*must have 3 channels; they have 2"),
-        ({"n_dict": 2}, "n_dict is 2, so the atoms of weight must have 6 channels; they have 3"),
+        (
+            {"weight": torch.ones(4, 2, 3, 3)},
+            "x has 3 channels and n_dict is 1, but the atoms of weight have 2 channels",
+        ),
+        ({"n_dict": 2}, "n_dict is 2, but the atoms of weight have 3 channels; they must have n_dict times"),
         ({"n_dict": 0}, "n_dict is 0; it must be an int of at least 1"),
         ({"x": torch.ones(2, 3, 8, 8, dtype=torch.int64)}, "x is torch.int64.*floating-point"),
         ({"weight": torch.ones(4, 3, 3, 3, dtype=torch.float64)}, "x is torch.float32 and weight torch.float64"),

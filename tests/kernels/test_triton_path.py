@@ -301,7 +301,7 @@ def test_both_operators_pass_opcheck() -> None:
     case = Case(kernel_size=(1, 1), size=(4, 3))
     x, weight, lam = case.leaves()
     step_size = torch.tensor(case.step_size, device=DEVICE)
-    options = (*Coding(mu=0.5).values(), (1, 1), (0, 0), "triton")
+    options = (*Coding(mu=0.5).values(), (1, 1), (0, 0), "triton", "auto")
     torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step_size, lam, *options, True, True))
     leaves = [tensor.detach() for tensor in (x, weight, step_size, lam)]
     kept = torch.ops.sdnet.csc_forward(*leaves, *options, True, True)
