@@ -169,9 +169,11 @@ def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weight, step_size, lam, *options, keep_all = inputs
     assert keep_all, "a gradient needs all codes"
-    # The backward pass does not read lambda's value. A lambda without a gradient is not saved, so that it may change in
-    # place between the two passes.
+    # As a rule the backward pass does not read lambda's value, so a lambda without a gradient may change between the
+    # passes: it is not saved with the others. Where its value is needed after all, `_lambda` checks it.
     ctx.save_for_backward(x, weight, step_size, lam if lam.requires_grad else step_size, *output)
+    ctx.lam = None if lam.requires_grad else lam
+    ctx.lam_version = 0 if lam.is_inference() else lam._version
     ctx.options = options
     ctx.set_materialize_grads(False)
 
@@ -184,17 +186,31 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
         return None, None, None, None, *untouched
     x, weight, step_size, lam, *kept = ctx.saved_tensors
     if torch.is_grad_enabled() or transform_of(grad) is not None:
-        found = _reference_gradients(grad, x, weight, step_size, lam, ctx.options, needs)
+        found = _reference_gradients(grad, x, weight, step_size, _lambda(ctx, lam), ctx.options, needs)
     else:
         if torch._C._len_torch_dispatch_stack():
             flops.register()
         if kept[-1].shape != grad.shape:
-            kept = torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *ctx.options, True)
+            kept = torch.ops.sdnet.csc_forward(x, weight, step_size, _lambda(ctx, lam), *ctx.options, True)
         options = ctx.options[:-1]  # without keep_residuals
+        lam = lam if ctx.lam is None else ctx.lam
         found = torch.ops.sdnet.csc_backward(grad, x, weight, step_size, lam, kept, *options, needs)
     wanted = iter(found)
     d_x, d_weight, d_lam = (next(wanted) if needed else None for needed in needs)
     return d_x, d_weight, None, d_lam, *untouched
+
+
+def _lambda(ctx: Any, saved: Tensor) -> Tensor:
+    """Return the lambda of the forward pass, for a backward pass that solves the problem again."""
+    lam = ctx.lam
+    if lam is None:
+        return saved
+    if not lam.is_inference() and lam._version != ctx.lam_version:
+        raise RuntimeError(
+            "lam was changed in place between the forward pass and a backward pass that needs its value, because the "
+            "codes were changed in place too or higher derivatives are asked for; pass a copy of lam to the forward."
+        )
+    return lam
 
 
 def _reference_gradients(

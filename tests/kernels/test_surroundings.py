@@ -196,3 +196,15 @@ print(counter.get_total_flops())
 """
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert said.stdout.split() == [str(3 * 2 * 16)]
+
+
+def test_lambda_may_change_between_the_two_passes_unless_its_value_is_needed_again() -> None:
+    x, weight, _ = leaves()
+    lam = torch.tensor(0.1, dtype=torch.float64)
+    codes = csc_encode(x, weight, 0.2, lam, padding=1, impl="torch")
+    lam.fill_(0.5)
+    (found,) = torch.autograd.grad(codes.sum(), x, retain_graph=True)
+    expected = torch.autograd.grad(csc_encode(x, weight, 0.2, 0.1, padding=1, impl="reference").sum(), x)[0]
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match="lam was changed in place between the forward pass and a backward pass"):
+        torch.autograd.grad(codes.sum(), x, create_graph=True)
