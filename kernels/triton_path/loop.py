@@ -12,8 +12,8 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from sdnet.kernels.reference import NORM_FLOOR, Pair, momentum
-from sdnet.kernels.torch_path import Gradients, Needs, Problem, accumulate, copies_of, lam_correlation
+from sdnet.kernels.reference import Pair, momentum, residual_scale
+from sdnet.kernels.torch_path import Gradients, Needs, Problem, accumulate, copies_of, lam_correlation, rescaled
 from sdnet.kernels.triton_path import hardware
 from sdnet.kernels.triton_path.correlation.weight_gradient import ScaledPair, weight_correlation
 from sdnet.kernels.triton_path.cudnn import CudnnPath
@@ -34,7 +34,7 @@ def layer_of(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, layout: tor
 
 
 def choice_of(layer: Layer, asked: str = AUTO) -> ChosenPath:
-    """Return the path and the tiles of a layer; `asked` is for `choose_path`, None reads the environment."""
+    """Return the path and the tiles of a layer; `asked` is for `choose_path`."""
     return choose_path(layer.shape, hardware.gpu_of(layer.weight.device), asked)
 
 
@@ -46,14 +46,6 @@ def path_of(layer: Layer, problem: Problem, choice: ChosenPath) -> Path:
 def dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     """Return the tensor as kernels read it: dense, in the layer's memory format, at an address for descriptors."""
     return aligned(tensor.contiguous(memory_format=layout))
-
-
-def residual_scale(residual: Tensor, problem: Problem) -> Tensor | None:
-    """Return 1/2 / |r| of each sample in fp32, [N, 1, 1, 1], for the norm data term; None stands for 1."""
-    if problem.coding.data_term == "squared":
-        return None
-    norm = torch.linalg.vector_norm(residual, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
-    return 0.5 / norm.clamp_min(NORM_FLOOR)
 
 
 def forward(
@@ -85,7 +77,7 @@ def forward(
         needs_next = coding.solver == "fista" and k + 1 < coding.n_steps
         previous = codes[-2] if beta else None
         z, y = path.proximal_step(
-            residual, z, previous, beta, residual_scale(residual, problem), next_beta if needs_next else 0.0
+            residual, z, previous, beta, residual_scale(residual, coding.data_term), next_beta if needs_next else 0.0
         )
         codes.append(z)
     return codes, residuals
@@ -135,9 +127,9 @@ def backward(
             point = problem.extrapolated(z, codes[k - 2], beta)
         if needs.weight or norm:
             residual = path.residual(x, point) if kept is None else kept
-            scale = residual_scale(residual, problem)
+            scale = residual_scale(residual, coding.data_term)
             if needs.weight:
-                d_weight.add(residual if scale is None else residual * scale.to(residual.dtype), m, gamma)
+                d_weight.add(rescaled(residual, scale, in_place=False), m, gamma)
         if needs.lam:
             d_lam = accumulate(d_lam, lam_correlation(m, codes[k], problem))
         d_residual = path.residual_gradient(m, scale)
