@@ -12,7 +12,7 @@ from sdnet.kernels.coding import Coding, coding_of, takes_coding
 from sdnet.kernels.dispatch import Choice, choose, transform_of
 from sdnet.kernels.operators import csc_operator, memory_format_of
 from sdnet.kernels.reference import Pair
-from sdnet.kernels.triton_path.paths import requested_path
+from sdnet.kernels.triton_path import paths
 
 KEEP_RESIDUALS = "SDNET_KEEP_RESIDUALS"
 
@@ -141,7 +141,7 @@ def prepared(
     choice = choose(impl, x, weight, transform)
     keep = _keeps_residuals(x) if keep_residuals is None else checks.flag("keep_residuals", keep_residuals)
     if path is None:
-        path = requested_path() if choice.impl == "triton" else "auto"
+        path = paths.requested_path() if choice.impl == "triton" else paths.AUTO
     return Prepared(x, weight, step_size, lam, stride, padding, choice, path, keep)
 
 
@@ -184,7 +184,10 @@ def explain(
     from sdnet.kernels.triton_path import loop
 
     layer = loop.layer_of(call.x, call.weight, call.stride, call.padding, memory_format_of(call.x, call.weight))
-    return f"triton: {choice.reason}; {loop.choice_of(layer, call.path)}."
+    chosen = loop.choice_of(layer, call.path)
+    if call.path != paths.AUTO:
+        chosen = chosen._replace(reason=f"{paths.ENVIRONMENT_VARIABLE} asks for the {chosen.name} path")
+    return f"triton: {choice.reason}; {chosen}."
 
 
 def _scalar_or_per_sample(name: str, value: float | Tensor, x: Tensor, per_sample: bool) -> Tensor:

@@ -102,7 +102,7 @@ def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None) -
             raise NotImplementedError(f"{asked_by} is 'triton', but {obstacle}.")
         return Choice("triton", f"{asked_by} asks for it")
     if obstacle:
-        _warn_once(f"auto takes the torch path: {obstacle}.")
+        _warn(f"auto takes the torch path: {obstacle}.")
         return Choice("torch", f"auto takes the torch path: {obstacle}")
     return Choice("triton", "auto takes the Triton kernels for CUDA tensors")
 
@@ -136,11 +136,7 @@ def obstacle_to_triton(x: Tensor, weight: Tensor) -> str | None:
     """Return why the Triton kernels cannot compute this call; None if they can."""
     kernel_h, kernel_w = weight.shape[2:]
     largest = x.shape[2] * x.shape[3] * max(weight.shape[0], weight.shape[1])  # of images; codes are hardly larger
-    if not _is_installed("triton"):
-        return "Triton is not installed"
-    if x.dtype not in DTYPES:
-        return f"its kernels compute in {', '.join(map(_name, DTYPES))}, not in {_name(x.dtype)}"
-    if obstacle := _obstacle_of_device(x.device, x.dtype):
+    if obstacle := _obstacle_of(x.device, x.dtype):
         return obstacle
     if max(kernel_h, kernel_w) > MOST_TAPS:
         return f"atoms are {kernel_h}x{kernel_w}, and its kernels reach {MOST_TAPS}x{MOST_TAPS}"
@@ -150,7 +146,11 @@ def obstacle_to_triton(x: Tensor, weight: Tensor) -> str | None:
 
 
 @constant_in_a_trace
-def _obstacle_of_device(device: torch.device, dtype: torch.dtype) -> str | None:
+def _obstacle_of(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _is_installed("triton"):
+        return "Triton is not installed"
+    if dtype not in DTYPES:
+        return f"its kernels compute in {', '.join(map(_name, DTYPES))}, not in {_name(dtype)}"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted and dtype == torch.bfloat16:
         return "Triton's interpreter gets bfloat16 wrong"
@@ -172,13 +172,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@constant_in_a_trace
 @cache
 def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
 @constant_in_a_trace
+def _warn(sentence: str) -> None:
+    _warn_once(sentence)
+
+
 @cache
 def _warn_once(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=2)
+    warnings.warn(sentence, stacklevel=3)

@@ -116,11 +116,11 @@ def test_explain_names_the_implementation_and_the_reason(monkeypatch: pytest.Mon
     assert explain(X, WEIGHT, 0.1, 0.1) == "torch: auto takes the torch path for tensors on cpu."
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
-    expected = "triton: the argument impl asks for it; the caller asks for the fused path; A' in tiles of few "
+    expected = "triton: the argument impl asks for it; SDNET_TRITON_PATH asks for the fused path; A' in tiles of few "
     assert explain(X, WEIGHT, 0.1, 0.1, impl="triton").startswith(expected)
     monkeypatch.delenv("SDNET_TRITON_PATH")
     wide = WEIGHT.half().repeat(1, 9, 1, 1)
-    assert "cudnn steps, by rule" in explain(X.half(), wide, 0.1, 0.1, n_dict=9, impl="triton")
+    assert "the cudnn path, by rule" in explain(X.half(), wide, 0.1, 0.1, n_dict=9, impl="triton")
 
 
 def test_explain_refuses_what_csc_encode_refuses() -> None:
