@@ -43,7 +43,7 @@ WORK = ".prepare"  # inside OUT until all is done: the plan, and a record of eve
 
 
 @dataclass(frozen=True)
-class Plan:
+class Preparation:
     """The facts that decide the bytes of the output."""
 
     train: str
@@ -93,7 +93,7 @@ def prepare(
     sets = {"train": train, "val": val}
     refuse_links(source, sets)
     shards = min(shards or -(-len(train) // IMAGES_PER_SHARD), len(train))
-    plan = Plan(_fingerprint(train), _fingerprint(val), size, quality, shards)
+    plan = Preparation(_fingerprint(train), _fingerprint(val), size, quality, shards)
     if (done := _begin(out, plan)) is not None:
         say(f"Already there: {printable(out)}")
         return done
@@ -135,7 +135,7 @@ def _order(split: str, count: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(count) if split == "train" else np.arange(count)
 
 
-def _begin(out: Path, plan: Plan) -> dict[str, Any] | None:
+def _begin(out: Path, plan: Preparation) -> dict[str, Any] | None:
     """Open the output folder and return the manifest if all is done already."""
     manifest = read_manifest(out)
     noted = out / WORK / "plan.json"
@@ -206,7 +206,7 @@ def _together(
             executor.shutdown(cancel_futures=True)
 
 
-def _gather(tasks: Sequence[ShardPlan], sets: Sources, plan: Plan, records: Path) -> dict[str, Any]:
+def _gather(tasks: Sequence[ShardPlan], sets: Sources, plan: Preparation, records: Path) -> dict[str, Any]:
     """Return the manifest, made from the records of the shards."""
     splits: dict[str, Any] = {}
     for split, images in sets.items():

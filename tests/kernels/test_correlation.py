@@ -25,7 +25,7 @@ ROWS = DESCRIPTORS._replace(taps=3)
 
 
 @dataclass(frozen=True)
-class Case(Named):
+class CorrelationCase(Named):
     """Pairs to correlate, and how."""
 
     batch: int = 3
@@ -87,26 +87,34 @@ def error(actual: Tensor, wanted: Tensor) -> float:
 
 
 CASES = [
-    Case(),
-    Case(layout="channels_last"),
-    Case(layout="sliced", stride=(2, 1)),
-    Case(layout="mixed"),
-    Case(pairs=1, splits=2),
-    Case(pairs=2, size=(7, 4), splits=3),
-    Case(pairs=5, layout="channels_last"),
-    Case(batch=1, kernel_size=(1, 1), padding=(0, 0), stride=(3, 3), size=(8, 7)),
-    Case(kernel_size=(5, 5), padding=(2, 2), stride=(2, 2), size=(9, 8), pairs=1),
-    Case(kernel_size=(7, 7), padding=(3, 3), stride=(2, 2), channels=3, size=(9, 11), pairs=1, layout="channels_last"),
-    Case(kernel_size=(7, 7), padding=(3, 3), stride=(2, 2), channels=3, size=(10, 8), tile=FEW, splits=2),
-    Case(channels=3, tile=FEW, layout="channels_last"),
-    Case(kernel_size=(3, 1), padding=(2, 0), stride=(1, 2), size=(4, 9)),
-    Case(padding=(0, 0), stride=(3, 2)),
-    Case(channels=33, atoms=18, kernel_size=(3, 2), size=(4, 5), stride=(2, 2), layout="channels_last", pairs=2),
-    Case(tile=POINTERS, layout="channels_last", size=(7, 9), stride=(2, 2), pairs=2, splits=3),
-    Case(batch=35, channels=24, atoms=16, size=(3, 2), layout="channels_last", tile=ROWS, splits=2),
-    Case(batch=33, channels=8, atoms=16, size=(5, 4), stride=(2, 2), layout="channels_last", tile=ROWS, pairs=2),
-    Case(batch=40, channels=24, atoms=8, size=(6, 5), stride=(3, 2), layout="channels_last", tile=DESCRIPTORS, pairs=1),
-    Case(
+    CorrelationCase(),
+    CorrelationCase(layout="channels_last"),
+    CorrelationCase(layout="sliced", stride=(2, 1)),
+    CorrelationCase(layout="mixed"),
+    CorrelationCase(pairs=1, splits=2),
+    CorrelationCase(pairs=2, size=(7, 4), splits=3),
+    CorrelationCase(pairs=5, layout="channels_last"),
+    CorrelationCase(batch=1, kernel_size=(1, 1), padding=(0, 0), stride=(3, 3), size=(8, 7)),
+    CorrelationCase(kernel_size=(5, 5), padding=(2, 2), stride=(2, 2), size=(9, 8), pairs=1),
+    CorrelationCase(
+        kernel_size=(7, 7), padding=(3, 3), stride=(2, 2), channels=3, size=(9, 11), pairs=1, layout="channels_last"
+    ),
+    CorrelationCase(kernel_size=(7, 7), padding=(3, 3), stride=(2, 2), channels=3, size=(10, 8), tile=FEW, splits=2),
+    CorrelationCase(channels=3, tile=FEW, layout="channels_last"),
+    CorrelationCase(kernel_size=(3, 1), padding=(2, 0), stride=(1, 2), size=(4, 9)),
+    CorrelationCase(padding=(0, 0), stride=(3, 2)),
+    CorrelationCase(
+        channels=33, atoms=18, kernel_size=(3, 2), size=(4, 5), stride=(2, 2), layout="channels_last", pairs=2
+    ),
+    CorrelationCase(tile=POINTERS, layout="channels_last", size=(7, 9), stride=(2, 2), pairs=2, splits=3),
+    CorrelationCase(batch=35, channels=24, atoms=16, size=(3, 2), layout="channels_last", tile=ROWS, splits=2),
+    CorrelationCase(
+        batch=33, channels=8, atoms=16, size=(5, 4), stride=(2, 2), layout="channels_last", tile=ROWS, pairs=2
+    ),
+    CorrelationCase(
+        batch=40, channels=24, atoms=8, size=(6, 5), stride=(3, 2), layout="channels_last", tile=DESCRIPTORS, pairs=1
+    ),
+    CorrelationCase(
         batch=3,
         channels=8,
         atoms=8,
@@ -117,7 +125,7 @@ CASES = [
         tile=DESCRIPTORS,
     ),
     # Taps that reach one pixel, and none.
-    Case(
+    CorrelationCase(
         batch=3,
         channels=8,
         atoms=8,
@@ -137,7 +145,7 @@ CASES = [
     [pytest.param(case, torch.float32, id=f"{case}-fp32") for case in CASES]
     + [pytest.param(case, torch.float16, id=f"{case}-fp16") for case in CASES[1::2]],
 )
-def test_equals_pytorch_in_fp64(case: Case, dtype: torch.dtype) -> None:
+def test_equals_pytorch_in_fp64(case: CorrelationCase, dtype: torch.dtype) -> None:
     if DEVICE == "cuda" and case.tile is not None and case.tile.form == "descriptors":
         if dtype == torch.float32:
             pytest.skip("descriptors are for 16-bit types; fp32 takes them under the interpreter alone")
@@ -152,7 +160,7 @@ def test_equals_pytorch_in_fp64(case: Case, dtype: torch.dtype) -> None:
 
 
 def test_result_in_another_type_than_the_operands() -> None:
-    case = Case()
+    case = CorrelationCase()
     pairs, weight = case.tensors(torch.float16)
     actual = weight_correlation(pairs, weight.float(), case.stride, case.padding)
     assert actual.dtype == torch.float32
@@ -161,7 +169,7 @@ def test_result_in_another_type_than_the_operands() -> None:
 
 
 def test_same_call_same_bits() -> None:
-    case = Case(splits=3)
+    case = CorrelationCase(splits=3)
     pairs, weight = case.tensors(torch.float32)
     first, second = (
         weight_correlation(pairs, weight, case.stride, case.padding, "ieee", splits=case.splits) for _ in range(2)
@@ -170,13 +178,13 @@ def test_same_call_same_bits() -> None:
 
 
 def test_empty_batch_gives_zeros() -> None:
-    case = Case(batch=0)
+    case = CorrelationCase(batch=0)
     pairs, weight = case.tensors(torch.float32)
     assert torch.equal(weight_correlation(pairs, weight, case.stride, case.padding), torch.zeros_like(weight))
 
 
 def test_scale_of_zero_is_left_out() -> None:
-    case = Case()
+    case = CorrelationCase()
     pairs, weight = case.tensors(torch.float32)
     without = weight_correlation([(r, m, 0.0 if s == -1.0 else s) for r, m, s in pairs], weight, (1, 1), (1, 1), "ieee")
     kept = [pair for pair in pairs if isinstance(pair[2], Tensor)]
@@ -185,7 +193,7 @@ def test_scale_of_zero_is_left_out() -> None:
 
 
 def test_device_scale_of_zero() -> None:
-    case = Case()
+    case = CorrelationCase()
     pairs, weight = case.tensors(torch.float32)
     zero = torch.zeros((), device=DEVICE)
     pairs = [(r, m, zero if isinstance(s, Tensor) else s) for r, m, s in pairs]
@@ -195,7 +203,7 @@ def test_device_scale_of_zero() -> None:
 
 @pytest.mark.parametrize("spread", [2**30, 2**31], ids=["box beyond 2^31", "images beyond 2^31"])
 def test_tensors_past_two_to_the_31_elements(spread: int) -> None:
-    case = Case(batch=3, pairs=1, channels=2, atoms=2, size=(3, 4))
+    case = CorrelationCase(batch=3, pairs=1, channels=2, atoms=2, size=(3, 4))
     [(r, m, scale)], weight = case.tensors(torch.float16)
     # Images far apart in memory that the system hands out only where it is touched.
     storage = torch.empty(2 * spread + r[0].numel(), dtype=r.dtype, device=DEVICE)
@@ -229,14 +237,16 @@ def test_two_steps_are_one_launch() -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(batch=70, channels=64, atoms=64, size=(14, 13)),
-        Case(batch=64, channels=128, atoms=256, size=(15, 14), stride=(2, 2)),
-        Case(batch=9, channels=64, atoms=128, size=(14, 14), pairs=5),
-        Case(batch=32, channels=3, atoms=64, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), size=(31, 32)),
+        CorrelationCase(batch=70, channels=64, atoms=64, size=(14, 13)),
+        CorrelationCase(batch=64, channels=128, atoms=256, size=(15, 14), stride=(2, 2)),
+        CorrelationCase(batch=9, channels=64, atoms=128, size=(14, 14), pairs=5),
+        CorrelationCase(
+            batch=32, channels=3, atoms=64, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), size=(31, 32)
+        ),
     ],
     ids=str,
 )
-def test_on_a_gpu_no_worse_than_pytorch(case: Case, layout: Any, dtype: torch.dtype) -> None:
+def test_on_a_gpu_no_worse_than_pytorch(case: CorrelationCase, layout: Any, dtype: torch.dtype) -> None:
     pairs, weight = replace(case, layout=layout).tensors(dtype)
     right = expected(pairs, weight, case.stride, case.padding)
     actual = weight_correlation(pairs, weight, case.stride, case.padding)

@@ -25,7 +25,7 @@ GAMMA = STEP * DAMPING
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerCase:
     """A layer; its str is the test's id."""
 
     channels: int = 9
@@ -88,23 +88,23 @@ class Case:
 
 
 CASES = [
-    Case(),
-    Case(channels_last=False),
-    Case(channels=3),
-    Case(channels=3, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), size=(13, 12)),
-    Case(channels=4, kernel_size=(5, 4), stride=(3, 2), padding=(2, 1), size=(11, 9), channels_last=False),
-    Case(channels=16, atoms=16, stride=(2, 2), size=(8, 9)),
-    Case(channels=33, atoms=70, kernel_size=(1, 2), padding=(0, 0), size=(5, 4)),
-    Case(kernel_size=(2, 2), stride=(3, 3), padding=(1, 0), size=(9, 8), channels_last=False),
+    LayerCase(),
+    LayerCase(channels_last=False),
+    LayerCase(channels=3),
+    LayerCase(channels=3, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), size=(13, 12)),
+    LayerCase(channels=4, kernel_size=(5, 4), stride=(3, 2), padding=(2, 1), size=(11, 9), channels_last=False),
+    LayerCase(channels=16, atoms=16, stride=(2, 2), size=(8, 9)),
+    LayerCase(channels=33, atoms=70, kernel_size=(1, 2), padding=(0, 0), size=(5, 4)),
+    LayerCase(kernel_size=(2, 2), stride=(3, 3), padding=(1, 0), size=(9, 8), channels_last=False),
 ]
 DESCRIBED = [
-    Case(channels=16, atoms=20, described=True),
-    Case(channels=12, atoms=24, batch=18, size=(4, 5), described=True),
-    Case(channels=68, atoms=132, size=(3, 2), kernel_size=(1, 3), padding=(0, 1), described=True),
-    Case(channels=8, atoms=16, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), size=(6, 7), described=True),
-    Case(channels=8, atoms=8, kernel_size=(5, 4), stride=(3, 2), padding=(2, 1), size=(11, 9), described=True),
-    Case(channels=8, atoms=8, kernel_size=(2, 2), stride=(3, 3), padding=(1, 0), size=(9, 8), described=True),
-    Case(channels=8, atoms=8, kernel_size=(1, 1), padding=(2, 1), size=(1, 1), described=True),
+    LayerCase(channels=16, atoms=20, described=True),
+    LayerCase(channels=12, atoms=24, batch=18, size=(4, 5), described=True),
+    LayerCase(channels=68, atoms=132, size=(3, 2), kernel_size=(1, 3), padding=(0, 1), described=True),
+    LayerCase(channels=8, atoms=16, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), size=(6, 7), described=True),
+    LayerCase(channels=8, atoms=8, kernel_size=(5, 4), stride=(3, 2), padding=(2, 1), size=(11, 9), described=True),
+    LayerCase(channels=8, atoms=8, kernel_size=(2, 2), stride=(3, 3), padding=(1, 0), size=(9, 8), described=True),
+    LayerCase(channels=8, atoms=8, kernel_size=(1, 1), padding=(2, 1), size=(1, 1), described=True),
 ]
 """Channels in multiples of 16 bytes; boxes of 16 images, not always full; taps and whole atoms outside the image."""
 
@@ -134,7 +134,7 @@ def assert_near(actual: Tensor | None, expected: Tensor) -> None:
 
 @every_case
 @pytest.mark.parametrize("nonnegative", [True, False])
-def test_proximal_step(case: Case, nonnegative: bool) -> None:
+def test_proximal_step(case: LayerCase, nonnegative: bool) -> None:
     p = problem(nonnegative, samples=case.batch)
     r, z, previous, scale = case.image(1), case.codes(2), case.codes(3), case.scale
     codes, extrapolated = case.path(p).proximal_step(r, z, previous, BETA, scale, NEXT_BETA)
@@ -147,7 +147,7 @@ def test_proximal_step(case: Case, nonnegative: bool) -> None:
 
 
 @every_case
-def test_the_first_step_starts_from_zero(case: Case) -> None:
+def test_the_first_step_starts_from_zero(case: LayerCase) -> None:
     codes, extrapolated = case.path(problem()).proximal_step(case.image(1))
     assert extrapolated is None
     assert_near(codes, reference.shrink(GAMMA * case.analysis(case.image(1)), torch.tensor(GAMMA * 0.8), True))
@@ -155,14 +155,14 @@ def test_the_first_step_starts_from_zero(case: Case) -> None:
 
 @every_case
 @pytest.mark.parametrize("several", [False, True], ids=["one dictionary", "several"])
-def test_residual(case: Case, several: bool) -> None:
+def test_residual(case: LayerCase, several: bool) -> None:
     n_dict = next(n for n in (3, 2) if case.channels % n == 0) if several else 1
     x, z = case.image(1, case.channels // n_dict), case.codes(2)
     assert_near(case.path(problem()).residual(x, z), x.double().repeat(1, n_dict, 1, 1) - case.synthesis(z))
 
 
 @every_case
-def test_residual_gradient(case: Case) -> None:
+def test_residual_gradient(case: LayerCase) -> None:
     m, add, scale = case.codes(1), case.image(2), case.scale
     expected, path = GAMMA * case.synthesis(m), case.path(problem())
     assert_near(path.residual_gradient(m), expected)
@@ -170,7 +170,7 @@ def test_residual_gradient(case: Case) -> None:
 
 
 @every_case
-def test_codes_gradient_of_fista(case: Case) -> None:
+def test_codes_gradient_of_fista(case: LayerCase) -> None:
     d_residual, m, z, after = case.image(1), case.codes(2), case.codes(3), case.codes(4)
     masked, d_y = case.path(problem()).codes_gradient(d_residual, m, z, BETA, after, NEXT_BETA)
     expected = DAMPING * m.double() - case.analysis(d_residual)
@@ -179,7 +179,7 @@ def test_codes_gradient_of_fista(case: Case) -> None:
 
 
 @every_case
-def test_codes_gradient_of_the_official_loop(case: Case) -> None:
+def test_codes_gradient_of_the_official_loop(case: LayerCase) -> None:
     d_residual, m, z, after = case.image(1), case.codes(2), case.codes(3), case.codes(4)
     path = case.path(problem(solver="sdnet"))
     masked, kept = path.codes_gradient(d_residual, m, z, BETA, after, NEXT_BETA)
@@ -189,7 +189,7 @@ def test_codes_gradient_of_the_official_loop(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_forms_for_few_channels_and_for_many_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forms_for_few_channels_and_for_many_agree(case: LayerCase, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for few in (0, 100):
         monkeypatch.setattr(tiles, "FEW", few)
@@ -222,7 +222,7 @@ def test_a_descriptor_refuses_a_tensor_of_another_memory_format() -> None:
 
 @pytest.mark.parametrize("name", ["strided", "expanded"])
 def test_a_lambda_for_each_sample_may_have_any_strides(name: str) -> None:
-    case = Case(batch=3)
+    case = LayerCase(batch=3)
     table = torch.tensor([[0.4, 9.0], [0.9, 9.0], [0.6, 9.0]], device=DEVICE)
     lam = table[:, :1] if name == "strided" else torch.tensor(0.7, device=DEVICE).expand(3, 1)
     p = problem()._replace(lam=lam.view(3, 1, 1, 1))
@@ -231,7 +231,7 @@ def test_a_lambda_for_each_sample_may_have_any_strides(name: str) -> None:
 
 
 def test_the_step_size_is_read_on_the_device() -> None:
-    case, p = Case(), problem()
+    case, p = LayerCase(), problem()
     first, _ = case.path(p).proximal_step(case.image(1))
     p.step_size.mul_(0.5)
     second, _ = case.path(p).proximal_step(case.image(1))

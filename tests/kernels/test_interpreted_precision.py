@@ -161,14 +161,14 @@ CORRELATIONS = test_correlation.CASES
 
 
 @pytest.mark.parametrize("case", [*CORRELATIONS[:2], *(case for case in CORRELATIONS if case.tile)], ids=str)
-def test_a_weight_correlation_rounds_its_result_alone(case: test_correlation.Case) -> None:
+def test_a_weight_correlation_rounds_its_result_alone(case: test_correlation.CorrelationCase) -> None:
     pairs, weight = case.tensors(torch.bfloat16)
     actual = weight_correlation(pairs, weight, case.stride, case.padding, "tf32", case.tile, case.splits)
     assert_rounded_once(actual, expected(pairs, weight, case.stride, case.padding))
 
 
 @pytest.mark.parametrize("case", [case for case in CORRELATIONS if case.tile in (FEW, POINTERS)], ids=str)
-def test_a_weight_correlation_in_tf32_rounds_its_operands_alone(case: test_correlation.Case) -> None:
+def test_a_weight_correlation_in_tf32_rounds_its_operands_alone(case: test_correlation.CorrelationCase) -> None:
     pairs, weight = case.tensors(torch.float32)
     actual = weight_correlation(pairs, weight, case.stride, case.padding, "tf32", case.tile, case.splits)
     rounded = [(to_tf32(r), to_tf32(m), scale) for r, m, scale in pairs]

@@ -41,7 +41,7 @@ def _room() -> None:
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerCase:
     """A layer; its str is the test's id."""
 
     channels: int = 16
@@ -105,16 +105,16 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
 
 
-POINTWISE = [Case(), Case(channels_last=False)]
+POINTWISE = [LayerCase(), LayerCase(channels_last=False)]
 CASES = [
     *POINTWISE,
-    *(Case(3, 16, (7, 7), stride=2, size=16, channels_last=channels_last) for channels_last in (True, False)),
-    Case(size=4, described=True),
+    *(LayerCase(3, 16, (7, 7), stride=2, size=16, channels_last=channels_last) for channels_last in (True, False)),
+    LayerCase(size=4, described=True),
 ]
 
 
 @pytest.fixture(params=CASES, ids=str)
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest) -> Iterator[LayerCase]:
     """A case; one for descriptors as on sm_90, where a few images alone come by pointers."""
     reads = request.getfixturevalue("descriptor_reads") if request.param.described else []
     yield request.param
@@ -126,7 +126,7 @@ def end(tensor: Tensor) -> Tensor:
     return tensor[-TAIL:].clone()
 
 
-def assert_the_end_as_alone(case: Case, step: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor) -> None:
+def assert_the_end_as_alone(case: LayerCase, step: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor) -> None:
     """`step` of a path, whose problem has one lambda for each sample, and the tensors."""
     lam, strides = torch.linspace(0.1, 0.9, case.batch).view(-1, 1, 1, 1), (case.stride, case.stride)
     problem = Problem(torch.tensor(0.3), lam, Coding(n_steps=3, mu=0.5), strides, case.padding)
@@ -145,11 +145,11 @@ def path_of(layer: Layer, problem: Problem) -> FusedPath:
     return FusedPath(layer, problem, by_rule(layer.shape))
 
 
-def scales(case: Case) -> Tensor:
+def scales(case: LayerCase) -> Tensor:
     return torch.linspace(0.5, 1.5, case.batch).view(-1, 1, 1, 1)
 
 
-def test_proximal_step(case: Case) -> None:
+def test_proximal_step(case: LayerCase) -> None:
     def step(path: FusedPath, r: Tensor, z: Tensor, previous: Tensor, scale: Tensor) -> Any:
         return path.proximal_step(r, z, previous, 0.28, scale, 0.43)
 
@@ -157,7 +157,7 @@ def test_proximal_step(case: Case) -> None:
     assert_the_end_as_alone(case, step, case.large(case.image, 1), *codes, scales(case))
 
 
-def test_codes_gradient(case: Case) -> None:
+def test_codes_gradient(case: LayerCase) -> None:
     def step(path: FusedPath, dr: Tensor, m: Tensor, z: Tensor, later: Tensor) -> Any:
         return path.codes_gradient(dr, m, z, 0.28, later, 0.43)
 
@@ -165,7 +165,7 @@ def test_codes_gradient(case: Case) -> None:
     assert_the_end_as_alone(case, step, case.large(case.image, 1), *codes)
 
 
-def test_residual(case: Case) -> None:
+def test_residual(case: LayerCase) -> None:
     def step(path: FusedPath, x: Tensor, z: Tensor) -> Any:
         return (path.residual(x, z),)
 
@@ -173,7 +173,7 @@ def test_residual(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [replace(case, channels=32) for case in POINTWISE], indirect=True, ids=str)
-def test_residual_of_two_dictionaries(case: Case) -> None:
+def test_residual_of_two_dictionaries(case: LayerCase) -> None:
     def step(path: FusedPath, x: Tensor, z: Tensor) -> Any:
         return (path.residual(x, z),)
 
@@ -181,7 +181,7 @@ def test_residual_of_two_dictionaries(case: Case) -> None:
     assert_the_end_as_alone(case, step, x, case.large(case.codes, 2))
 
 
-def test_residual_gradient(case: Case) -> None:
+def test_residual_gradient(case: LayerCase) -> None:
     def step(path: FusedPath, m: Tensor, scale: Tensor, add: Tensor) -> Any:
         return (path.residual_gradient(m, scale, add),)
 
@@ -189,7 +189,7 @@ def test_residual_gradient(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", POINTWISE, indirect=True, ids=str)
-def test_pointwise_kernels(case: Case) -> None:
+def test_pointwise_kernels(case: LayerCase) -> None:
     def steps(path: FusedPath, v: Tensor, z: Tensor, previous: Tensor, doubled: Tensor) -> Any:
         return (
             pointwise.shrink_step(v, path.problem, z, previous, 0.4),
@@ -217,7 +217,7 @@ BOXES = 64
     [(name, channels_last) for name in TILES for channels_last in (True, False)[: 1 if name == "descriptors" else 2]],
 )
 def test_weight_correlation(name: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, tile = Case(kernel_size=(1, 1), channels_last=channels_last), TILES[name]
+    case, tile = LayerCase(kernel_size=(1, 1), channels_last=channels_last), TILES[name]
 
     def select(kernel: str, grid: Index) -> list[Index]:
         splits = range(grid[1]) if kernel == "add_splits_kernel" else [grid[1] - 1]

@@ -24,7 +24,7 @@ assert torch.Size(SHAPE).numel() > BLOCK, "several programs, the last one partly
 
 
 @dataclass(frozen=True)
-class Case(Named):
+class PointwiseCase(Named):
     """A step."""
 
     dtype: Literal["fp32", "fp16"] = "fp32"
@@ -37,16 +37,16 @@ class Case(Named):
 
 
 CASES = [
-    Case(),
-    Case(codes=False),
-    Case(beta=0.4),
-    Case(nonnegative=False),
-    Case(per_sample=True),
-    Case(layout="channels_last", codes=False, per_sample=True, mu=0.3),
-    Case(layout="channels_last", nonnegative=False, beta=0.4, per_sample=True),
-    Case(nonnegative=False, mu=0.3, beta=0.4),
-    Case(dtype="fp16", layout="channels_last", mu=0.3, beta=0.4),
-    Case(dtype="fp16", nonnegative=False, per_sample=True, codes=False),
+    PointwiseCase(),
+    PointwiseCase(codes=False),
+    PointwiseCase(beta=0.4),
+    PointwiseCase(nonnegative=False),
+    PointwiseCase(per_sample=True),
+    PointwiseCase(layout="channels_last", codes=False, per_sample=True, mu=0.3),
+    PointwiseCase(layout="channels_last", nonnegative=False, beta=0.4, per_sample=True),
+    PointwiseCase(nonnegative=False, mu=0.3, beta=0.4),
+    PointwiseCase(dtype="fp16", layout="channels_last", mu=0.3, beta=0.4),
+    PointwiseCase(dtype="fp16", nonnegative=False, per_sample=True, codes=False),
 ]
 
 
@@ -56,7 +56,7 @@ def random(*shape: int, seed: int, layout: str = "contiguous", dtype: str = "fp3
     return tensor.contiguous(memory_format=LAYOUTS[layout])
 
 
-def problem_of(case: Case) -> Problem:
+def problem_of(case: PointwiseCase) -> Problem:
     lam = torch.linspace(0.2, 0.8, SHAPE[0]).view(-1, 1, 1, 1) if case.per_sample else torch.tensor(0.5)
     step_size = torch.tensor(0.7, device=DEVICE)
     coding = Coding(mu=case.mu, nonnegative=case.nonnegative)
@@ -68,7 +68,7 @@ def error(actual: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_shrink_step(case: Case) -> None:
+def test_shrink_step(case: PointwiseCase) -> None:
     problem = problem_of(case)
     v, z, previous = (random(*SHAPE, seed=n, layout=case.layout, dtype=case.dtype) for n in range(3))
     y = z.double() + case.beta * (z.double() - previous.double()) if case.codes else 0
@@ -83,29 +83,31 @@ def test_shrink_step(case: Case) -> None:
 def test_shrink_step_in_place() -> None:
     v, z = random(*SHAPE, seed=0), random(*SHAPE, seed=1)
     kept = v.clone()
-    outside = shrink_step(v, problem_of(Case()), z)
+    outside = shrink_step(v, problem_of(PointwiseCase()), z)
     assert torch.equal(v, kept)
-    inside = shrink_step(v, problem_of(Case()), z, in_place=True)
+    inside = shrink_step(v, problem_of(PointwiseCase()), z, in_place=True)
     assert inside.data_ptr() == v.data_ptr()
     assert torch.equal(inside, outside)
 
 
 def test_operands_of_another_layout_are_copied() -> None:
     v, z = random(*SHAPE, seed=0, layout="channels_last"), random(*SHAPE, seed=1)
-    actual = shrink_step(v, problem_of(Case()), z)
-    assert torch.equal(actual, shrink_step(v, problem_of(Case()), z.contiguous(memory_format=torch.channels_last)))
+    actual = shrink_step(v, problem_of(PointwiseCase()), z)
+    assert torch.equal(
+        actual, shrink_step(v, problem_of(PointwiseCase()), z.contiguous(memory_format=torch.channels_last))
+    )
 
 
 def test_one_lambda_expanded_to_every_sample() -> None:
     v = random(*SHAPE, seed=0)
-    expanded = problem_of(Case())._replace(lam=torch.tensor(0.5, device=DEVICE).expand(SHAPE[0], 1, 1, 1))
-    assert torch.equal(shrink_step(v, expanded), shrink_step(v, problem_of(Case())))
+    expanded = problem_of(PointwiseCase())._replace(lam=torch.tensor(0.5, device=DEVICE).expand(SHAPE[0], 1, 1, 1))
+    assert torch.equal(shrink_step(v, expanded), shrink_step(v, problem_of(PointwiseCase())))
 
 
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_nan_propagates(nonnegative: bool) -> None:
     v = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0], device=DEVICE).view(1, 4, 1, 1)
-    codes = shrink_step(v, problem_of(Case(nonnegative=nonnegative))).flatten()
+    codes = shrink_step(v, problem_of(PointwiseCase(nonnegative=nonnegative))).flatten()
     assert codes[0].isnan()
     assert codes[1] == torch.inf
     assert codes[2] == (0 if nonnegative else -torch.inf)
@@ -138,5 +140,5 @@ def test_mask(layout: str, dtype: str) -> None:
 
 def test_empty_batch() -> None:
     empty = torch.empty(0, 4, 3, 3, device=DEVICE)
-    assert shrink_step(empty, problem_of(Case())).shape == empty.shape
+    assert shrink_step(empty, problem_of(PointwiseCase())).shape == empty.shape
     assert subtract(empty, empty).shape == mask(empty, empty).shape == empty.shape
