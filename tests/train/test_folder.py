@@ -79,3 +79,18 @@ def test_empty_class_folder(make_tree: MakeTree) -> None:
     (root / "train/class 00/000.jpg").unlink()
     empty = root / "train/class 00"
     assert refusal(root) == f"The class folder {empty} has no images: an empty class would shift the labels."
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", "lost+found"])
+def test_a_folder_of_the_system_is_no_class(make_tree: MakeTree, name: str) -> None:
+    root = make_tree([1, 1], [1, 1])
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "class 00", root / split / name)
+    train, val = read_image_folder(root)
+    assert train.classes == val.classes == ("class 00", "class 01")
+    assert list(train.ignored) == [name]
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    assert refusal(tmp_path / "data") == f"The data folder {tmp_path / 'data'} is not a folder."

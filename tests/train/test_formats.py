@@ -60,6 +60,20 @@ def png(depth: int, colour: int, rows: np.ndarray) -> Make:
     return lambda: b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
+def interlaced() -> bytes:
+    """An 8-bit RGB PNG in the seven passes of Adam7."""
+    passes = ((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1))
+    parts = [COLOURS[top::down, left::right] for top, down, left, right in passes]
+    rows = b"".join(b"\0" + row.tobytes() for part in parts for row in part)
+    plain = png(8, 2, np.zeros((0, 0), np.uint8))()
+    header = plain[16:28] + b"\1"  # of width, height, depth, colour and filters, then interlaced
+    body = zlib.compress(rows)
+    chunks = [(b"IHDR", header), (b"IDAT", body), (b"IEND", b"")]
+    return plain[:8] + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
 def netpbm(magic: str, most: int, values: np.ndarray) -> Make:
     """A PGM or PPM of values in [0, 255], scaled to a maximum of `most`."""
     scaled = (values.astype(float) * most / 255).round().astype(np.uint8 if most < 256 else ">u2")
@@ -109,6 +123,7 @@ ACCEPTED = {
     "JPEG, CMYK": in_mode("CMYK", format="JPEG", quality=95),
     "JPEG, progressive": encoded(RGB, format="JPEG", quality=95, progressive=True),
     "PNG": encoded(RGB, format="PNG"),
+    "PNG, interlaced": interlaced,
     "PNG, gray": encoded(GRAY, format="PNG"),
     "PNG, 1 bit": in_mode("1", format="PNG"),
     "PNG, 4-bit gray": png(4, 0, (GRAYS[:, ::2] & 0xF0) | (GRAYS[:, 1::2] >> 4)),
@@ -208,3 +223,19 @@ def test_a_kind_that_is_not_supported_is_found_by_the_check(
 def test_every_extension_has_an_accepted_kind() -> None:
     formats = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".pgm": "PGM", ".ppm": "PPM", ".webp": "WebP"}
     assert {formats.get(name, name[1:].upper()) for name in EXTENSIONS} <= {name.split(",")[0] for name in ACCEPTED}
+
+
+def test_a_jpeg_with_arithmetic_codes_is_found_by_a_full_check(tmp_path: Path) -> None:
+    """Here the marker alone says so: Pillow would decode such a file, DALI not."""
+    data = ACCEPTED["JPEG"]()
+    (tmp_path / "image.jpg").write_bytes(data.replace(b"\xff\xc0", b"\xff\xc9", 1))
+    assert inspect(Span(tmp_path / "image.jpg")) == (
+        "is a JPEG file of a kind (frame 0xc9) that is not supported: convert it to 8-bit gray or RGB"
+    )
+
+
+@pytest.mark.parametrize("verify", ["header", "full"])
+def test_an_image_of_too_many_pixels_is_found_by_its_header(tmp_path: Path, verify: Verify) -> None:
+    huge = png(8, 2, np.zeros((1, 1), np.uint8))().replace(struct.pack(">II", 90, 60), struct.pack(">II", 30000, 30000))
+    (tmp_path / "huge.png").write_bytes(huge)
+    assert inspect(Span(tmp_path / "huge.png"), verify) in ("has too many pixels", "is not a picture")

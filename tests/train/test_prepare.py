@@ -255,11 +255,17 @@ def test_a_limit_on_files(tree: Path, tmp_path: Path) -> None:
         (lambda out: os.truncate(out / "train-00001.tar", 1024), "has 1024 bytes instead of the"),
         (lambda out: (out / "manifest.json").write_text("{"), "manifest .* is broken"),
         (lambda out: (out / "manifest.json").write_text('{"version": 9}'), "not written by this version"),
-        (lambda out: (out / "train-00000.idx").write_text("v1.2 1\njpg 1 2\n"), "index .* is broken"),
-        (lambda out: (out / "train-00000.idx").write_text("nonsense\n"), "index .* is broken"),
+        (
+            lambda out: (out / "train-00000.idx").write_text("v1.2 1\njpg 1 2\n"),
+            r"0\.idx is broken: a line has 3 fields",
+        ),
+        (
+            lambda out: (out / "train-00000.idx").write_text("nonsense\n"),
+            r"0\.idx is broken: it should begin",
+        ),
         (
             lambda out: (out / "train-00000.idx").write_text("v1.2 1\njpg 512 99999999 c/0.jpg cls 0 1 c/0.cls\n"),
-            "points outside of it",
+            r"train-00000\.idx does not fit its tar",
         ),
     ],
 )
@@ -267,7 +273,7 @@ def test_spoilt_shards_are_refused(tree: Path, tmp_path: Path, spoil: Callable[[
     quiet(tree, tmp_path / "out", shards=2)
     spoil(tmp_path / "out")
     with pytest.raises(UserError, match=sentence):
-        read_shards(tmp_path / "out")
+        read_pictures(tmp_path / "out")
 
 
 def test_wrong_arguments(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,10 +122,6 @@ def test_a_damaged_shard_is_refused_or_its_loss_is_listed(
     if indexed:
         write_index(root / "train-0.tar")
     damage(root / "train-0.tar", kind, jpeg)
-    if indexed and "to the end" not in kind and ("truncated" in kind):
-        with pytest.raises(UserError, match="points outside of it"):
-            read_checked(root)
-        return
     for read in (read_pictures, read_checked):
         with pytest.raises(UserError, match=f"(?s)--bad-files skip.*{flaw}"):
             read(root)
@@ -162,7 +158,7 @@ def test_an_index_that_is_older_than_its_tar_is_found(tmp_path: Path, jpeg: byte
     assert len(read_pictures(root)[0]) == 4
     files = REWRITTEN[rewritten](jpeg)
     pack(root / "train-0.tar", files)
-    with pytest.raises(UserError, match=r"train-0\.idx does not fit its tar and is not used"):
+    with pytest.raises(UserError, match=r"train-0\.idx does not fit its tar; it is not used"):
         read_checked(root)
     checked = read_checked(root, bad_files="skip")
     assert [checked.train.where(at).read() for at in range(len(checked.train))] == [data for _, data in files[::2]]

@@ -57,7 +57,7 @@ class Layout:
         meta: The file with the names of the classes.
         names: Return the names of the classes from `meta`.
         arrays: Return the images and labels of a file.
-        official: Size and MD5 sum of the official files that have a size of their own, by name.
+        official: Size and MD5 sum of the official files by name; no sum where files of one's own have that size too.
     """
 
     dataset: str
@@ -68,7 +68,7 @@ class Layout:
     meta: str
     names: Callable[[bytes], list[str]]
     arrays: Callable[[bytes], Arrays]
-    official: dict[str, tuple[int, str]]
+    official: dict[str, tuple[int, str | None]]
 
     def find(self, root: Path) -> Path | None:
         """Return the folder or the archive of this layout in `root`, or `root` if it is one; None if there is none."""
@@ -155,7 +155,7 @@ def load_restricted(data: bytes) -> dict[str, Any]:
 
 
 def _is_official(layout: Layout, path: Path) -> bool:
-    """Return whether a file has the size of the official one, or there is no telling.
+    """Return whether a file has the size of the official one, or is none of the files that count.
 
     Raises:
         UserError: It has that size, but not its content.
@@ -165,6 +165,8 @@ def _is_official(layout: Layout, path: Path) -> bool:
     size, expected = layout.official[path.name]
     if path.stat().st_size != size:
         return False
+    if expected is None:
+        return True
     with path.open("rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != expected:
@@ -284,7 +286,10 @@ LAYOUTS = (
         meta="batches.meta.txt",
         names=_text_names,
         arrays=partial(_binary_arrays, 1),
-        official={"cifar-10-binary.tar.gz": (170052171, "c32a1d4ab5d03f1284b67883e8d87530")},
+        official={
+            "cifar-10-binary.tar.gz": (170052171, "c32a1d4ab5d03f1284b67883e8d87530"),
+            **{f"{name}.bin": (10_000 * (1 + PIXELS), None) for name in (*_BATCHES, "test_batch")},
+        },
     ),
     Layout(
         dataset="CIFAR-100",
@@ -295,6 +300,10 @@ LAYOUTS = (
         meta="fine_label_names.txt",
         names=_text_names,
         arrays=partial(_binary_arrays, 2),
-        official={"cifar-100-binary.tar.gz": (168513733, "03b5dce01913d631647c71ecec9e9cb8")},
+        official={
+            "cifar-100-binary.tar.gz": (168513733, "03b5dce01913d631647c71ecec9e9cb8"),
+            "train.bin": (50_000 * (2 + PIXELS), None),
+            "test.bin": (10_000 * (2 + PIXELS), None),
+        },
     ),
 )

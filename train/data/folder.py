@@ -13,6 +13,9 @@ from sdnet.train.data.names import printable
 from sdnet.train.data.span import Span
 from sdnet.train.errors import UserError
 
+# Folders that file systems, archives and network drives make beside those of the user.
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -23,7 +26,7 @@ class ImageSet:
         classes: The names of the classes.
         files: The names of the images, relative to `root`.
         labels: `labels[i]` is the index of the class of `files[i]` in `classes`.
-        ignored: Other entries of the folder: hidden files and folders, nested folders, loose files, other extensions.
+        ignored: Other entries: hidden files, folders of the system, nested folders, loose files, other extensions.
         lost: What should hold images and cannot be read: links to nothing, damaged parts of archives.
     """
 
@@ -101,11 +104,10 @@ def read_split(root: Path) -> ImageSet:
             f"There is no folder {printable(root)}: an ImageFolder tree holds train/<class>/ and val/<class>/."
         )
     entries = entries_of(root)
-    classes = tuple(entry.name for entry in entries if entry.name[0] != "." and is_folder(entry))
+    visible = [entry for entry in entries if entry.name[0] != "." and entry.name not in SYSTEM_FOLDERS]
+    classes = tuple(entry.name for entry in visible if is_folder(entry))
     lost = tuple(
-        Lost(printable(entry.path), "is a link whose target is missing")
-        for entry in entries
-        if entry.name[0] != "." and leads_nowhere(entry)
+        Lost(printable(entry.path), "is a link whose target is missing") for entry in visible if leads_nowhere(entry)
     )
     if not classes:
         missing = "".join(f"; {name} {reason}" for name, reason in lost[:1])

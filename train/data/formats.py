@@ -11,6 +11,7 @@ from PIL import Image, PpmImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # those that Pillow may recognise
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)  # what Pillow decodes at most
 HEAD, TAIL = 26, 12  # bytes that `looks_whole` needs
 
 _ADVICE = "convert it to 8-bit gray or RGB"
@@ -18,6 +19,7 @@ _ADVICE = "convert it to 8-bit gray or RGB"
 # interpretation: gray either way, RGB, palette, CMYK, and YCbCr, which JPEG uses.
 _TIFF_COMPRESSIONS = (1, 5, 7, 8, 32946, 32773, 50000)
 _TIFF_PHOTOMETRIC = (0, 1, 2, 3, 5, 6)
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; not lossless, not arithmetic
 _BMP_LAYOUTS = {0: (1, 4, 8, 24, 32), 1: (8,), 3: (32,)}  # compression none, run lengths, bit fields: bits per pixel
 
 
@@ -46,6 +48,8 @@ def why_unsupported(image: Image.Image, data: bytes) -> str | None:
         return _why_unsupported_tiff(image)
     if isinstance(image, PpmImagePlugin.PpmImageFile) and image.tile[0][0] != "raw":
         return f"is a PGM or PPM file in text form or with a maximum other than 255, which is not supported: {_ADVICE}"
+    if image.format in ("JPEG", "MPO") and (frame := _jpeg_frame(data)) not in _JPEG_FRAMES:
+        return f"is a JPEG file of a kind (frame {frame:#x}) that is not supported: {_ADVICE}"
     if image.format == "BMP" and int.from_bytes(data[14:18], "little") >= 40:  # older headers are plain
         bits, compression = (int.from_bytes(data[at : at + 2], "little") for at in (28, 30))
         if bits not in _BMP_LAYOUTS.get(compression, ()):
@@ -57,7 +61,28 @@ def looks_whole(head: bytes, tail: bytes) -> bool:
     """Return whether the first `HEAD` and last `TAIL` bytes are those of a complete JPEG or a supported PNG file."""
     jpeg = head.startswith(b"\xff\xd8\xff") and tail.endswith(b"\xff\xd9")
     png = head.startswith(b"\x89PNG\r\n\x1a\n") and tail == b"\0\0\0\0IEND\xaeB`\x82"
-    return jpeg or (png and head[24:26] != b"\x10\0")  # not 16-bit gray
+    return jpeg or (png and head[24:26] != b"\x10\0" and _png_pixels(head) <= MOST_PIXELS)  # not 16-bit gray
+
+
+def _png_pixels(head: bytes) -> int:
+    """Return the number of pixels of a PNG file."""
+    return int.from_bytes(head[16:20], "big") * int.from_bytes(head[20:24], "big")
+
+
+def _jpeg_frame(data: bytes) -> int:
+    """Return the marker of a JPEG's frame, which tells how it is coded; 0 if there is none."""
+    at = 2
+    while at + 4 <= len(data):
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at] != 0xFF:
+            break
+        if marker == 0xFF:  # a byte that fills
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # not tables of codes, nor an extension
+            return marker
+        else:
+            at += 2 + length
+    return 0
 
 
 def _why_unsupported_tiff(image: TiffImagePlugin.TiffImageFile) -> str | None:

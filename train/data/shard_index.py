@@ -14,7 +14,6 @@ from typing import BinaryIO
 from sdnet.train.data.archives import Listing, Lost, Member, list_tar, why_incomplete
 from sdnet.train.data.formats import EXTENSIONS
 from sdnet.train.data.names import printable
-from sdnet.train.errors import UserError
 
 INDEX_HEADER = "v1.2"
 Sample = tuple[Member, Member]  # an image and its label
@@ -27,20 +26,28 @@ def read_samples(path: Path) -> tuple[list[Sample], list[Lost]]:
     """Return the samples of a shard in their order, and what of it is lost.
 
     Raises:
-        UserError: The shard or its index cannot be read, or the index points outside of the shard.
+        UserError: The shard cannot be read.
     """
     if not path.is_file():
         missing = "is a link whose target is missing" if path.is_symlink() else "is not a regular file"
         return [], [Lost(printable(path), missing)]
     index = path.with_suffix(".idx")
-    indexed = _read_index(index, path) if index.is_file() else None
-    if indexed is not None and _accounts_for(path, indexed):
-        return _samples(indexed, path)
+    indexed: list[list[Member]] = []
+    flaw = None
+    if index.is_file():
+        try:
+            indexed = _read_index(index)
+        except (OSError, ValueError) as error:
+            flaw = f"is broken: {error}"
+        if flaw is None and _accounts_for(path, indexed):
+            return _samples(indexed, path)
     listing = list_tar(path)
     samples, lost = _samples(_grouped(listing), path)
     lost = [*listing.lost, *lost]
-    if indexed is not None and _samples(indexed, path)[0] != samples:
-        lost.append(Lost(printable(index), "does not fit its tar and is not used: make it again, or remove it"))
+    if flaw is None and index.is_file() and _samples(indexed, path)[0] != samples:
+        flaw = "does not fit its tar"
+    if flaw is not None:
+        lost.append(Lost(printable(index), f"{flaw}; it is not used: make it again, or remove it"))
     return samples, lost
 
 
@@ -50,32 +57,29 @@ def index_line(image: Member, label: Member) -> str:
     return " ".join(parts) + "\n"
 
 
-def _read_index(index: Path, tar: Path) -> list[list[Member]]:
-    """Return the members of each sample as the index gives them."""
-    end = tar.stat().st_size
-    try:
-        text = index.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        header, *lines = text.removesuffix("\n").split("\n")
-        version, count = header.split()
-        if version != INDEX_HEADER or int(count) != len(lines):
-            raise ValueError(f"it should begin with {INDEX_HEADER} {len(lines)}")
-        fields = [line.split() for line in lines]
-        samples = [
-            [Member(row[at + 3], int(row[at + 1]), int(row[at + 2])) for at in range(0, len(row), 4)] for row in fields
-        ]
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"The index {printable(index)} is broken: {error}.") from error
-    for sample in samples:
-        for member in sample:
-            if member.offset < 0 or member.size < 0 or member.offset + member.size > end:
-                raise UserError(f"The index of {printable(tar)} points outside of it, at {printable(member.name)}.")
-    return samples
+def _read_index(index: Path) -> list[list[Member]]:
+    """Return the members of each sample as the index gives them.
+
+    Raises:
+        OSError: The index cannot be read.
+        ValueError: It is no index.
+    """
+    text = index.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    header, *lines = text.removesuffix("\n").split("\n")
+    if header.split() != [INDEX_HEADER, str(len(lines))]:
+        raise ValueError(f"it should begin with {INDEX_HEADER} {len(lines)}")
+    rows = [line.split() for line in lines]
+    if short := next((row for row in rows if len(row) % 4), None):
+        raise ValueError(f"a line has {len(short)} fields, not four for each member")
+    return [[Member(row[at + 3], int(row[at + 1]), int(row[at + 2])) for at in range(0, len(row), 4)] for row in rows]
 
 
 def _accounts_for(path: Path, samples: list[list[Member]]) -> bool:
     """Return whether the members of an index are all that the tar holds, each where the index says."""
     members = sorted((member for sample in samples for member in sample), key=lambda member: member.offset)
     if not members or len({member.name for member in members}) != len(members):
+        return False
+    if members[-1].offset + members[-1].size > path.stat().st_size:
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
         position = 0

@@ -62,8 +62,8 @@ def read_shards(root: Path) -> tuple[TarSet, TarSet]:
     """Return the training and validation set under `root`.
 
     Raises:
-        UserError: Shards are missing, changed, or point outside of their tars; the labels of the training set have
-            gaps, or the validation set has others; or the manifest is unreadable.
+        UserError: Shards are missing or changed; the labels of the training set have gaps, or the validation set has
+            others; or the manifest is unreadable.
     """
     manifest = read_manifest(root)
     if manifest is not None:
