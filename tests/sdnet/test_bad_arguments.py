@@ -112,6 +112,12 @@ CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: m(images(1, 3, 8, 8), lam=torch.ones(2)),
         r"lam has shape \[2\]; for x of shape \[1, 3, 8, 8\] it must be 0-d",
     ),
+    "forward: lam is a string": (lambda m: m(images(1, 3, 8, 8), lam="0.1"), "lam is '0.1'" + NUMBER),
+    "forward: lam is a list": (lambda m: m(images(1, 3, 8, 8), lam=[0.1]), r"lam is \[0.1\]" + NUMBER),
+    "forward: negative tensor": (
+        lambda m: m(images(1, 3, 8, 8), lam=torch.tensor(-1.0)),
+        "lam holds -1; its values must be",
+    ),
     "reconstruct: 3-d codes": (lambda m: m.reconstruct(images(8, 4, 4)), r"codes is .*\[8, 4, 4\]; it must be"),
     "reconstruct: channels": (lambda m: m.reconstruct(images(2, 3, 4, 4)), r"shape \[2, 3, 4, 4\]; .*\[N, 8, h, w\]"),
     "reconstruct: None": (lambda m: m.reconstruct(None), "codes is None; it must be a tensor"),

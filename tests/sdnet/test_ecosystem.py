@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, stack_module_state, vmap
 from torch.optim.swa_utils import AveragedModel
 
 import sdnet
@@ -337,6 +337,17 @@ def test_a_compiled_model_is_not_compiled_again_for_another_lambda() -> None:
         sdnet.set_lambda(model, per_sample)
         torch.testing.assert_close(forward(x), model(x), rtol=0, atol=1e-6)
     assert compilations == 2
+
+
+def test_an_ensemble_is_computed_by_vmap() -> None:
+    models = [network(seed) for seed in range(3)]
+    parameters, buffers = stack_module_state(cast(list[nn.Module], models))
+    skeleton, x = copy.deepcopy(models[0]).to("meta"), images()
+
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return functional_call(skeleton, (parameters, buffers), x)
+
+    torch.testing.assert_close(vmap(call)(parameters, buffers), torch.stack([model(x) for model in models]))
 
 
 def test_ddp_leaves_lambda_and_power_vectors_of_every_rank_alone(tmp_path: Path) -> None:
