@@ -21,7 +21,7 @@ from sdnet.train.job import Job
 from sdnet.train.metrics import LossMeter, LossReading, evaluate, of_all_ranks
 from sdnet.train.progress import Display, Stopwatch, peak_memory
 from sdnet.train.schedule import learning_rate
-from sdnet.train.step_size_check import DIVERGENCE, converge_step_sizes, converged_step_sizes
+from sdnet.train.step_sizes import DIVERGENCE, converge_step_sizes, converged_step_sizes, measured_margins
 
 OpenData = Callable[[Job, Rank, torch.device], Data]
 
@@ -213,9 +213,12 @@ class Trainer:
         return NonFiniteLossError(f"{what} became infinite or NaN {when}, in epoch {self.state.epoch + 1}; {kept}.")
 
     def _report(self) -> None:
-        """Show and log where the run stands; a host sync."""
+        """Show and log where the run stands; a few host syncs."""
         loss, rate, step = self._read_loss().recent, self.optimizer.param_groups[0]["lr"], self.state.step
-        self.accelerator.log({"train/loss": loss, "train/lr": rate}, step)
+        if self.accelerator.is_main_process:  # the layers of all ranks are equal
+            margin = self._check_margins(measured_margins(self.model))
+            facts = {"loss": loss, "lr": rate, **margin}
+            self.accelerator.log({f"train/{name}": value for name, value in facts.items()}, step)
         self.display.show(
             step,
             f"epoch {self.state.epoch + 1}  loss {loss:.3f}  lr {rate:.2g}  {self._speed():.0f} images/s  "

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sdnet
 from sdnet.step_size import csc_layers
@@ -27,7 +28,7 @@ from sdnet.train.metrics import evaluate
 from sdnet.train.recipes import Recipe, demo
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.schedule import learning_rate
-from sdnet.train.step_size_check import converge_step_sizes, converged_step_sizes
+from sdnet.train.step_sizes import converge_step_sizes, converged_step_sizes, measured_margins
 from sdnet.train.trainer import Trainer
 
 WriteTree = Callable[[Path, Sequence[int], Sequence[int]], Path]
@@ -236,6 +237,7 @@ def test_the_margin_is_step_size_times_eigenvalue_before_the_convergence() -> No
     sdnet.refresh_step_size(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     csc_layers(model)["stem.conv"].step_size.mul_(2)
+    assert measured_margins(model) == pytest.approx(sdnet.step_margins(model), rel=0.01)
     with converged_step_sizes(model):
         assert sdnet.step_margins(model)["stem.conv"] == pytest.approx(0.9, rel=1e-3)
     assert torch.equal(model.state_dict()["stem.conv.step_size"], 2 * before["stem.conv.step_size"])
@@ -244,8 +246,25 @@ def test_the_margin_is_step_size_times_eigenvalue_before_the_convergence() -> No
     assert sdnet.step_margins(model) == pytest.approx(dict.fromkeys(margins, 0.9), rel=1e-3)
 
 
+def test_measured_margins_follow_weights_that_move_at_once() -> None:
+    """The power vectors are from before, as after a step of an optimiser without the hook of `sdnet.attach`."""
+    model = sdnet.create_model("sdnet18_all", 3, stem="cifar", image_size=8)
+    sdnet.refresh_step_size(model)
+    with torch.no_grad():
+        for layer in csc_layers(model).values():
+            layer.weight.add_(0.05)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert measured_margins(model) == pytest.approx(sdnet.step_margins(model), rel=0.01)
+    assert max(measured_margins(model).values()) > 4 / 3
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_the_largest_step_margin_is_logged(whole: Path) -> None:
-    assert all(0.5 < line["step_margin"] < 3 for line in RunFolder(whole).metrics())
+    assert all(0.8 < line["step_margin"] < 1.1 for line in RunFolder(whole).metrics())
+    events = EventAccumulator(str(whole / "tensorboard")).Reload()
+    reports = [(event.step, event.value) for event in events.Scalars("train/step_margin")]
+    assert [step for step, _ in reports] == [2, 4, 6, 8, 10]
+    assert all(0.8 < margin < 1.1 for _, margin in reports)
 
 
 def test_a_step_size_that_diverges_is_reported_once(
