@@ -20,7 +20,9 @@ def csc_layers(model: nn.Module) -> dict[str, CSCConv2d]:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {checks.shown(model)}; it must be an nn.Module.")
-    return {name: module for name, module in model.named_modules() if isinstance(module, CSCConv2d)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, CSCConv2d)}
+    # torch.compile adds a part to the names, which are otherwise those of the model.
+    return {".".join(part for part in name.split(".") if part != "_orig_mod"): layer for name, layer in layers.items()}
 
 
 def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> RemovableHandle:

@@ -135,11 +135,13 @@ def test_a_model_that_is_compiled_already_is_recorded(model: nn.Sequential, x: t
         return graph.forward
 
     forward = torch.compile(model, backend=backend, fullgraph=True)
+    assert isinstance(forward, nn.Module)
     forward(x)
-    for scale in (1, 2, 3):
-        with sdnet.record(model) as recording:
+    for scale, recorded in ((1, model), (2, forward), (3, model)):
+        with sdnet.record(recorded) as recording:
             forward(scale * x)
             actual = recording.diagnose()
+        assert list(actual) == ["0", "2"]
         for name, expected in sdnet.diagnose(model, scale * x).items():
             for ours, theirs in zip(actual[name], expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
