@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sdnet.kernels import checks, reference
+from sdnet.kernels import checks, reference, step_sizes
 from sdnet.kernels.coding import Coding, coding_of, takes_coding
 from sdnet.kernels.dispatch import Choice, choose, transform_of
 from sdnet.kernels.operators import csc_operator, memory_format_of
@@ -190,6 +190,48 @@ def explain(
     return f"triton: {choice.reason}; {chosen}."
 
 
+def step_size(
+    weight: Tensor, image_size: int | Pair, stride: int | Pair = 1, padding: int | Pair = 0, tolerance: float = 1e-5
+) -> Tensor:
+    """Return the step size for a dictionary: 0.9 / L, with L the largest eigenvalue of A'A on images of one size.
+
+    It is safe for every solver, and what `CSCConv2d` converges to. Compute it again when the weight, the geometry or
+    the size of the images changes.
+
+    Args:
+        weight: the dictionary.
+        image_size: height and width of the images, an int or a pair.
+        stride: of the convolution, an int or a (vertical, horizontal) pair.
+        padding: of the convolution, an int or a (vertical, horizontal) pair.
+        tolerance: the relative error at which the eigenvalue is accepted.
+
+    Shape:
+        - weight: [K, n_dict C, kh, kw]
+        - Output: 0-d, fp32, on the device of weight. The host waits for the device.
+
+    Raises:
+        ValueError: an argument has a wrong type, shape or value, or weight holds NaN or infinite values.
+
+    Example:
+        >>> weight = torch.nn.functional.normalize(torch.randn(16, 27)).view(16, 3, 3, 3)
+        >>> x = torch.randn(8, 3, 32, 32)
+        >>> codes = csc_encode(x, weight, step_size(weight, 32, padding=1), 0.1, padding=1)
+    """
+    if not isinstance(weight, Tensor) or weight.ndim != 4 or not weight.is_floating_point():
+        given = checks.shown(weight) if not isinstance(weight, Tensor) else f"{weight.dtype} {list(weight.shape)}"
+        raise ValueError(f"weight is {given}; it must be a floating-point tensor [K, n_dict C, kh, kw].")
+    size, stride = checks.pair("image_size", image_size, 1), checks.pair("stride", stride, 1)
+    padding = checks.pair("padding", padding, 0)
+    if any(n + 2 * p < k for n, p, k in zip(size, padding, weight.shape[2:], strict=True)):
+        raise ValueError(
+            f"image_size is {list(size)} with padding {list(padding)}, too small for atoms of {list(weight.shape[2:])}."
+        )
+    start = step_sizes.initial_power_vector((1, weight.shape[1], *size)).to(weight.device)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        _, eigenvalue = step_sizes.largest_eigenvalue(weight, start, stride, padding, tolerance)
+        return step_sizes.step_size_of(eigenvalue)
+
+
 def _scalar_or_per_sample(name: str, value: float | Tensor, x: Tensor, per_sample: bool) -> Tensor:
     """Return `value` as a 0-d tensor, or as a dense [N, 1, 1, 1] where that is allowed, of at least fp32."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -222,7 +264,7 @@ def _check_values(name: str, value: Tensor) -> None:
 
 
 def _keeps_residuals(x: Tensor) -> bool:
-    """What the environment asks for, else whether x is on a CPU."""
+    """Return what the environment asks for, else whether x is on a CPU."""
     asked = os.environ.get(KEEP_RESIDUALS)
     if asked not in (None, "0", "1"):
         raise ValueError(f"The environment variable {KEEP_RESIDUALS} is {asked!r}; it must be 1 or 0.")
@@ -254,7 +296,7 @@ def _check(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) -> None:
 
 
 def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype where it is on, as conv2d would have them."""
+    """Return both in autocast's dtype where it is on, as conv2d would have them."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight
     dtype = torch.get_autocast_dtype(x.device.type)

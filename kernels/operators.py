@@ -24,7 +24,7 @@ SCHEMA_TYPES: dict[Any, str] = {int: "int", float: "float", bool: "bool"}
 
 
 def memory_format_of(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """channels_last if x or weight is unmistakably so, as convolutions choose."""
+    """Return channels_last if x or weight is unambiguously so, as convolutions choose."""
     for tensor in (x, weight):
         if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
@@ -44,8 +44,8 @@ def cached_coding(*values: Any) -> Coding:
 
 
 @contextmanager
-def quietly_on(x: Tensor) -> Iterator[None]:
-    """x's device is the current one, for Triton launches there, and autocast is off."""
+def plain_context(x: Tensor) -> Iterator[None]:
+    """Make x's device the current one, for Triton launches there, and turn autocast off."""
     device = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
     with device, torch.autocast(x.device.type, enabled=False):
         yield
@@ -57,7 +57,7 @@ def csc_forward(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *opti
     problem = problem_of(step_size, lam, options[:-4])
     layout = memory_format_of(x, weight)
     keep_residuals = keep_residuals and keep_all
-    with quietly_on(x):
+    with plain_context(x):
         x = x.contiguous(memory_format=layout)
         if impl == "triton":
             from sdnet.kernels.triton_path import loop
@@ -96,7 +96,7 @@ def csc_backward(
     layout = memory_format_of(x, weight)
     residuals, codes = kept[:-n_steps], kept[-n_steps:]
     wanted = torch_path.Needs(*needs)
-    with quietly_on(x):
+    with plain_context(x):
         x, grad = (tensor.contiguous(memory_format=layout) for tensor in (x, grad))
         if impl == "triton":
             from sdnet.kernels.triton_path import loop
@@ -222,7 +222,7 @@ def _reference_gradients(
     """
     *_, coding, stride, padding = problem_of(step_size, lam, tuple(options[:-3]))
     create_graph = torch.is_grad_enabled()
-    with quietly_on(x), torch.enable_grad():
+    with plain_context(x), torch.enable_grad():
         # Aliases, for x may depend on weight or lam: these are the derivatives of this call alone.
         inputs = [tensor.view_as(tensor) for tensor in (x, weight, lam)]
         codes = reference.csc_encode(inputs[0], inputs[1], step_size, inputs[2], coding, stride, padding)

@@ -7,10 +7,10 @@ With the dictionary A z = conv_transpose2d(z, W) and its adjoint A'x = conv2d(x,
 
     z* = argmin_z  lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2        (z >= 0 if nonnegative)
 
-by unrolled proximal steps from z_0 = 0, with z_1 = P(step A'x) and
+by unrolled proximal steps from z_0 = 0, with z_1 = P(step_size A'x) and
 
-    z_{k+1} = P(y_k + step A'(x - A p_k)),   y_k = z_k + beta_k (z_k - z_{k-1}),
-    P(v) = shrink(v, step lam) / (1 + step mu).
+    z_{k+1} = P(y_k + step_size A'(x - A p_k)),   y_k = z_k + beta_k (z_k - z_{k-1}),
+    P(v) = shrink(v, step_size lam) / (1 + step_size mu).
 
 The gradient point p_k tells the solvers apart: "ista" has beta = 0 and p = z; "fista" is the textbook method with
 p = y (Beck and Teboulle 2009); "sdnet" is the official loop with p = z. For two steps beta_1 = 0 and all three agree.
@@ -30,20 +30,20 @@ NORM_FLOOR = 1e-12
 
 
 def codes_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair) -> Pair:
-    """Height and width of the codes of an input of height and width `size`."""
+    """Return height and width of the codes of an input of height and width `size`."""
     height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding, strict=True))
     return height, width
 
 
 def analysis(residual: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
-    """A'r: the correlation of a residual [N, C, H, W] with every atom of a dictionary [K, C, kh, kw]."""
+    """Return A'r, the correlation of a residual [N, C, H, W] with every atom of a dictionary [K, C, kh, kw]."""
     return F.conv2d(residual, weight, stride=stride, padding=padding)
 
 
 def synthesis(codes: Tensor, weight: Tensor, size: Pair, stride: Pair, padding: Pair) -> Tensor:
-    """A z: the sum of atoms that codes [N, K, h, w] stand for, on an input grid of height and width `size`.
+    """Return A z, the sum of atoms that codes [N, K, h, w] stand for, as images of height and width `size`.
 
-    Inputs of up to `stride` different sizes have codes of the same size, so the size must be told.
+    Images of up to `stride` different sizes have codes of the same size, so the size must be given.
     """
     kernel_size = weight.shape[2:]
     bare = tuple(
@@ -54,21 +54,21 @@ def synthesis(codes: Tensor, weight: Tensor, size: Pair, stride: Pair, padding: 
 
 
 def shrink(v: Tensor, threshold: Tensor, nonnegative: bool) -> Tensor:
-    """Soft thresholding: sign(v) max(|v| - threshold, 0), or max(v - threshold, 0) if nonnegative."""
+    """Return v after soft thresholding: sign(v) max(|v| - threshold, 0), or max(v - threshold, 0) if nonnegative."""
     if nonnegative:
         return (v - threshold).clamp_min(0)
     return v.sign() * (v.abs() - threshold).clamp_min(0)
 
 
 def proximal(v: Tensor, step_size: Tensor, lam: Tensor, mu: float, nonnegative: bool) -> Tensor:
-    """P(v), the proximal map of step (lam |.|_1 + mu/2 |.|^2). `lam` broadcasts against v."""
+    """Return P(v), the proximal map of step_size (lam |.|_1 + mu/2 |.|^2). `lam` broadcasts against v."""
     return shrink(v, step_size * lam, nonnegative) / (1 + step_size * mu)
 
 
 def momentum(n_steps: int, solver: Solver) -> list[float]:
-    """beta_0 .. beta_{n_steps - 1}: t_1 = 1, t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2, beta_k = (t_k - 1) / t_{k+1}.
+    """Return beta_0 .. beta_{n_steps - 1}, with beta_0 = beta_1 = 0; all are zero for "ista".
 
-    beta_0 = beta_1 = 0; all are zero for "ista".
+    t_1 = 1, t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2, beta_k = (t_k - 1) / t_{k+1}.
     """
     betas, t = [0.0], 1.0
     while len(betas) < n_steps:
@@ -100,10 +100,11 @@ def csc_encode(
     stride: Pair,
     padding: Pair,
 ) -> Tensor:
-    """Codes [N, K, h, w] of an input [N, C, H, W] over a dictionary [K, n_dict C, kh, kw], by autograd's own rules.
+    """Return the codes [N, K, h, w] of x [N, C, H, W] over a dictionary [K, n_dict C, kh, kw].
 
-    `step` is 0-d, `lam` 0-d or [N, 1, 1, 1]. `step` and the norm of `data_term="norm"` carry no gradient. With
-    n_dict > 1 one code has n_dict reconstructions, each compared with the whole input.
+    Autograd differentiates it by its own rules. `step_size` is 0-d, `lam` 0-d or [N, 1, 1, 1]. `step_size` and the norm
+    of `data_term="norm"` carry no gradient. With n_dict > 1 one code has n_dict reconstructions, each compared with the
+    whole input.
     """
     step_size = step_size.detach().to(x.dtype)
     lam = lam.to(x.dtype)

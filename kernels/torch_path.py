@@ -1,9 +1,9 @@
 """The torch path of the operator: the forward loop with few passes over memory, and the gradients written by hand.
 
-Same mathematics as `reference`. Two things make it quick. P is folded into the convolution: with
-gamma = step / (1 + step mu),
+Same mathematics as `reference`. Two things make it fast. P is folded into the convolution: with
+gamma = step_size / (1 + step_size mu),
 
-    P(y + step A'r) = shrink(y / (1 + step mu) + conv(r, gamma W), gamma lam),
+    P(y + step_size A'r) = shrink(y / (1 + step_size mu) + conv(r, gamma W), gamma lam),
 
 so a scalar threshold becomes the convolution's bias and the element-wise work runs in place. And autograd keeps the
 input and the codes alone: the masks are in the codes, residuals are recomputed.
@@ -12,7 +12,7 @@ Backward. From g_{k+1} = dL/dz_{k+1}, with m_{k+1} = [z_{k+1} != 0] g_{k+1}, res
 residual's scale (1, or 1/2 / |r_k| for the norm data term, taken as a constant):
 
     dr_k = c_k conv_transpose(m_{k+1}, gamma W)              dx  += dr_k
-    dy_k = m_{k+1} / (1 + step mu)                           dp_k = -A' dr_k
+    dy_k = m_{k+1} / (1 + step_size mu)                      dp_k = -A' dr_k
     dW  += gamma corr(c_k r_k, m_{k+1}) - corr(dr_k, p_k)    dlam -= gamma sum m_{k+1} sign(z_{k+1})
 
 and y_k = z_k + beta_k (z_k - z_{k-1}) hands dy_k (and dp_k, where p_k = y_k) on to the two codes before it.
@@ -30,7 +30,15 @@ from sdnet.kernels.reference import Pair, analysis, momentum, residual_scale, sy
 
 
 class Problem(NamedTuple):
-    """What fixes the loop beside its tensors. `lam` is 0-d or [N, 1, 1, 1], `step` 0-d, both of at least fp32."""
+    """What the loop solves, apart from x and the weight.
+
+    Attributes:
+        step_size: 0-d, of at least fp32.
+        lam: 0-d or [N, 1, 1, 1], of at least fp32.
+        coding: the options.
+        stride: of the convolution.
+        padding: of the convolution.
+    """
 
     step_size: Tensor
     lam: Tensor
@@ -40,31 +48,31 @@ class Problem(NamedTuple):
 
     @property
     def damping(self) -> Tensor:
-        """1 / (1 + step mu)."""
+        """The factor 1 / (1 + step_size mu)."""
         return 1 / (1 + self.step_size * self.coding.mu)
 
     @property
     def gamma(self) -> Tensor:
-        """step / (1 + step mu)."""
+        """The factor step_size / (1 + step_size mu)."""
         return self.step_size * self.damping
 
     def scaled(self, weight: Tensor) -> Tensor:
-        """gamma W in W's dtype, rounded once."""
+        """Return gamma W in W's dtype, rounded once."""
         return (weight.to(self.step_size.dtype) * self.gamma).to(weight.dtype)
 
     @staticmethod
     def extrapolated(codes: Tensor, previous: Tensor, beta: float) -> Tensor:
-        """y = z + beta (z - z_prev)."""
+        """Return y = z + beta (z - z_prev)."""
         return torch.lerp(previous, codes, 1 + beta)
 
 
 def copies_of(x: Tensor, n_dict: int) -> Tensor:
-    """x [N, C, H, W] beside itself, [N, n_dict C, H, W]: one copy for each dictionary."""
+    """Return x [N, C, H, W] repeated for each dictionary, [N, n_dict C, H, W]."""
     return x if n_dict == 1 else repeat(x, "n c h w -> n (d c) h w", d=n_dict)
 
 
 def residual_of(x: Tensor, gradient_point: Tensor, weight: Tensor, problem: Problem) -> Tensor:
-    """r = x - A p [N, n_dict C, H, W]."""
+    """Return r = x - A p, [N, n_dict C, H, W]."""
     size = (x.shape[2], x.shape[3])
     reconstruction = synthesis(gradient_point, weight, size, problem.stride, problem.padding)
     return torch.sub(copies_of(x, problem.coding.n_dict), reconstruction, out=reconstruction)
@@ -78,7 +86,7 @@ def rescaled(residual: Tensor, scale: Tensor | None, in_place: bool) -> Tensor:
 
 
 def shrink_step(y: Tensor | None, residual: Tensor, scaled_weight: Tensor, problem: Problem) -> Tensor:
-    """shrink(y / (1 + step mu) + conv(r, gamma W), gamma lam); y = None stands for zero."""
+    """Return shrink(y / (1 + step_size mu) + conv(r, gamma W), gamma lam); y = None stands for zero."""
     threshold = problem.gamma * problem.lam
     bias = None
     if problem.coding.nonnegative and threshold.ndim == 0:
@@ -99,7 +107,7 @@ def shrink_step(y: Tensor | None, residual: Tensor, scaled_weight: Tensor, probl
 def forward(
     x: Tensor, weight: Tensor, problem: Problem, keep_residuals: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """All codes [z_1, ..., z_n], each [N, K, h, w]; the residuals [r_1, ..., r_{n-1}] if kept, else none."""
+    """Return all codes [z_1, ..., z_n], each [N, K, h, w], and the residuals [r_1, ..., r_{n-1}] if kept, else none."""
     scaled, n_dict = problem.scaled(weight), problem.coding.n_dict
     # The n_dict copies of x meet the sum of their dictionaries in the first step.
     first = reduce(scaled, "k (d c) h w -> k c h w", "sum", d=n_dict) if n_dict > 1 else scaled
@@ -117,21 +125,21 @@ def forward(
 
 
 def weight_correlation(residual: Tensor, codes: Tensor, weight: Tensor, problem: Problem) -> Tensor:
-    """corr(r, m): the gradient of sum(m * conv(r, W)) for W, in W's shape."""
+    """Return corr(r, m), the gradient of sum(m * conv(r, W)) for W, in W's shape."""
     return torch.ops.aten.convolution_backward(
         codes, residual, weight, None, problem.stride, problem.padding, (1, 1), False, (0, 0), 1, (False, True, False)
     )[1]
 
 
 def masked(grad: Tensor, codes: Tensor, nonnegative: bool) -> Tensor:
-    """m = [z != 0] g."""
+    """Return m = [z != 0] g."""
     if nonnegative:
         return torch.ops.aten.threshold_backward(grad, codes, 0)
     return torch.where(codes == 0, 0, grad)
 
 
 def lam_correlation(m: Tensor, codes: Tensor, problem: Problem) -> Tensor:
-    """sum m sign(z), in lam's shape and dtype."""
+    """Return sum m sign(z), in lam's shape and dtype."""
     products = m if problem.coding.nonnegative else m * codes.sign()
     if problem.lam.ndim == 0:
         return products.sum(dtype=problem.lam.dtype)
@@ -139,12 +147,12 @@ def lam_correlation(m: Tensor, codes: Tensor, problem: Problem) -> Tensor:
 
 
 def accumulate(total: Tensor | None, term: Tensor) -> Tensor:
-    """total + term in total's memory; a missing total is zero and the term becomes it."""
+    """Return total + term, in total's memory; without a total the term itself."""
     return term if total is None else total.add_(term)
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are needed."""
 
     x: bool
     weight: bool
@@ -152,7 +160,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dL/dx, dL/dweight and dL/dlam, None where not wanted."""
+    """The gradients dL/dx, dL/dweight and dL/dlam, None where not needed."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -168,9 +176,16 @@ def backward(
     problem: Problem,
     needs: Needs,
 ) -> Gradients:
-    """The gradients for x, weight and lam from grad = dL/dz_n [N, K, h, w] and all codes [z_1, ..., z_n].
+    """Return the gradients for x, weight and lam.
 
-    `residuals` are the forward pass's, or empty: then they are recomputed.
+    Args:
+        grad: dL/dz_n, [N, K, h, w].
+        x: the images.
+        weight: the dictionary.
+        codes: all codes of the forward pass, [z_1, ..., z_n].
+        residuals: those of the forward pass; empty if it did not keep them: then they are computed again.
+        problem: what the forward pass solved.
+        needs: which gradients are needed.
     """
     size, stride, padding = (x.shape[2], x.shape[3]), problem.stride, problem.padding
     scaled = problem.scaled(weight)
@@ -184,7 +199,7 @@ def backward(
         y = problem.extrapolated(z, codes[k - 2], beta) if beta else z
         point = y if problem.coding.solver == "fista" else z
 
-        m = masked(taken(d_codes, k), codes[k], problem.coding.nonnegative)
+        m = masked(pop_entry(d_codes, k), codes[k], problem.coding.nonnegative)
         if needs.lam:
             d_lam = accumulate(d_lam, lam_correlation(m, codes[k], problem))
         d_residual = synthesis(m, scaled, size, stride, padding)
@@ -212,7 +227,7 @@ def backward(
         d_z = d_y if d_point is None else d_y.add_(d_point)
         d_codes[k - 1] = accumulate(d_codes[k - 1], d_z)
 
-    m = masked(taken(d_codes, 0), codes[0], problem.coding.nonnegative)
+    m = masked(pop_entry(d_codes, 0), codes[0], problem.coding.nonnegative)
     if needs.lam:
         d_lam = accumulate(d_lam, lam_correlation(m, codes[0], problem))
     if needs.x:
@@ -228,15 +243,15 @@ def backward(
     return Gradients(d_target, weight_gradient(analysis_correlation, synthesis_correlation, problem), d_lam)
 
 
-def taken(tensors: list[Tensor | None], k: int) -> Tensor:
-    """Entry k, which the list forgets, so that its memory is free once it has been used."""
+def pop_entry(tensors: list[Tensor | None], k: int) -> Tensor:
+    """Return entry k and remove it from the list, so that its memory is freed once it has been used."""
     entry, tensors[k] = tensors[k], None
     assert entry is not None
     return entry
 
 
 def weight_gradient(analysis: Tensor | None, synthesis: Tensor | None, problem: Problem) -> Tensor | None:
-    """gamma analysis - synthesis, rounded once; None without the former, zero for a missing latter."""
+    """Return gamma analysis - synthesis, rounded once; None without the former, zero for a missing latter."""
     if analysis is None:
         return None
     gradient = analysis.to(problem.step_size.dtype) * problem.gamma

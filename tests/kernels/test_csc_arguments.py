@@ -3,21 +3,24 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from sdnet.kernels import csc_encode
+from sdnet.kernels import csc, csc_encode, explain, step_size
+from sdnet.kernels.reference import Pair
 
 
-def encode_with(**changed: Any) -> Callable[[], Tensor]:
+def encode_with(function: Callable[..., Any] = csc_encode, **changed: Any) -> Callable[[], Any]:
     arguments: dict[str, Any] = {
         "x": torch.ones(2, 3, 8, 8),
         "weight": torch.ones(4, 3, 3, 3),
         "step_size": 0.1,
         "lam": 0.1,
     }
-    return lambda: csc_encode(**{**arguments, **changed})
+    return lambda: function(**{**arguments, **changed})
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,29 @@ def encode_with(**changed: Any) -> Callable[[], Tensor]:
         ({"step_size": torch.ones(2)}, r"step_size has shape \[2\].*must be 0-d"),
         ({"lam": -0.1}, "lam is -0.1; it must be a finite number of at least 0"),
         ({"lam": float("nan")}, "lam is nan"),
+        ({"lam": "0.1"}, "lam is '0.1'; it must be a finite number of at least 0"),
+        ({"lam": None}, "lam is None; it must be a finite number of at least 0"),
+        ({"lam": [0.1, 0.2]}, r"lam is \[0.1, 0.2\]; it must be a finite number of at least 0"),
+        ({"lam": torch.tensor(-0.1)}, "lam holds -0.1; its values must be finite and at least 0"),
+        ({"lam": torch.tensor([0.1, -2.0])}, "lam holds -2; its values must be finite and at least 0"),
+        ({"lam": torch.tensor([0.1, float("inf")])}, "lam holds inf; its values must be finite and at least 0"),
+        ({"lam": torch.tensor([float("nan"), 0.1])}, "lam holds nan; its values must be finite and at least 0"),
+        ({"lam": torch.tensor(1j)}, "lam is torch.complex64; it must be real"),
+        ({"step_size": torch.tensor(-1.0)}, "step_size holds -1; its values must be finite and at least 0"),
+        ({"step_size": torch.tensor(float("nan"))}, "step_size holds nan; its values must be finite and at least 0"),
+        ({"step_size": None}, "step_size is None; it must be a finite number of at least 0"),
+        ({"step_size": True}, "step_size is True; it must be a finite number of at least 0"),
+        ({"x": None}, r"x is of type NoneType; it must be a Tensor \[N, C, H, W\]"),
+        ({"x": np.ones((2, 3, 8, 8))}, r"x is of type ndarray; it must be a Tensor \[N, C, H, W\]"),
+        ({"weight": [1.0]}, r"weight is of type list; it must be a Tensor \[K, n_dict C, kh, kw\]"),
+        ({"x": torch.ones(2, 3, 8, 8, dtype=torch.complex64)}, "x is torch.complex64.*floating-point"),
+        ({"n_steps": 2.5}, "n_steps is 2.5; it must be an int of at least 1"),
+        ({"nonnegative": "no"}, "nonnegative is 'no'; it must be True or False"),
+        ({"keep_residuals": 1}, "keep_residuals is 1; it must be True or False"),
+        ({"stride": 1.0}, "stride is 1.0; it must be an int or a pair of ints of at least 1"),
+        ({"stride": True}, "stride is True; it must be an int or a pair of ints of at least 1"),
+        ({"padding": "same"}, "padding is 'same'; it must be an int or a pair of ints of at least 0"),
+        ({"padding": None}, "padding is None; it must be an int or a pair of ints of at least 0"),
         ({"lam": torch.ones(3)}, r"lam has shape \[3\].*must be 0-d, \[2\] or \[2, 1, 1, 1\]"),
         ({"lam": torch.ones(1, 4, 1, 1)}, r"lam has shape \[1, 4, 1, 1\]"),
         ({"mu": -1.0}, "mu is -1.0; it must be a finite number of at least 0"),
@@ -56,6 +82,82 @@ def test_bad_arguments_get_one_sentence(changed: dict[str, Any], sentence: str) 
     with pytest.raises(ValueError, match=sentence) as caught:
         encode_with(**changed)()
     assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ValueError, match=sentence) as explained:
+        encode_with(explain, **changed)()
+    assert str(explained.value) == str(caught.value)
+
+
+def test_numpy_integers_are_accepted_where_ints_are() -> None:
+    found = encode_with(
+        stride=np.int64(2), padding=(np.int32(1), np.int8(1)), n_steps=np.int64(3), n_dict=np.uint8(1)
+    )()
+    torch.testing.assert_close(found, encode_with(stride=2, padding=1, n_steps=3)())
+
+
+def test_explain_reads_the_values_that_csc_encode_does_not_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the tensors were on a GPU, whose values csc_encode does not read."""
+    monkeypatch.setattr(csc, "_has_values", lambda _: False)
+    changed: dict[str, Any] = {"lam": torch.tensor([0.1, -0.5])}
+    assert encode_with(**changed)().isfinite().all()
+    with pytest.raises(ValueError, match="lam holds -0"):
+        encode_with(explain, **changed)()
+
+
+def test_a_trace_and_a_compiled_call_do_not_read_values() -> None:
+    def call(lam: Tensor) -> Tensor:
+        return csc_encode(torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3), 0.1, lam)
+
+    lam = torch.tensor([0.1, 0.2])
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(call, backend="eager", fullgraph=True)(lam), call(lam))
+    torch.testing.assert_close(make_fx(call)(lam)(lam), call(lam))
+
+
+@pytest.mark.parametrize(
+    "lam", [torch.arange(12.0)[::4], torch.tensor([0.3]).expand(3), torch.ones(3, 2)[:, 1]], ids=str
+)
+def test_the_operator_gets_a_dense_lambda_per_sample(lam: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernels read it as dense memory."""
+    seen: list[Tensor] = []
+    forward = csc.csc_operator
+    monkeypatch.setattr(csc, "csc_operator", lambda *args: (seen.append(args[3]), forward(*args))[1])
+    x = torch.ones(3, 3, 8, 8)
+    torch.testing.assert_close(encode_with(x=x, lam=lam)(), encode_with(x=x, lam=lam.clone())())
+    assert all(tensor.stride() == (1, 1, 1, 1) and tensor.shape == (3, 1, 1, 1) for tensor in seen)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"weight": [[1.0]]}, r"weight is .*; it must be a floating-point tensor \[K, n_dict C, kh, kw\]"),
+        ({"weight": torch.ones(4, 3, 3)}, r"weight is torch.float32 \[4, 3, 3\]; it must be"),
+        ({"image_size": 0}, "image_size is 0; it must be an int or a pair of ints of at least 1"),
+        ({"image_size": "32"}, "image_size is '32'; it must be an int or a pair of ints of at least 1"),
+        ({"image_size": 2}, r"image_size is \[2, 2\] with padding \[0, 0\], too small for atoms of \[3, 3\]"),
+        ({"stride": 0}, "stride is 0; it must be an int or a pair of ints of at least 1"),
+        ({"weight": torch.full((4, 3, 3, 3), float("nan"))}, "weight holds NaN or infinite values"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_of_step_size_get_one_sentence(changed: dict[str, Any], sentence: str) -> None:
+    arguments = {"weight": torch.ones(4, 3, 3, 3), "image_size": 8, **changed}
+    with pytest.raises(ValueError, match=sentence):
+        step_size(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "padding", "image_size"), [((3, 3), 1, 1, (6, 5)), ((3, 2), (2, 1), (0, 1), (7, 6))]
+)
+def test_the_step_size_is_that_of_the_dense_matrix(
+    kernel_size: Pair, stride: int | Pair, padding: int | Pair, image_size: Pair
+) -> None:
+    weight = torch.randn(4, 2, *kernel_size, generator=torch.Generator().manual_seed(0))
+    images = torch.eye(2 * image_size[0] * image_size[1], dtype=torch.float64).view(-1, 2, *image_size)
+    columns = torch.nn.functional.conv2d(images, weight.double(), stride=stride, padding=padding).flatten(1)
+    expected = 0.9 / torch.linalg.matrix_norm(columns, 2) ** 2
+    found = step_size(weight, image_size, stride, padding)
+    assert found.ndim == 0
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
 
 def test_residuals_are_kept_or_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Which implementation a call takes, and what it says of itself."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,6 +112,43 @@ def test_a_call_that_triton_cannot_do_raises(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(NotImplementedError, match="x is on cpu"):
         csc_encode(X, WEIGHT, 0.1, 0.1, impl="triton")
+
+
+@pytest.mark.parametrize("call", [csc_encode, explain], ids=["csc_encode", "explain"])
+def test_the_error_names_who_asked(call: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    with pytest.raises(NotImplementedError, match=r"^the environment variable SDNET_IMPL is 'triton', but x is on cpu"):
+        call(X, WEIGHT, 0.1, 0.1)
+    with pytest.raises(NotImplementedError, match=r"^the argument impl is 'triton', but x is on cpu"):
+        call(X, WEIGHT, 0.1, 0.1, impl="triton")
+
+
+def test_the_choice_of_the_forward_pass_is_that_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that changes between the two has no effect, nor has one that is wrong by then."""
+    weight = WEIGHT.clone().requires_grad_()
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
+    codes = csc_encode(X + 1, weight, 0.1, 0.01)
+    for name in (ENVIRONMENT_VARIABLE, "SDNET_TRITON_PATH", "SDNET_KEEP_RESIDUALS"):
+        monkeypatch.setenv(name, "nonsense")
+    (found,) = torch.autograd.grad(codes.sum(), weight)
+    (expected,) = torch.autograd.grad(
+        csc_encode(X + 1, weight, 0.1, 0.01, impl="reference", keep_residuals=True).sum(), weight
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_compiled_call_keeps_the_choice_of_its_trace() -> None:
+    torch.compiler.reset()
+    graphs: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: csc_encode(x, WEIGHT, 0.1, 0.1), backend=note, fullgraph=True)
+    torch.testing.assert_close(compiled(X + 1), csc_encode(X + 1, WEIGHT, 0.1, 0.1))
+    assert "'torch'" in graphs[0]
 
 
 def test_explain_names_the_implementation_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

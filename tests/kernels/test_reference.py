@@ -293,3 +293,33 @@ def test_the_objective_is_its_formula(data_term: DataTerm) -> None:
     values = reference.objective(x, codes, pixels, torch.tensor(0.5), Coding(mu=0.2, data_term=data_term, n_dict=2))
     data = 18.0 if data_term == "squared" else 6.0
     torch.testing.assert_close(values, torch.tensor([0.5 * 3 + 0.1 * 5 + data, data]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("data_term", get_args(DataTerm))
+def test_the_objective_accumulates_in_at_least_single_precision(data_term: DataTerm, dtype: torch.dtype) -> None:
+    """Sums of 300 000 squares of 2 are past what fp16 holds."""
+    x = torch.full((1, 3, 320, 320), 2.0, dtype=dtype)
+    codes = torch.full((1, 4, 320, 320), 0.5, dtype=dtype)
+    value = reference.objective(x, codes, torch.zeros_like(x), torch.tensor(0.5), Coding(mu=2, data_term=data_term))
+    squares = 3 * 320 * 320 * 4.0
+    data = squares / 2 if data_term == "squared" else squares**0.5
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert value.item() == pytest.approx(4 * 320 * 320 * (0.5 * 0.5 + 0.25) + data, rel=1e-6)
+
+
+def test_the_norm_steps_converge_to_the_minimum_of_half_the_norm() -> None:
+    """As the docstring of the objective says: not quite to that of the objective, whose data term is the norm."""
+    weight, x = dictionary(), image()
+    step_size = safe_step(dense(weight, SIZE, (1, 1), (1, 1)))
+    codes = encode(x, weight, step_size, 4000, lam=0.05, solver="fista", data_term="norm")
+
+    def half_norm(codes: Tensor) -> Tensor:
+        residual = x - reference.synthesis(codes, weight, SIZE, (1, 1), (1, 1))
+        return 0.05 * codes.abs().sum(dim=(1, 2, 3)) + residual.flatten(1).norm(dim=1) / 2
+
+    least = half_norm(codes)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        change = 1e-3 * torch.randn(codes.shape, dtype=codes.dtype, generator=generator)
+        assert bool((half_norm((codes + change).clamp_min(0)) >= least).all())
