@@ -135,25 +135,25 @@ def test_every_field_can_be_overridden() -> None:
 
 
 def test_every_setting_has_a_flag() -> None:
-    """The flags are those of the fields; what each sets is its field and no other."""
-    given = {"model": "sdnet18_all", "stem": "cifar", "solver": "ista", "data_term": "norm", "impl": "torch"}
-    given |= {"extras": "rand", "schedule": "step", "mixed_precision": "bf16", "input_dtype": "bf16", "name": "mine"}
-    for name, value in demo().to_json().items():
-        flag = "--" + name.replace("_", "-")
+    """Each flag sets its own field: all settings are changed at once, each to another value."""
+    wanted: dict[str, Any] = {"name": "mine", "model": "sdnet18_all", "stem": "cifar", "impl": "torch"}
+    wanted |= {"solver": "ista", "data_term": "norm", "extras": "rand", "schedule": "step", "milestones": (2, 5)}
+    wanted |= {"mixed_precision": "bf16", "input_dtype": "bf16", "momentum": 0.5}
+    for number, (name, value) in enumerate(demo().to_json().items(), 1):
         if isinstance(value, bool):
-            options, wanted = [f"--no-{flag[2:]}" if value else flag], not value
-        elif isinstance(value, tuple):
-            options, wanted = [flag, "2", "5"], (2, 5)
+            wanted[name] = not value
+        elif isinstance(value, int):
+            wanted[name] = value + number
+        elif isinstance(value, float):
+            wanted.setdefault(name, number / 128)
+    options: list[str] = []
+    for name, value in wanted.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            wanted = given.get(name, value / 2 if isinstance(value, float) else value)
-            options = [flag, str(wanted)]
-        needed = {"shortcut": ["--model", "sdnet18_all"], "input_dtype": ["--mixed-precision", "bf16"]}.get(name, [])
-        values = parse("--recipe", "demo", *needed, *options).recipe.to_json()
-        assert values[name] == wanted, name
-        assert {other for other in values if values[other] != demo().to_json()[other]} <= {
-            name,
-            *(option[2:].replace("-", "_") for option in needed),
-        }
+            options += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    assert parse("--recipe", "demo", *options).recipe.to_json() == wanted
 
 
 def test_settings_of_the_job_have_their_flags() -> None:
