@@ -10,22 +10,17 @@ what was measured.
 
 import argparse
 import json
-import os
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-
-from torch import Tensor
 
 from sdnet.bench import measure_kernels, timing
 from sdnet.bench.common_options import choose_device, seconds
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.ledger import writable_folder
-from sdnet.bench.providers import CSC, DTYPES, BoundCall, Inputs, Operator, Provider, Workload, csc_by, layer_inputs
+from sdnet.bench.providers import CSC, DTYPES, Operator, Workload, csc_by, layer_inputs
 from sdnet.kernels.triton_path import paths, tiles
 from sdnet.kernels.triton_path.hardware import arch_of
 from sdnet.kernels.triton_path.paths import Entry
@@ -112,12 +107,10 @@ def trial_of(workload: Workload, candidates: Sequence[Candidate], limit: float, 
 def measure(candidates: Sequence[Candidate], workload: Workload, limit: float) -> Iterator[dict[Entry, float]]:
     """Check the candidates, time the right ones in turns, and yield the milliseconds of each of these."""
     with (
-        tempfile.TemporaryDirectory() as folder,
         timing.fp32_products(workload.dtype == "tf32"),
         timing.measuring_stream(workload.device),
-        choices_as_they_were(),
     ):
-        providers = {name: by_entry(entry, Path(folder, str(n))) for n, (name, entry) in enumerate(candidates)}
+        providers = {name: csc_by("triton", entry.encoded()) for name, entry in candidates}
         operator = Operator(layer_inputs, ("both",), {"reference": CSC.providers["reference"], **providers})
         verdicts = measure_kernels.verdicts(workload, operator, providers)
         right = {name: providers[name] for name, (status, _, _) in verdicts.items() if status == "ok"}
@@ -129,38 +122,6 @@ def measure(candidates: Sequence[Candidate], workload: Workload, limit: float) -
     ]
     print(f"{workload.layer.geometry} {workload.dtype} {workload.layout}: {'; '.join(outcomes)}", flush=True)
     yield {entry: times[name] for name, entry in candidates if name in times}
-
-
-def by_entry(entry: Entry, folder: Path) -> Provider:
-    """The Triton kernels as a table in `folder` has them run, which holds this entry alone.
-
-    It holds from a forward pass through the backward pass that follows.
-    """
-
-    def bind(workload: Workload, inputs: Inputs) -> BoundCall:
-        bound = csc_by("triton")(workload, inputs)
-        gpu = device_name(workload.device)
-        write(paths.file_of(gpu, folder), {paths.key_of(shape_of(workload)): entry})
-
-        def run() -> Tensor:
-            paths.MEASURED = folder
-            return bound.run()
-
-        return BoundCall(run, bound.leaves)
-
-    return bind
-
-
-@contextmanager
-def choices_as_they_were() -> Iterator[None]:
-    """Within, no environment variable decides; on leaving, all is as before."""
-    measured, asked = paths.MEASURED, os.environ.pop(paths.ENVIRONMENT_VARIABLE, None)
-    try:
-        yield
-    finally:
-        paths.MEASURED = measured
-        if asked is not None:
-            os.environ[paths.ENVIRONMENT_VARIABLE] = asked
 
 
 def shape_of(workload: Workload) -> tiles.Shape:
@@ -200,5 +161,5 @@ def merged(table: Mapping[str, Entry], trials: Iterable[Trial]) -> dict[str, Ent
 def write(file: Path, table: Mapping[str, Entry]) -> None:
     """Write the table as the file that `paths.table` reads."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = {key: (entry.path, *(tile._asdict() for tile in entry.tiles)) for key, entry in table.items()}
+    rows = {key: json.loads(entry.encoded()) for key, entry in table.items()}
     write_atomically(file, lambda unfinished: unfinished.write_text(json.dumps(rows, indent=1) + "\n"))

@@ -10,7 +10,6 @@
 | `official`  | the official formulation (`sdnet.bench.official`), under autocast in 16-bit types           |
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,9 @@ from torch import Tensor
 
 from sdnet.bench.layer_shapes import LayerShape
 from sdnet.bench.official import DictConv2d, OfficialConfig
-from sdnet.kernels import csc_encode, step_sizes
+from sdnet.kernels import step_sizes
+from sdnet.kernels.coding import Coding
+from sdnet.kernels.csc import encode
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -49,8 +50,8 @@ class Workload:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `csc_encode`: those of the official loop, so that the official layer gives the same codes."""
-        return {"n_steps": self.n_steps, "solver": "sdnet", **self.geometry}
+        """The options of the operator: those of the official loop, so that the official layer gives the same codes."""
+        return {"coding": Coding(n_steps=self.n_steps, solver="sdnet"), **self.geometry}
 
     def describe(self) -> dict[str, Any]:
         """Return the shape for the ledger."""
@@ -113,18 +114,17 @@ def differentiable(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def csc_by(impl: str, path: str = "auto") -> Provider:
-    """Return the provider that calls `csc_encode` with an implementation and, for "triton", a path."""
+    """Return the provider of an implementation and, for "triton", of a path.
+
+    Args:
+        impl: An implementation of `csc_encode`.
+        path: "auto", "fused", "cudnn" or an encoded `sdnet.kernels.triton_path.paths.Entry`.
+    """
 
     def bind(workload: Workload, inputs: Inputs) -> BoundCall:
         x, weight = differentiable(inputs)
-        options: dict[str, Any] = {**workload.options, "impl": impl}
-
-        def run() -> Tensor:
-            if path != "auto":
-                os.environ["SDNET_TRITON_PATH"] = path
-            return csc_encode(x, weight, inputs["step_size"], inputs["lam"], **options)
-
-        return BoundCall(run, (x, weight))
+        options: dict[str, Any] = {**workload.options, "impl": impl, "path": path}
+        return BoundCall(lambda: encode(x, weight, inputs["step_size"], inputs["lam"], **options), (x, weight))
 
     return bind
 
@@ -132,8 +132,7 @@ def csc_by(impl: str, path: str = "auto") -> Provider:
 def csc_compiled(workload: Workload, inputs: Inputs) -> BoundCall:
     """Return the reference through torch.compile, compiled for this shape."""
     x, weight = differentiable(inputs)
-    options: dict[str, Any] = {**workload.options, "impl": "reference"}
-    function = compiled(tuple(options.items()))
+    function = compiled(tuple((workload.options | {"impl": "reference"}).items()))
     return BoundCall(lambda: function(x, weight, inputs["step_size"], inputs["lam"]), (x, weight))
 
 
@@ -143,7 +142,7 @@ COMPILED: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
 def compiled(options: tuple[Any, ...]) -> Callable[..., Tensor]:
     """Return one compiled function for all copies of a workload's inputs, until `forget_compiled`."""
     if options not in COMPILED:
-        COMPILED[options] = torch.compile(partial(csc_encode, **dict(options)), fullgraph=True, dynamic=False)
+        COMPILED[options] = torch.compile(partial(encode, **dict(options)), fullgraph=True, dynamic=False)
     return COMPILED[options]
 
 

@@ -102,7 +102,8 @@ class TrainingRun:
         if isinstance(model, OfficialSDNet):
             model(torch.zeros(2, 3, setting.image_size, setting.image_size, device=device))  # makes its eigenvectors
             self.refresh = model.update_stepsize
-        for layer in csc_layers(model).values():
+        layers = csc_layers(model)
+        for layer in layers.values():
             layer.keep_residuals = setting.keep_residuals
         self.model: nn.Module = model.train()
         self.forward: Callable[[Tensor], Tensor] = torch.compile(model) if setting.compiled else model
@@ -111,7 +112,8 @@ class TrainingRun:
         self.clock = StepClock(device)
         # Hooks run in the order of registration: this one ends the optimiser's phase, that of attach is the refresh.
         self.optimizer.register_step_post_hook(lambda *_: self.clock.mark("optimiser"))
-        sdnet.attach(model, self.optimizer)
+        if layers:
+            sdnet.attach(model, self.optimizer)
         self.loss = torch.zeros((), device=device)
 
     def step(self, batches: Batches) -> None:

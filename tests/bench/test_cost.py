@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sdnet.bench.cost import Operation, Total, backward, forward, total
 from sdnet.bench.layer_shapes import LayerShape, distinct_layers
-from sdnet.kernels import torch_path
+from sdnet.kernels import csc_encode, torch_path
 from sdnet.kernels.coding import Coding
 
 LAYER = LayerShape("", channels=2, atoms=3, kernel_size=3, stride=1, size=(5, 4))
@@ -151,3 +152,21 @@ def test_command_needs_no_triton() -> None:
     assert done.returncode == 0, done.stderr
     assert "| 64->64 3x3/1 @ 32x32 | 4 |" in done.stdout
     assert "All 17 layers move 17.3 GB." in done.stdout
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("n_steps", [1, 2, 3])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_flops_are_those_of_the_flop_counter(kernel_size: int, n_steps: int, needs_x: bool) -> None:
+    """PyTorch's counter includes the products with the padding, and no residual that is computed again."""
+    layer = LayerShape("", 4, 6, kernel_size, 1, (5, 7))
+    x = torch.randn(BATCH, 4, 5, 7, requires_grad=needs_x)
+    weight = torch.randn(6, 4, kernel_size, kernel_size, requires_grad=True)
+    with FlopCounterMode(display=False) as seen:
+        codes = csc_encode(x, weight, 0.1, 0.1, n_steps=n_steps, padding=layer.padding, impl="torch")
+    padded = 5 * 7 * kernel_size**2 / layer.products
+    assert seen.get_total_flops() == round(total(forward(n_steps), layer, BATCH).flops * padded)
+    with FlopCounterMode(display=False) as seen:
+        codes.sum().backward()
+    operations = backward(n_steps, needs_x, keep_residual=True)
+    assert seen.get_total_flops() == round(total(operations, layer, BATCH).flops * padded)

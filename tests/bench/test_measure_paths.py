@@ -1,7 +1,7 @@
 """How measured times become a table, and how it is read. The measurement itself needs a GPU."""
 
 import argparse
-import os
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_only_right_answers_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: p
         return BoundCall(lambda: 1.1 * bound.run(), bound.leaves)
 
     providers = {"fused": wrong, "cudnn": csc_by("torch")}
-    monkeypatch.setattr(measure_paths, "by_entry", lambda entry, _: providers[entry.path])
+    monkeypatch.setattr(measure_paths, "csc_by", lambda _, path: providers[json.loads(path)[0]])
     (times,) = measure_paths.measure(CANDIDATES, workload, 0.01)
     assert list(times) == [CUDNN]
     assert "fused refused: output is off by 0.1" in capsys.readouterr().out
@@ -141,20 +141,6 @@ def test_an_interrupted_table_holds_the_layers_measured_before(tmp_path: Path, m
     assert front.main(["paths", "--layer", "64,64,3,1,8", "--dtype", "bf16", "tf32", "--out", str(tmp_path)]) == 130
     paths.table.cache_clear()
     assert paths.table("Some GPU", tmp_path) == {"64->64 3x3/1x1 @ 8x8 16-bit channels_last": FUSED}
-
-
-def test_the_environment_does_not_decide_while_candidates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = paths.MEASURED
-    for before in ("cudnn", None):
-        if before is None:
-            monkeypatch.delenv("SDNET_TRITON_PATH", raising=False)
-        else:
-            monkeypatch.setenv("SDNET_TRITON_PATH", before)
-        with measure_paths.choices_as_they_were():
-            assert "SDNET_TRITON_PATH" not in os.environ
-            paths.MEASURED = Path()
-        assert os.environ.get("SDNET_TRITON_PATH") == before
-        assert measured == paths.MEASURED
 
 
 def test_refusals_write_nothing(
