@@ -26,12 +26,15 @@ PATIENCE = 300.0
 PARENT: Connection | None = None
 """In a child, the connection to its parent."""
 
+ANNOUNCED = ""
+"""The last announcement of this process."""
+
 
 class WorkerError(Exception):
-    """A child process ended before its work did.
+    """Work ended early, by an exception or with its process.
 
     Attributes:
-        announced: the argument of the child's last call of `announce`, "" if there was none.
+        announced: The argument of the work's last call of `announce`, "" if there was none.
     """
 
     def __init__(self, reason: str, announced: str) -> None:
@@ -40,7 +43,7 @@ class WorkerError(Exception):
 
 
 class Loss(NamedTuple):
-    """The items that were left out because their process was lost, and how it was lost."""
+    """The items that were left out because the work ended early, and why it did."""
 
     items: list[Any]
     reason: str
@@ -71,11 +74,17 @@ class Worker:
         In a child process, `work` must be a function of a module, and arguments and results must pickle.
 
         Raises:
-            UserError: the work raised it.
-            WorkerError: the child raised another exception, crashed or hung. The next call starts a new child.
+            UserError: The work raised it. WorkerError: The work raised another exception, or the child crashed or hung.
+            The next call starts a new one.
         """
         if not self.isolated:
-            yield from work(*arguments)
+            announce("")
+            try:
+                yield from work(*arguments)
+            except (UserError, WorkerError):
+                raise
+            except Exception as error:
+                raise WorkerError(one_line(error), ANNOUNCED) from error
             return
         announced, finished = "", False
         try:
@@ -128,7 +137,7 @@ class Worker:
 def survivors(
     worker: Worker, work: Callable[..., Iterator[R]], items: Sequence[Any], *arguments: Any
 ) -> Iterator[R | Loss]:
-    """Yield what `work(items, *arguments)` yields; if its process is lost, run it again without the item to blame.
+    """Yield what `work(items, *arguments)` yields; if it ends early, run it again without the item to blame.
 
     The item to blame is the one whose `str` was announced last. If it is none of them, all items are left out. A
     repeated run may yield results again that an earlier one has yielded.
@@ -147,7 +156,7 @@ def survivors(
         except WorkerError as error:
             lost = [item for item in left if str(item) == error.announced] or left
             print(f"Lost {'; '.join(map(str, lost))}: {error}", flush=True)
-            yield Loss(lost, f"its process was lost: {error}")
+            yield Loss(lost, str(error))
             left = [item for item in left if item not in lost]
 
 
@@ -185,7 +194,9 @@ def exit_without(pid: int) -> None:
 
 
 def announce(name: str) -> None:
-    """Tell the parent process what is about to run, "" for nothing in particular; without a parent do nothing."""
+    """Note what is about to run, "" for nothing in particular, and tell the parent process if there is one."""
+    global ANNOUNCED
+    ANNOUNCED = name
     if PARENT is not None:
         PARENT.send(("announced", name))
 

@@ -269,3 +269,41 @@ def profile_table(rows: Iterable[Row], most: int = 15) -> str:
         title = f"{name_of(row)}: {facts} per step; {waiting} of the step is spent waiting for data."
         tables.append(f"{title}\n\n" + markdown(["operator", "ms per step", "share"], lines))
     return "\n\n".join(tables)
+
+
+STEP_DETAILS = ("first_step", "last_step", "largest_margin_by_step", "largest_margin_by_layer", "loss_by_step")
+"""The settings of a row of `margins` that belong to its steps, not to its training run."""
+
+
+def margins_table(rows: Iterable[Row]) -> str:
+    """Return the largest step margins of each training run, and the share of the update in a step."""
+
+    def training(row: Row) -> tuple[Any, ...]:
+        settings = {name: value for name, value in row.settings.items() if name not in STEP_DETAILS}
+        return (row.provider, *row.shape.items(), *settings.items())
+
+    header = ["training", "steps", "largest margin", "from step 3 on", "above 1.05", "above 4/3", "update, % of a step"]
+    lines = []
+    for members in grouped(rows, training).values():
+        first, counted = members[0], timed(members)
+        settings = [f"{first.settings[name]}" for name in ("optimizer", "lr")] + [f"seed {first.settings['seed']}"]
+        name = ", ".join([first.provider, f"batch {first.shape['batch']}", *settings])
+        ended = [f"refused at {row.settings['last_step']}" for row in members if row.time_ms is None]
+        steps = max((row.settings["last_step"] for row in counted), default=0)
+        margins = {
+            row.settings["first_step"] + i: margin
+            for row in counted
+            for i, margin in enumerate(row.settings["largest_margin_by_step"])
+        }
+        late = [margin for step, margin in margins.items() if step > 2]
+        shares = [p50(row) / row.metrics["step_ms"] for row in counted]
+        lines.append(
+            [
+                name,
+                ", ".join([str(steps), *ended]),
+                *(NOTHING if not values else f"{max(values):.2f}" for values in (margins.values(), late)),
+                *(str(sum(margin > limit for margin in margins.values())) for limit in (1.05, 4 / 3)),
+                NOTHING if not shares else f"{100 * sum(shares) / len(shares):.1f}",
+            ]
+        )
+    return markdown(header, lines)

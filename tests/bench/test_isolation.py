@@ -49,20 +49,23 @@ def test_a_silent_child_is_killed(work: ModuleType) -> None:
         assert worker.child is None
 
 
-def test_without_isolation_errors_are_raised_unchanged(work: ModuleType) -> None:
+def test_without_isolation_exceptions_count_as_losses(work: ModuleType) -> None:
     with Worker(isolated=False) as worker:
         assert list(worker.run(work.count, 1)) == [(0, os.getpid())]
-        with pytest.raises(ValueError, match="first line"):
+        with pytest.raises(WorkerError, match=r"it raised ValueError: first line$") as error:
             list(worker.run(work.fail, "raise"))
+        assert error.value.announced == "raise"
+        with pytest.raises(UserError, match="No such model"):
+            list(worker.run(work.fail, "sentence"))
 
 
 def test_survivors_are_measured_without_the_item_that_crashes(work: ModuleType) -> None:
     with Worker(isolated=True) as worker:
         found = list(survivors(worker, work.square, [1, 2, 3], 2, True))
-    assert found == [1, Loss([2], "its process was lost: its process ended by signal 6"), 1, 9]
+    assert found == [1, Loss([2], "its process ended by signal 6"), 1, 9]
 
 
 def test_a_crash_without_an_announced_item_leaves_out_all(work: ModuleType) -> None:
     with Worker(isolated=True) as worker:
         found = list(survivors(worker, work.square, [1, 2, 3], 2, False))
-    assert found == [1, Loss([1, 2, 3], "its process was lost: its process ended by signal 6")]
+    assert found == [1, Loss([1, 2, 3], "its process ended by signal 6")]

@@ -142,12 +142,12 @@ def test_kept_memory_of_a_layer_counted_by_hand(
 
 def test_a_model_with_a_nan_loss_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: TrainingSetting) -> nn.Module:
-        model = Small()
-        nn.init.constant_(model.linear.weight, float("nan"))
-        return model
+        linear = nn.Linear(3 * 8 * 8, 10)
+        nn.init.constant_(linear.weight, float("nan"))
+        return nn.Sequential(nn.Flatten(), linear)
 
     monkeypatch.setattr(training_run, "make_model", broken)
-    status, (row,) = train(tmp_path, "--model", "sdnet18")
+    status, (row,) = train(tmp_path, "--model", "resnet18")
     assert (status, row.status, row.reason) == (1, "refused", "its loss is nan")
 
 
@@ -172,7 +172,27 @@ def test_a_setting_that_ends_its_process_is_refused_and_the_others_train(
         ("resnet18", "auto", "ok"),
         ("sdnet18", "torch", "ok"),
     ]
-    assert rows[0].reason == "its process was lost: its process ended by signal 6"
+    assert rows[0].reason == "its process ended by signal 6"
+
+
+@pytest.mark.usefixtures("small_models")
+def test_a_model_that_fails_while_it_is_timed_is_refused_and_the_others_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = measure_training.TimedRun.turn
+
+    def failing(run: measure_training.TimedRun) -> float:
+        if run.setting.model == "sdnet18":
+            raise ValueError("step_size holds nan.")
+        return turn(run)
+
+    monkeypatch.setattr(measure_training.TimedRun, "turn", failing)
+    status, rows = train(tmp_path, "--model", "resnet18", "sdnet18")
+    assert status == 1
+    assert {row.provider: (row.status, row.reason) for row in rows} == {
+        "sdnet18": ("refused", "it raised ValueError: step_size holds nan."),
+        "resnet18": ("ok", ""),
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton kernels can run on the GPU")

@@ -38,7 +38,6 @@ def test_a_recipe_is_profiled(tmp_path: Path) -> None:
     assert front.main(["profile", *sizes, "--traces", str(tmp_path), "--out", str(tmp_path)]) == 0
     ((_, row),) = read(tmp_path)
     assert (row.provider, row.mode, row.shape["batch"], row.shape["image_size"]) == ("demo", "step", 2, 32)
-    assert row.metrics["host_reads"] == 0
     assert row.metrics["ms:aten::convolution_backward"] > 0
     assert row.time_ms is not None
     assert row.time_ms["samples"] == 1

@@ -82,6 +82,19 @@ def test_the_faster_path_against_the_faster_baseline(results: Path, tmp_path: Pa
     assert "geometric mean over 1 shapes: 1.50×" in text
 
 
+def test_margins_of_a_training_run_are_those_of_all_its_rows(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, "margins", environment("GPU A", "2026-01-05T10:00:00+00:00"))
+    shape, settings = {"batch": 4, "image_size": 32, "n_steps": 2}, {"optimizer": "Adam", "lr": 0.01, "seed": 0}
+    for first, margins in ((1, [1.5, 0.9]), (3, [1.1, 1.0])):
+        steps = {"first_step": first, "last_step": first + 1, "largest_margin_by_step": margins}
+        metrics = {"step_ms": 100.0}
+        ledger.add("sdnet18", "step", shape, time_ms=time_of(2.0), metrics=metrics, settings=settings | steps)
+    late = settings | {"first_step": 5, "last_step": 5}
+    ledger.add("sdnet18", "step", shape, settings=late, status="refused", reason="the loss became NaN")
+    text = report.filled(TEXT.format("margins"), list(read(tmp_path)), tmp_path / "page.md", tmp_path)
+    assert "| sdnet18, batch 4, Adam, 0.01, seed 0 | 4, refused at 5 | 1.50 | 1.10 | 2 | 1 | 2.0 |" in text
+
+
 @pytest.mark.parametrize("view", report.PLOTS)
 def test_plots_are_drawn_where_there_is_something_to_draw(results: Path, tmp_path: Path, view: str) -> None:
     add_training(results, "GPU A", "2026-01-03T10:00:00+00:00", {"sdnet18": 10.0}, batch=64)
