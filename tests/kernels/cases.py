@@ -28,8 +28,25 @@ class Named:
         return "-".join(named).replace(" ", "") or "default"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodingCase(Named):
+    """The options of a coding, and whether lambda differs from sample to sample."""
+
+    n_steps: int = 2
+    mu: float = 0.0
+    nonnegative: bool = True
+    solver: Solver = "fista"
+    data_term: DataTerm = "squared"
+    n_dict: int = 1
+    per_sample: bool = False
+
+    @property
+    def coding(self) -> Coding:
+        return Coding(**{name: getattr(self, name) for name in CODING_FIELDS})
+
+
 @dataclass(frozen=True)
-class Case(Named):
+class Case(CodingCase):
     """A call with half a kernel of padding, on random images and atoms."""
 
     channels: int = 64
@@ -38,13 +55,6 @@ class Case(Named):
     stride: Pair = (1, 1)
     size: Pair = (19, 18)
     batch: int = 5
-    n_steps: int = 2
-    mu: float = 0.0
-    nonnegative: bool = True
-    solver: Solver = "fista"
-    data_term: DataTerm = "squared"
-    n_dict: int = 1
-    per_sample: bool = False
     channels_last: bool = True
     keep_residuals: bool | None = None
 
@@ -63,10 +73,6 @@ class Case(Named):
     @property
     def padding(self) -> Pair:
         return self.kernel_size[0] // 2, self.kernel_size[1] // 2
-
-    @property
-    def coding(self) -> Coding:
-        return Coding(**{name: getattr(self, name) for name in CODING_FIELDS})
 
     @property
     def options(self) -> tuple[Any, ...]:

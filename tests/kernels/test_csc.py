@@ -13,14 +13,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from sdnet.kernels import csc_encode
-from sdnet.kernels.coding import CODING_FIELDS, Coding, DataTerm, Solver
+from sdnet.kernels.coding import Solver
 from sdnet.kernels.reference import Pair
 
-from .cases import Named
+from .cases import CodingCase
 
 
 @dataclass(frozen=True)
-class Case(Named):
+class SmallCase(CodingCase):
     """A small problem in fp64, on the CPU."""
 
     kernel_size: Pair = (3, 3)
@@ -28,19 +28,9 @@ class Case(Named):
     padding: int | Pair = 1
     size: Pair = (7, 6)
     n_steps: int = 3
-    mu: float = 0.0
-    nonnegative: bool = True
-    solver: Solver = "fista"
-    data_term: DataTerm = "squared"
-    n_dict: int = 1
-    per_sample: bool = False
     batch: int = 2
     channels: int = 2
     atoms: int = 4
-
-    @property
-    def coding(self) -> Coding:
-        return Coding(**{name: getattr(self, name) for name in CODING_FIELDS})
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -75,39 +65,39 @@ class Case(Named):
 
 
 GEOMETRIES = [
-    Case(),
-    Case(size=(8, 9), stride=2),
-    Case(size=(9, 8), stride=3),
-    Case(size=(9, 7), stride=(1, 2), padding=(0, 1)),
-    Case(size=(8, 7), stride=(3, 2), padding=(2, 1)),
-    Case(kernel_size=(1, 1), padding=0),
-    Case(kernel_size=(1, 1), padding=0, stride=3),
-    Case(kernel_size=(5, 5), padding=2, stride=2),
-    Case(kernel_size=(7, 7), padding=3, stride=2, size=(12, 11)),
-    Case(kernel_size=(2, 2), padding=0, stride=2),
-    Case(kernel_size=(4, 2), padding=(1, 1), stride=(2, 1)),
-    Case(batch=1, channels=1, atoms=1),
+    SmallCase(),
+    SmallCase(size=(8, 9), stride=2),
+    SmallCase(size=(9, 8), stride=3),
+    SmallCase(size=(9, 7), stride=(1, 2), padding=(0, 1)),
+    SmallCase(size=(8, 7), stride=(3, 2), padding=(2, 1)),
+    SmallCase(kernel_size=(1, 1), padding=0),
+    SmallCase(kernel_size=(1, 1), padding=0, stride=3),
+    SmallCase(kernel_size=(5, 5), padding=2, stride=2),
+    SmallCase(kernel_size=(7, 7), padding=3, stride=2, size=(12, 11)),
+    SmallCase(kernel_size=(2, 2), padding=0, stride=2),
+    SmallCase(kernel_size=(4, 2), padding=(1, 1), stride=(2, 1)),
+    SmallCase(batch=1, channels=1, atoms=1),
 ]
 METHODS = [
-    Case(solver=solver, n_steps=n_steps, nonnegative=nonnegative)
+    SmallCase(solver=solver, n_steps=n_steps, nonnegative=nonnegative)
     for solver, n_steps, nonnegative in product(get_args(Solver), range(1, 6), (True, False))
 ]
 OBJECTIVES = [
-    Case(mu=0.5),
-    Case(mu=0.5, nonnegative=False, solver="ista"),
-    Case(mu=0.5, solver="sdnet", n_steps=5, per_sample=True),
-    Case(data_term="norm"),
-    Case(data_term="norm", mu=0.5, solver="sdnet", n_steps=4, nonnegative=False, n_dict=2, per_sample=True),
-    Case(data_term="norm", solver="ista", stride=2),
-    Case(n_dict=2),
-    Case(n_dict=3, stride=2, nonnegative=False, solver="sdnet"),
-    Case(per_sample=True),
-    Case(per_sample=True, nonnegative=False, batch=3),
+    SmallCase(mu=0.5),
+    SmallCase(mu=0.5, nonnegative=False, solver="ista"),
+    SmallCase(mu=0.5, solver="sdnet", n_steps=5, per_sample=True),
+    SmallCase(data_term="norm"),
+    SmallCase(data_term="norm", mu=0.5, solver="sdnet", n_steps=4, nonnegative=False, n_dict=2, per_sample=True),
+    SmallCase(data_term="norm", solver="ista", stride=2),
+    SmallCase(n_dict=2),
+    SmallCase(n_dict=3, stride=2, nonnegative=False, solver="sdnet"),
+    SmallCase(per_sample=True),
+    SmallCase(per_sample=True, nonnegative=False, batch=3),
 ]
-STRIDED = Case(stride=2, per_sample=True, mu=0.5, solver="sdnet", n_steps=4, nonnegative=False)
+STRIDED = SmallCase(stride=2, per_sample=True, mu=0.5, solver="sdnet", n_steps=4, nonnegative=False)
 
 every_case = pytest.mark.parametrize("case", dict.fromkeys([*GEOMETRIES, *METHODS, *OBJECTIVES]), ids=str)
-some_cases = pytest.mark.parametrize("case", [Case(), STRIDED, *OBJECTIVES[4:7]], ids=str)
+some_cases = pytest.mark.parametrize("case", [SmallCase(), STRIDED, *OBJECTIVES[4:7]], ids=str)
 
 
 def assert_active(codes: Tensor) -> None:
@@ -136,18 +126,18 @@ def assert_near(actual: Tensor, expected: Tensor, relative: float) -> None:
 
 
 @every_case
-def test_codes_and_gradients_equal_autograd_through_the_reference(case: Case) -> None:
+def test_codes_and_gradients_equal_autograd_through_the_reference(case: SmallCase) -> None:
     for actual, expected in zip(case.gradients("torch"), case.gradients("reference"), strict=True):
         assert_near(actual, expected, 1e-12)
 
 
 @pytest.mark.parametrize("case", [*GEOMETRIES, *OBJECTIVES], ids=str)
-def test_single_precision_is_near_the_double_precision_reference(case: Case) -> None:
+def test_single_precision_is_near_the_double_precision_reference(case: SmallCase) -> None:
     for actual, expected in zip(case.gradients("torch", torch.float32), case.gradients("reference"), strict=True):
         assert_near(actual, expected, 1e-5)
 
 
-def assert_away_from_the_kink(case: Case) -> None:
+def assert_away_from_the_kink(case: SmallCase) -> None:
     """No code of any step changes between zero and nonzero when lambda changes by a thousandth."""
     x, weight, step_size, lam = case.tensors()
     for n_steps in range(1, case.n_steps + 1):
@@ -161,15 +151,15 @@ def assert_away_from_the_kink(case: Case) -> None:
     [
         replace(case, size=(5, 4), channels=1, atoms=3)
         for case in (
-            Case(),
-            Case(solver="ista", n_steps=2, stride=2, nonnegative=False),
-            Case(solver="sdnet", n_steps=4, mu=0.5, n_dict=2),
-            Case(n_steps=4, per_sample=True, nonnegative=False),
+            SmallCase(),
+            SmallCase(solver="ista", n_steps=2, stride=2, nonnegative=False),
+            SmallCase(solver="sdnet", n_steps=4, mu=0.5, n_dict=2),
+            SmallCase(n_steps=4, per_sample=True, nonnegative=False),
         )
     ],
     ids=str,
 )
-def test_gradcheck(case: Case) -> None:
+def test_gradcheck(case: SmallCase) -> None:
     """The squared data term alone: the norm is detached, so its gradient is no derivative."""
     assert_away_from_the_kink(case)
     x, weight, step_size, lam = case.tensors()
@@ -184,7 +174,7 @@ def test_gradcheck(case: Case) -> None:
     "wanted", [("x",), ("weight",), ("lam",), ("x", "lam"), ("x", "weight"), ("weight", "lam")], ids="-".join
 )
 def test_only_the_gradients_asked_for_are_computed(wanted: tuple[str, ...]) -> None:
-    case = Case(mu=0.5, data_term="norm")
+    case = SmallCase(mu=0.5, data_term="norm")
     x, weight, step_size, lam = case.tensors()
     leaves = {"x": x, "weight": weight, "lam": lam}
     expected = dict(zip(leaves, case.gradients("reference")[1:], strict=True))
@@ -204,7 +194,7 @@ def test_only_the_gradients_asked_for_are_computed(wanted: tuple[str, ...]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_and_tensors_are_the_same_step_and_lambda(dtype: torch.dtype) -> None:
-    case = Case(batch=3)
+    case = SmallCase(batch=3)
     x, weight, *_ = case.tensors(dtype)
     expected = case.encode(x, weight, 0.15, 0.25, "torch")
     assert_active(expected)
@@ -214,7 +204,7 @@ def test_numbers_and_tensors_are_the_same_step_and_lambda(dtype: torch.dtype) ->
 
 
 def test_lambda_per_sample_reaches_its_sample_and_its_gradient_has_its_shape() -> None:
-    case = Case(batch=3)
+    case = SmallCase(batch=3)
     x, weight, step_size, _ = case.tensors()
     lam = torch.tensor([0.05, 0.15, 0.3], dtype=torch.float64, requires_grad=True)
     together = case.encode(x, weight, step_size, lam, "torch")
@@ -227,7 +217,7 @@ def test_lambda_per_sample_reaches_its_sample_and_its_gradient_has_its_shape() -
 
 @some_cases
 @pytest.mark.parametrize("converted", ["x", "weight", "both"])
-def test_channels_last_gives_the_same_and_stays(case: Case, converted: str) -> None:
+def test_channels_last_gives_the_same_and_stays(case: SmallCase, converted: str) -> None:
     contiguous = case.gradients("torch")
     x, weight, step_size, lam = case.tensors()
     if converted != "weight":
@@ -243,12 +233,14 @@ def test_channels_last_gives_the_same_and_stays(case: Case, converted: str) -> N
 
 
 def test_contiguous_input_gives_contiguous_codes() -> None:
-    codes, *_ = Case().gradients("torch")
+    codes, *_ = SmallCase().gradients("torch")
     assert codes.is_contiguous()
 
 
 @some_cases
-def test_residuals_kept_or_computed_again_give_the_same_gradients(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residuals_kept_or_computed_again_give_the_same_gradients(
+    case: SmallCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SDNET_KEEP_RESIDUALS", "0")
     again = case.gradients("torch")
     monkeypatch.setenv("SDNET_KEEP_RESIDUALS", "1")
@@ -259,7 +251,7 @@ def test_residuals_kept_or_computed_again_give_the_same_gradients(case: Case, mo
 @pytest.mark.parametrize("asked", [None, "1", "0"])
 @some_cases
 def test_autograd_keeps_the_input_the_dictionary_the_codes_and_on_a_cpu_the_residuals(
-    case: Case, asked: str | None, monkeypatch: pytest.MonkeyPatch
+    case: SmallCase, asked: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight, step_size, lam = case.tensors()
     kept: dict[int, Tensor] = {}
@@ -279,7 +271,7 @@ def test_autograd_keeps_the_input_the_dictionary_the_codes_and_on_a_cpu_the_resi
 
 
 @some_cases
-def test_both_operators_pass_opcheck(case: Case) -> None:
+def test_both_operators_pass_opcheck(case: SmallCase) -> None:
     x, weight, step_size, lam = case.tensors()
     options = (*case.options, "torch", "auto")
     torch.library.opcheck(torch.ops.sdnet.csc_forward, (x, weight, step_size, lam, *options, False, True))
@@ -292,7 +284,7 @@ def test_both_operators_pass_opcheck(case: Case) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_the_compiler_foresees_the_layout_of_the_codes(layout: torch.memory_format) -> None:
-    case = Case()
+    case = SmallCase()
     x, weight, step_size, lam = (tensor.detach() for tensor in case.tensors())
     x = x.to(memory_format=layout)
     real = case.encode(x, weight, step_size, lam, "torch")
@@ -302,7 +294,7 @@ def test_the_compiler_foresees_the_layout_of_the_codes(layout: torch.memory_form
     assert (foreseen.shape, foreseen.stride(), foreseen.dtype) == (real.shape, real.stride(), real.dtype)
 
 
-def compiled_equals_eager(case: Case, backend: str, relative: float, dtype: torch.dtype) -> None:
+def compiled_equals_eager(case: SmallCase, backend: str, relative: float, dtype: torch.dtype) -> None:
     def loss(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor) -> Tensor:
         codes = case.encode(x, weight, step_size, lam, "auto").relu()
         return torch.sum(codes * probe_)
@@ -318,7 +310,7 @@ def compiled_equals_eager(case: Case, backend: str, relative: float, dtype: torc
 
 
 @some_cases
-def test_compiles_to_one_graph_with_gradients(case: Case) -> None:
+def test_compiles_to_one_graph_with_gradients(case: SmallCase) -> None:
     torch.compiler.reset()
     compiled_equals_eager(case, "aot_eager", 1e-12, torch.float64)
 
@@ -327,13 +319,13 @@ def test_compiles_to_one_graph_with_gradients(case: Case) -> None:
 @pytest.mark.skipif(not any(map(which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
 def test_compiles_with_inductor() -> None:
     torch.compiler.reset()
-    compiled_equals_eager(Case(stride=2), "inductor", 1e-5, torch.float32)
+    compiled_equals_eager(SmallCase(stride=2), "inductor", 1e-5, torch.float32)
 
 
 class Encoder(nn.Module):
     """csc_encode with a dictionary of its own, as export wants it."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: SmallCase) -> None:
         super().__init__()
         self.case = case
         _, weight, step_size, lam = case.tensors(torch.float32)
@@ -346,7 +338,7 @@ class Encoder(nn.Module):
 
 
 @some_cases
-def test_exports_through_the_reference(case: Case) -> None:
+def test_exports_through_the_reference(case: SmallCase) -> None:
     encoder = Encoder(case)
     x = case.tensors(torch.float32)[0].detach()
     program = torch.export.export(encoder, (x,))
@@ -356,7 +348,7 @@ def test_exports_through_the_reference(case: Case) -> None:
 
 
 def test_autocast_computes_in_its_type_and_gives_gradients_in_the_leaves() -> None:
-    case = Case(size=(12, 12))
+    case = SmallCase(size=(12, 12))
     expected = case.gradients("reference", torch.float32)
     x, weight, step_size, lam = case.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -372,7 +364,7 @@ def test_autocast_computes_in_its_type_and_gives_gradients_in_the_leaves() -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_input_gives_half_precision_codes(dtype: torch.dtype) -> None:
-    case = Case(size=(12, 12))
+    case = SmallCase(size=(12, 12))
     codes, *_ = case.gradients("reference", torch.float32)
     x, weight, step_size, lam = case.tensors(dtype)
     half = case.encode(x, weight, step_size, lam, "torch")
@@ -382,7 +374,7 @@ def test_half_precision_input_gives_half_precision_codes(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_an_empty_batch_gives_empty_codes_and_zero_gradients(impl: str) -> None:
-    case = Case(batch=0)
+    case = SmallCase(batch=0)
     x, weight, step_size, lam = case.tensors()
     codes = case.encode(x, weight, step_size, lam, impl)
     assert codes.shape == (0, 4, 7, 6)
@@ -392,7 +384,7 @@ def test_an_empty_batch_gives_empty_codes_and_zero_gradients(impl: str) -> None:
 
 
 def test_without_gradients_the_codes_are_the_same() -> None:
-    case = Case()
+    case = SmallCase()
     x, weight, step_size, lam = case.tensors()
     with torch.no_grad():
         codes = case.encode(x, weight, step_size, lam, "torch")

@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 
 
 @dataclass(frozen=True)
-class Case(cases.Case):
+class PathCase(cases.Case):
     """A small call, in one precision and by one kind of steps."""
 
     channels: int = 5
@@ -67,7 +67,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def pairwise_cover() -> Iterator[Case]:
+def pairwise_cover() -> Iterator[PathCase]:
     """Cases in which every two values of different factors meet."""
     choose = random.Random(0)
     names = list(FACTORS)
@@ -83,23 +83,23 @@ def pairwise_cover() -> Iterator[Case]:
         candidates = [{n: seed.get(n, choose.choice(FACTORS[n])) for n in names} for _ in range(60)]
         best = max(candidates, key=lambda values: len(pairs(values) & missing))
         missing -= pairs(best)
-        yield Case(**best)
+        yield PathCase(**best)
 
 
 RISKS = {
-    "several blocks of atoms and of channels": Case(channels=18, atoms=70, size=(4, 5)),
-    "several boxes": Case(size=(12, 11), channels=9, batch=3),
-    "several boxes, strided": Case(size=(17, 15), stride=(2, 2), batch=3, channels=9),
-    "a stem": Case(kernel_size=(7, 7), stride=(2, 2), channels=3, atoms=20, size=(18, 15)),
-    "a contiguous stem": Case(3, 20, (7, 7), (2, 2), (18, 15), channels_last=False),
-    "a stem of one channel": Case(channels=1, atoms=3, channels_last=False),
-    "one pixel": Case(kernel_size=(1, 1), size=(1, 1), channels=9, atoms=9),
-    "phases without taps": Case(kernel_size=(1, 1), stride=(3, 3), size=(8, 7), channels=9, n_steps=3),
-    "phases without taps, few channels": Case(kernel_size=(1, 1), stride=(3, 3), size=(8, 7)),
-    "input that no code reaches": Case(kernel_size=(2, 2), stride=(4, 3), size=(9, 11), channels=9),
-    "long thin atoms": Case(kernel_size=(16, 1), size=(17, 3), channels=9),
-    "a batch of one": Case(batch=1, per_sample=True, n_steps=3),
-    "many pairs of the weight correlation": Case(kernel_size=(1, 3), n_steps=8, channels=9, size=(5, 4)),
+    "several blocks of atoms and of channels": PathCase(channels=18, atoms=70, size=(4, 5)),
+    "several boxes": PathCase(size=(12, 11), channels=9, batch=3),
+    "several boxes, strided": PathCase(size=(17, 15), stride=(2, 2), batch=3, channels=9),
+    "a stem": PathCase(kernel_size=(7, 7), stride=(2, 2), channels=3, atoms=20, size=(18, 15)),
+    "a contiguous stem": PathCase(3, 20, (7, 7), (2, 2), (18, 15), channels_last=False),
+    "a stem of one channel": PathCase(channels=1, atoms=3, channels_last=False),
+    "one pixel": PathCase(kernel_size=(1, 1), size=(1, 1), channels=9, atoms=9),
+    "phases without taps": PathCase(kernel_size=(1, 1), stride=(3, 3), size=(8, 7), channels=9, n_steps=3),
+    "phases without taps, few channels": PathCase(kernel_size=(1, 1), stride=(3, 3), size=(8, 7)),
+    "input that no code reaches": PathCase(kernel_size=(2, 2), stride=(4, 3), size=(9, 11), channels=9),
+    "long thin atoms": PathCase(kernel_size=(16, 1), size=(17, 3), channels=9),
+    "a batch of one": PathCase(batch=1, per_sample=True, n_steps=3),
+    "many pairs of the weight correlation": PathCase(kernel_size=(1, 3), n_steps=8, channels=9, size=(5, 4)),
 }
 COVER = list(pairwise_cover())
 
@@ -111,7 +111,7 @@ def rms(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
     return ((actual.double() - expected).norm() / (expected if scale is None else scale).norm().clamp_min(1e-9)).item()
 
 
-def assert_near_reference(case: Case) -> None:
+def assert_near_reference(case: PathCase) -> None:
     leaves = x, weight, lam = case.leaves(case.dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = case.encode(*exact, impl="reference")
@@ -139,14 +139,14 @@ def assert_near_reference(case: Case) -> None:
 
 
 def test_the_cover_is_pairwise() -> None:
-    assert {field.name for field in fields(Case)} - set(FACTORS) == {"batch"}
+    assert {field.name for field in fields(PathCase)} - set(FACTORS) == {"batch"}
     met = {pair for case in COVER for pair in combinations(((name, getattr(case, name)) for name in FACTORS), 2)}
     wanted = (product(product([a], FACTORS[a]), product([b], FACTORS[b])) for a, b in combinations(FACTORS, 2))
     assert all(pair in met for pairs in wanted for pair in pairs)
 
 
 @pytest.mark.parametrize("case", COVER, ids=str)
-def test_codes_and_gradients_over_a_pairwise_cover(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_and_gradients_over_a_pairwise_cover(case: PathCase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDNET_TRITON_PATH", case.steps)
     assert_near_reference(case)
 
@@ -167,7 +167,7 @@ def test_named_risks_in_half_precision(risk: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_an_empty_batch(channels_last: bool) -> None:
-    case = Case(batch=0, channels_last=channels_last)
+    case = PathCase(batch=0, channels_last=channels_last)
     x, weight, lam = case.leaves()
     codes = case.encode(x, weight, lam)
     assert codes.shape == (0, 12, 7, 6)
@@ -179,7 +179,7 @@ def test_an_empty_batch(channels_last: bool) -> None:
 
 
 def test_other_strides_through_a_copy() -> None:
-    case = Case(channels=9)
+    case = PathCase(channels=9)
     x, weight, lam = (tensor.detach() for tensor in case.leaves())
     expected = case.encode(x, weight, lam)
     wide = torch.zeros(2, 18, 7, 12, device=DEVICE)
@@ -193,7 +193,7 @@ def test_other_strides_through_a_copy() -> None:
 @pytest.mark.parametrize("view", ["a column of a table", "every second of a list", "one number for all"])
 def test_a_lambda_for_each_sample_may_be_any_view(view: str, steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDNET_TRITON_PATH", steps)
-    case = Case(batch=3)
+    case = PathCase(batch=3)
     x, weight, _ = (leaf.detach() for leaf in case.leaves())
     values = torch.tensor([0.1, 0.3, 0.2], device=DEVICE)
     lam = {
@@ -213,7 +213,7 @@ def other_layout(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
 
 
-HOOKS: dict[str, Callable[[Tensor, Case], Tensor]] = {
+HOOKS: dict[str, Callable[[Tensor, PathCase], Tensor]] = {
     "all": lambda tensor, case: other_layout(tensor) if tensor.ndim == 4 else tensor,
     "codes alone": lambda tensor, case: other_layout(tensor) if tensor.shape[1:2] == (case.atoms,) else tensor,
     "all at odd addresses": lambda tensor, case: at_odd_address(tensor) if tensor.ndim == 4 else tensor,
@@ -233,7 +233,7 @@ def test_saved_tensors_may_come_back_in_another_layout(
     changed: str, channels_last: bool, steps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDNET_TRITON_PATH", steps)
-    case = Case(channels=9, n_steps=3, channels_last=channels_last, keep_residuals=True)
+    case = PathCase(channels=9, n_steps=3, channels_last=channels_last, keep_residuals=True)
     kept, hooked = case.leaves(), case.leaves()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: HOOKS[changed](t, case)):
         codes = case.encode(*hooked)
@@ -249,7 +249,7 @@ def test_saved_tensors_of_descriptors_may_come_back_in_another_layout(
     descriptor_reads: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
-    case = Case(channels=16, atoms=8, size=(3, 2), batch=64, half=True)
+    case = PathCase(channels=16, atoms=8, size=(3, 2), batch=64, half=True)
     kept, hooked = case.leaves(case.dtype), case.leaves(case.dtype)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: HOOKS["codes alone"](t, case)):
         codes = case.encode(*hooked)
@@ -262,16 +262,16 @@ def test_saved_tensors_of_descriptors_may_come_back_in_another_layout(
 
 
 def test_a_nan_stays_a_nan() -> None:
-    x, weight, lam = Case(channels=9).leaves()
+    x, weight, lam = PathCase(channels=9).leaves()
     spoiled = x.detach().clone()
     spoiled[0, 0, 3, 3] = torch.nan
-    codes = Case(channels=9).encode(spoiled, weight.detach(), lam.detach())
+    codes = PathCase(channels=9).encode(spoiled, weight.detach(), lam.detach())
     assert codes[0].isnan().any()
     assert not codes[1].isnan().any()
 
 
 def test_the_same_call_gives_the_same_bits() -> None:
-    case = Case(n_steps=3, channels=9)
+    case = PathCase(n_steps=3, channels=9)
     results = []
     for _ in range(2):
         leaves = case.leaves()
@@ -284,7 +284,7 @@ def test_the_same_call_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("steps", ["fused", "cudnn"])
 def test_only_the_gradients_asked_for(wanted: tuple[str, ...], steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDNET_TRITON_PATH", steps)
-    case = Case(n_steps=3, data_term="norm")
+    case = PathCase(n_steps=3, data_term="norm")
     full, some = (dict(zip(("x", "weight", "lam"), case.leaves(), strict=True)) for _ in range(2))
     for name, leaf in some.items():
         leaf.requires_grad_(name in wanted)
@@ -298,7 +298,7 @@ def test_only_the_gradients_asked_for(wanted: tuple[str, ...], steps: str, monke
 
 
 def test_both_operators_pass_opcheck() -> None:
-    case = Case(kernel_size=(1, 1), size=(4, 3))
+    case = PathCase(kernel_size=(1, 1), size=(4, 3))
     x, weight, lam = case.leaves()
     step_size = torch.tensor(case.step_size, device=DEVICE)
     options = (*Coding(mu=0.5).values(), (1, 1), (0, 0), "triton", "auto")
@@ -311,7 +311,7 @@ def test_both_operators_pass_opcheck() -> None:
 
 
 def test_compiles_to_one_graph_with_gradients() -> None:
-    case = Case(channels=9)
+    case = PathCase(channels=9)
 
     def loss(x: Tensor, weight: Tensor, lam: Tensor) -> Tensor:
         return case.encode(2 * x, weight, lam).square().sum()
@@ -325,7 +325,7 @@ def test_compiles_to_one_graph_with_gradients() -> None:
 
 
 def test_autocast_computes_in_half_precision() -> None:
-    case = Case(channels=9)
+    case = PathCase(channels=9)
     x, weight, lam = case.leaves()
     with torch.autocast(DEVICE, torch.float16):
         codes = case.encode(x, weight, lam)
@@ -337,7 +337,7 @@ def test_autocast_computes_in_half_precision() -> None:
 
 
 def test_without_gradients_and_under_checkpointing() -> None:
-    case = Case(channels=9)
+    case = PathCase(channels=9)
     x, weight, lam = case.leaves()
     expected = case.encode(x, weight, lam)
     with torch.no_grad():
