@@ -20,10 +20,10 @@ eigenvalue from the power vector of the last step:
    because Q contains the last power vector, and the estimate equals L once u has converged. The step size is
    0.9 / estimate.
 
-`python -m sdnet.bench margins` measures step size x L after each optimiser step. Nothing waits for the device. A power
-vector is replaced by a finite vector only: an optimiser step that makes the weights NaN makes the step size NaN, and
-both recover with the weights. All layers of a network on a GPU share 25 Triton launches (`triton_path.step_sizes`);
-elsewhere PyTorch's operators run layer by layer.
+`python -m sdnet.bench margins` measures step size x L after each optimiser step. Nothing waits for the device. Power
+vector and step size are replaced by finite values only: they outlast an optimiser step that makes the weights NaN, and
+serve again once the weights have been restored. All layers of a network on a GPU share 25 Triton launches
+(`triton_path.step_sizes`); elsewhere PyTorch's operators run layer by layer.
 
 `largest_eigenvalue` converges, and waits for the device.
 """
@@ -303,4 +303,4 @@ def update_dictionary(dictionary: DictionaryState, iterations: int = 1) -> None:
     project_atoms(weight)
     estimated, eigenvalue = estimate_eigenvalue(weight, power_vector, stride, padding, iterations)
     power_vector.copy_(estimated)
-    step_size.copy_(step_size_of(eigenvalue))
+    step_size.copy_(torch.where(eigenvalue.isfinite(), step_size_of(eigenvalue), step_size))

@@ -1,11 +1,12 @@
 """Convolutional sparse-coding networks: layers, models, official checkpoints, diagnostics and robust inference."""
 
+from sdnet.attachment import attach
 from sdnet.diagnostics import LayerDiagnostics, Recording, diagnose, record
 from sdnet.layers import CSCConv2d
 from sdnet.models import SDNet, create_model, list_models
 from sdnet.official import load_official_checkpoint
 from sdnet.settings import check_lambda, set_impl, set_lambda
-from sdnet.step_size import attach, converge_power_vectors, refresh_step_size, step_margins
+from sdnet.step_size import converge_power_vectors, largest_margin, project, refresh_step_size, step_margins
 
 __version__ = "0.1.0"
 
@@ -19,8 +20,10 @@ __all__ = [
     "converge_power_vectors",
     "create_model",
     "diagnose",
+    "largest_margin",
     "list_models",
     "load_official_checkpoint",
+    "project",
     "record",
     "refresh_step_size",
     "set_impl",

@@ -1,7 +1,9 @@
 """`CSCConv2d`: a layer whose output is the convolutional sparse code of its input."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -131,6 +133,7 @@ class CSCConv2d(CodingState):
             lam = lam * pixels / codes
         channels = self.coding.n_dict * self.in_channels
         self._recorders: tuple[Recorder, ...] = ()
+        self._versions: tuple[int, int, int] | None = None
         with persistent_state():
             empty = torch.empty(self.out_channels, channels, *self.kernel_size, device=device, dtype=dtype)
             self.weight = nn.Parameter(empty)
@@ -167,12 +170,30 @@ class CSCConv2d(CodingState):
             ValueError: x or lam has a wrong shape, type or device.
         """
         self._check_input(x)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_upkeep()
         lam = self._lam if lam is None else lam
         options = self.coding, self.stride, self.padding, self.impl, self.keep_residuals
         codes = encode(x, self.weight, self.step_size, lam, *options)
         for recorder in self._recorders:
             recorder.keep(x, codes, lam)
         return codes
+
+    def _check_upkeep(self) -> None:
+        """Warn, once in a process, if the weight changed since the last training forward and the step size did not.
+
+        Tensors count their changes, so this neither reads values nor waits for a device.
+        """
+        weight = self._parameters.get("weight")
+        if weight is None or hasattr(weight, "full_tensor") or weight.is_inference():
+            return  # computed from other parameters, or sharded: the tensor of this call says nothing
+        before, now = self._versions, (id(weight), weight._version, self.step_size._version)
+        self._versions = now
+        if before is not None and before[0] == now[0] and before[1] != now[1] and before[2] == now[2]:
+            warn_once(
+                "The weight of a CSC layer changed since the last forward, but its step size did not: call "
+                "sdnet.attach(model, optimizer) before training, and sdnet.project(model) after other changes."
+            )
 
     def reconstruct(self, codes: Tensor, size: int | Pair | None = None) -> Tensor:
         """Compute A z, the reconstruction that codes z stand for.
@@ -292,7 +313,7 @@ class CSCConv2d(CodingState):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes that a copy or a pickle takes over: all but the recordings in progress."""
-        return {**self.__dict__, "_recorders": ()}
+        return {**self.__dict__, "_recorders": (), "_versions": None}
 
 
 class Recorder:
@@ -307,6 +328,12 @@ class Recorder:
     def keep(self, x: Tensor, codes: Tensor, lam: float | Tensor) -> None:
         """Replace what is kept by a copy of these."""
         self.last = x.clone(), codes.clone(), lam.clone() if isinstance(lam, Tensor) else lam
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Give a warning the first time that it is called with this text."""
+    warnings.warn(text, stacklevel=6)
 
 
 def at_least_single(tensor: Tensor) -> Tensor:

@@ -1,15 +1,23 @@
-"""Keeping atoms on the unit sphere and step sizes true while a network learns."""
+"""Step sizes computed to convergence, and how far they are from divergence.
+
+`sdnet.attach` keeps them up to date during training.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from sdnet.kernels import checks, step_sizes
 from sdnet.kernels.reference import Pair
-from sdnet.layers import CSCConv2d
+from sdnet.layers import CSCConv2d, Recorder
+from sdnet.stored_weight import effective_weight, project_layer, refusal
+
+Example = Tensor | tuple[Any, ...] | dict[str, Any] | int
+"""What a model is called with, see `refresh_step_size`."""
+
+RANDOM_SHARE = 0.1
+"""The weight of a random vector in what `largest_margin` starts from."""
 
 
 def csc_layers(model: nn.Module) -> dict[str, CSCConv2d]:
@@ -25,97 +33,218 @@ def csc_layers(model: nn.Module) -> dict[str, CSCConv2d]:
     return {".".join(part for part in name.split(".") if part != "_orig_mod"): layer for name, layer in layers.items()}
 
 
-def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> RemovableHandle:
-    """After every step of `optimizer` the atoms of `model` are projected and the step sizes follow, without a sync.
+@torch.no_grad()
+def refresh_step_size(
+    model: nn.Module, example: Example | None = None, *, image_size: int | Pair | None = None
+) -> None:
+    """Set every step size of a model to 0.9 / (largest eigenvalue of A'A), computed to convergence.
 
-    Each step that really happened (not one that a gradient scaler skipped) is followed by the projection of every atom
-    onto the unit sphere and `iterations` warm power iterations per CSC layer, on the device. One iteration tracks
-    weights that move slowly; while a large learning rate throws them about, `step_margins` can exceed 1 for some steps.
+    With `example` or `image_size`, one forward in evaluation mode shows on which input sizes the layers work, and the
+    step sizes are computed for these; without them, for the sizes as they are. Under torch.distributed call it in
+    every process.
 
-    Call it once for a model and its optimiser; under torch.distributed in every process, for the vectors of rank 0 are
-    sent to all, once. `.remove()` on what it returns ends it.
+    Args:
+        model: a network with CSC layers.
+        example: a batch that the model takes, a tuple of its positional or a dict of its keyword arguments. An int or
+            a pair of ints means `image_size`.
+        image_size: height and width of the images, an int or a pair. The model must take one tensor
+            [1, C, height, width], with as many channels as its first convolution or CSC layer has.
+
+    Raises:
+        ValueError: an argument has a wrong type or value, the model does not take such images, or a dictionary is not
+            finite; the model is then unchanged.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; it must be at least 1.")
-    layers = list(csc_layers(model).values())
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for layer in layers:
-            torch.distributed.broadcast(layer.power_vector, src=0)
-
-    def update_dictionaries(*_: Any) -> None:
-        step_sizes.update_dictionaries([layer.dictionary for layer in layers], iterations)
-
-    return optimizer.register_step_post_hook(update_dictionaries)
+    layers = csc_layers(model)
+    require_finite(layers)
+    for name, size in input_sizes(model, example, image_size).items():
+        if size != tuple(layers[name].power_vector.shape[2:]):
+            layers[name].reset_power_vector(size)
+    for layer in layers.values():
+        layer.step_size.copy_(step_sizes.step_size_of(converge(layer)))
 
 
 @torch.no_grad()
-def refresh_step_size(model: nn.Module, image_size: int | Pair | None = None) -> None:
-    """Converges the power iteration of every CSC layer and sets step = 0.9 / (largest eigenvalue of A'A).
+def project(model: nn.Module) -> None:
+    """Scale all atoms of a model to unit norm and compute its step sizes to convergence.
 
-    With `image_size` the grids on which the steps are estimated follow images [1, C, H, W] of that height and width
-    through the model, one forward in evaluation mode.
+    Call it after anything but an attached optimizer has changed the weights: after averaging them (exponential moving
+    averages, stochastic weight averaging), editing, or initialising them. All layers are projected, frozen ones too.
+
+    Args:
+        model: a network with CSC layers.
+
+    Raises:
+        ValueError: a dictionary is not finite, or stored where it cannot be projected; the model is then unchanged.
+
+    Example:
+        >>> averaged = torch.optim.swa_utils.AveragedModel(model)
+        >>> averaged.update_parameters(model)
+        >>> sdnet.project(averaged)
     """
     layers = csc_layers(model)
-    if image_size is not None:
-        for name, size in input_sizes(model, image_size).items():
-            layers[name].reset_power_vector(size)
+    require_finite(layers)
+    for name, layer in layers.items():
+        if reason := refusal(name, layer):
+            raise ValueError(reason)
     for layer in layers.values():
-        layer.step_size.copy_(step_sizes.step_size_of(layer.converge_power_vector()))
+        project_layer(layer)
+    refresh_step_size(model)
 
 
 @torch.no_grad()
 def converge_power_vectors(model: nn.Module) -> None:
-    """Brings the vector of every CSC layer to where warm iterations can start; leaves the step sizes."""
-    for layer in csc_layers(model).values():
-        layer.converge_power_vector(tolerance=1e-3)
+    """Converge the power vector of every CSC layer, as a start for later estimates; leave the step sizes.
+
+    Raises:
+        ValueError: a dictionary is not finite; the model is then unchanged.
+    """
+    layers = csc_layers(model)
+    require_finite(layers)
+    for layer in layers.values():
+        converge(layer, tolerance=1e-3)
 
 
 @torch.no_grad()
-def step_margins(model: nn.Module, image_size: int | Pair | None = None) -> dict[str, float]:
-    """step times the largest eigenvalue of A'A by layer, on the grid of `image_size`; changes nothing.
+def step_margins(
+    model: nn.Module, example: Example | None = None, *, image_size: int | Pair | None = None
+) -> dict[str, float]:
+    """Return step size times largest eigenvalue of A'A of every CSC layer, and change nothing.
 
-    0.9 is what a refresh gives. Above 1 a step may overshoot, from 2 on the steps diverge.
+    0.9 is the target, which `refresh_step_size` gives. Above 1 a step may overshoot. FISTA diverges from 4/3 on, ISTA
+    from 2 on.
+
+    Args:
+        model: a network with CSC layers.
+        example: see `refresh_step_size`; the eigenvalues are then those of the input sizes that it leads to.
+        image_size: see `refresh_step_size`.
+
+    Raises:
+        ValueError: as for `refresh_step_size`.
     """
-    sizes = {} if image_size is None else input_sizes(model, image_size)
+    layers = csc_layers(model)
+    require_finite(layers)
+    sizes = input_sizes(model, example, image_size)
     margins = {}
-    for name, layer in csc_layers(model).items():
-        power_vector, grid = layer.power_vector, tuple(layer.power_vector.shape[2:])
-        if sizes.get(name, grid) != grid:
-            power_vector = step_sizes.initial_power_vector((1, power_vector.shape[1], *sizes[name])).to(
-                power_vector.device
-            )
-        _, eigenvalue = step_sizes.largest_eigenvalue(layer.weight, power_vector, layer.stride, layer.padding)
+    for name, layer in layers.items():
+        power_vector = layer.power_vector
+        size = sizes.get(name, tuple(power_vector.shape[2:]))
+        if size != tuple(power_vector.shape[2:]):
+            initial = step_sizes.initial_power_vector((1, power_vector.shape[1], *size))
+            power_vector = initial.to(power_vector.device)
+        weight = effective_weight(layer)
+        _, eigenvalue = step_sizes.largest_eigenvalue(weight, power_vector, layer.stride, layer.padding)
         margins[name] = float(layer.step_size * eigenvalue)
     return margins
 
 
 @torch.no_grad()
-def input_sizes(model: nn.Module, image_size: int | Pair) -> dict[str, Pair]:
-    """The grid that each CSC layer sees when images of `image_size` go through the model, by one forward of zeros.
+def largest_margin(model: nn.Module, iterations: int = 2) -> Tensor:
+    """Estimate the largest of the margins that `step_margins` computes, for logs during training.
 
-    The images have as many channels as the first CSC layer takes.
+    It costs eight products with AA' per layer, changes nothing and, with all layers on one device, leaves the only
+    host sync to the caller who reads the result. Call it in every process if the dictionaries are sharded.
+
+    Args:
+        model: a network with CSC layers.
+        iterations: how often the estimate is repeated.
+
+    Returns:
+        The margin, 0-d; NaN if a dictionary or a step size is NaN.
+
+    Raises:
+        ValueError: the model has no CSC layers.
     """
     layers = csc_layers(model)
     if not layers:
+        raise ValueError("model has no CSC layers; largest_margin needs at least one.")
+    margins = []
+    for layer in layers.values():
+        random = step_sizes.initial_power_vector(tuple(layer.power_vector.shape)).to(layer.power_vector.device)
+        start, geometry = layer.power_vector + RANDOM_SHARE * random, (layer.stride, layer.padding)
+        _, eigenvalue = step_sizes.estimate_eigenvalue(effective_weight(layer), start, *geometry, iterations)
+        margins.append(layer.step_size * eigenvalue)
+    return torch.stack(margins).max()
+
+
+def converge(layer: CSCConv2d, tolerance: float = 1e-5) -> Tensor:
+    """Converge the power vector of a layer, wherever its weight is stored, and return the eigenvalue, 0-d."""
+    weight = effective_weight(layer)
+    power_vector, eigenvalue = step_sizes.largest_eigenvalue(
+        weight, layer.power_vector, layer.stride, layer.padding, tolerance
+    )
+    layer.power_vector.copy_(power_vector)
+    return eigenvalue
+
+
+def require_finite(layers: dict[str, CSCConv2d]) -> None:
+    """Raise a ValueError that names the first layer whose dictionary holds NaN or infinite values."""
+    for name, layer in layers.items():
+        if not effective_weight(layer).isfinite().all():
+            place = f"{name}.weight" if name else "weight"
+            raise ValueError(f"{place} holds NaN or infinite values; load or initialise finite weights first.")
+
+
+class SizeRecorder(Recorder):
+    """Keeps the input size of the last call of a layer."""
+
+    size: Pair | None = None
+
+    def keep(self, x: Tensor, codes: Tensor, lam: float | Tensor) -> None:
+        """Keep the size of x."""
+        del codes, lam
+        self.size = (x.shape[2], x.shape[3])
+
+
+@torch.no_grad()
+def input_sizes(
+    model: nn.Module, example: Example | None = None, image_size: int | Pair | None = None
+) -> dict[str, Pair]:
+    """Return the input size of each CSC layer in one forward in evaluation mode; nothing without an argument.
+
+    Layers that the forward does not reach are left out.
+
+    Args:
+        model: a network.
+        example: see `refresh_step_size`.
+        image_size: see `refresh_step_size`.
+
+    Raises:
+        ValueError: both arguments are given, one has a wrong type or value, or the model does not take zeros of
+            `image_size`.
+    """
+    if isinstance(example, int) or (isinstance(example, (tuple, list)) and all(type(n) is int for n in example)):
+        example, image_size = None, example if image_size is None else image_size  # pyright: ignore[reportAssignmentType]
+    layers = csc_layers(model)
+    if (example is None and image_size is None) or not layers:
         return {}
-    sizes: dict[str, Pair] = {}
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sizes[name] = (inputs[0].shape[2], inputs[0].shape[3])
-
-        return hook
-
-    first = next(iter(layers.values()))
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    if example is not None and image_size is not None:
+        raise ValueError("example and image_size are both given; give one of them.")
+    if example is None:
+        size = checks.pair("image_size", image_size, 1)
+        first = next(module for module in model.modules() if isinstance(module, (CSCConv2d, nn.Conv2d)))
+        example = next(first.parameters()).new_zeros(1, first.in_channels, *size)
+    elif not isinstance(example, (Tensor, tuple, dict)):
+        raise ValueError(f"example is {checks.shown(example)}; it must be a tensor, a tuple or a dict of arguments.")
+    positional = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
+    keywords = example if isinstance(example, dict) else {}
+    recorders = {name: SizeRecorder() for name in layers}
+    for name, layer in layers.items():
+        layer.add_recorder(recorders[name])
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        model(first.weight.new_zeros(1, first.in_channels, height, width))
+        model(*positional, **keywords)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if image_size is None:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"The model does not take one tensor of the shape that image_size {image_size} asks for: give an example "
+            f"batch instead ({reason})."
+        ) from error
     finally:
-        for handle in handles:
-            handle.remove()
+        for name, layer in layers.items():
+            layer.remove_recorder(recorders[name])
         for module, training in modes:
             module.training = training
-    return sizes
+    return {name: recorder.size for name, recorder in recorders.items() if recorder.size is not None}

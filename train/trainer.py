@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate.utils import broadcast, gather_object
 
 import sdnet
+from sdnet.step_size import csc_layers
 from sdnet.train.build import check_recipe, make_accelerator, make_model
 from sdnet.train.checkpoint import Checkpoint, RandomState, State, Stateful, TrainState, restore, states_of
 from sdnet.train.data.loader import Data, Loader, Rank
@@ -66,7 +67,8 @@ class Trainer:
             nesterov=recipe.nesterov,
             weight_decay=recipe.weight_decay,
         )
-        sdnet.attach(self.model, optimizer)
+        if csc_layers(self.model):
+            sdnet.attach(self.model, optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.meter, self.state = LossMeter(device), TrainState()
         self.shared: dict[str, Stateful] = {"state": self.state, "model": self.model, "optimizer": self.optimizer}

@@ -385,10 +385,11 @@ def finish_kernel(owner_ptr, table_ptr, floor, BLOCK: tl.constexpr):
 
 @jit
 def step_kernel(table_ptr, floor, safety, BLOCK: tl.constexpr):
-    """The step size of one layer."""
+    """The step size of one layer, which stays as it is if the estimate is not finite."""
     row_ptr = table_ptr + tl.program_id(0) * COLUMNS
     final_ptr, chunks = tensor(row_ptr, FINAL), size(row_ptr, CHUNKS)
     theta, square = sum_every(final_ptr, chunks, 2, BLOCK), sum_every(final_ptr + 1, chunks, 2, BLOCK)
     residual = tl.sqrt(at_least(square - theta * theta, 0.0))
     estimate = theta + residual * residual * SHARE / at_least(residual + theta * KNEE, TINY)
-    tl.store(tensor(row_ptr, STEP), safety / at_least(estimate, floor))
+    step_ptr = tensor(row_ptr, STEP)
+    tl.store(step_ptr, tl.where(is_finite(estimate), safety / at_least(estimate, floor), tl.load(step_ptr)))

@@ -40,7 +40,7 @@ from sdnet.kernels.triton_path.tiles import ceil_div
 PIXELS, REDUCTION = 64, 32
 WIDE, NARROW = 32, 16
 """Output channels of a program, and of one that makes the few channels of pictures."""
-CHUNK = 1024
+CHUNK = 512
 """Elements of a program of `start`, `combine`, `remove`, `extend` and `finish`."""
 PROJECTED = 256
 """Elements of one step of `project`."""

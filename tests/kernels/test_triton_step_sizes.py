@@ -104,16 +104,17 @@ def test_dictionaries_on_a_gpu_take_triton_in_either_memory_format() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
-def test_nan_shows_in_the_step_size_and_passes_with_the_weights(implementation: str) -> None:
+def test_state_stays_finite_when_weights_are_not_and_serves_again_once_they_are(implementation: str) -> None:
     module: Any = triton_step_sizes if implementation == "triton" else step_sizes
     zeros, broken = dictionary_of("square"), dictionary_of("strided")
     kept = [zeros.power_vector.clone(), broken.power_vector.clone(), broken.weight.clone()]
     zeros.weight.zero_()
     broken.weight[0, 0, 0, 0] = torch.nan
+    broken.step_size.fill_(0.25)
     module.update_dictionaries([zeros, broken])
     assert not zeros.weight.any()
     assert zeros.step_size.isfinite()
-    assert broken.step_size.isnan()
+    assert broken.step_size == 0.25
     assert torch.equal(zeros.power_vector, kept[0])
     assert torch.equal(broken.power_vector, kept[1])
     broken.weight.copy_(kept[2])

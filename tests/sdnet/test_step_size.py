@@ -1,76 +1,22 @@
-"""Atoms on the unit sphere and true step sizes: `attach`, `refresh_step_size`, `converge_vectors`, `step_margins`."""
+"""Step sizes computed to convergence: `refresh_step_size`, `project`, `step_margins` and what belongs to them."""
 
+import copy
+import itertools
+import pickle
+import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import sdnet
 from sdnet import CSCConv2d
+from sdnet.layers import warn_once
 from sdnet.step_size import input_sizes
 
-SIZE = (9, 8)
-
-
-def images(batch: int = 4) -> Tensor:
-    return torch.randn(batch, 3, *SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def network() -> nn.Sequential:
-    """Two CSC layers on a 9x8 input, the second with stride 2, and a classifier."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        CSCConv2d(3, 8, 3, input_size=SIZE),
-        CSCConv2d(8, 6, 3, stride=2, input_size=SIZE),
-        nn.Flatten(),
-        nn.Linear(6 * 5 * 4, 4),
-    )
-
-
-def csc_layers(model: nn.Module) -> list[CSCConv2d]:
-    return [module for module in model.modules() if isinstance(module, CSCConv2d)]
-
-
-def largest_eigenvalue(layer: CSCConv2d, size: tuple[int, int]) -> float:
-    """Of A'A on inputs of `size`, by Lanczos iterations in fp64 on A A' as autograd transposes conv2d."""
-    weight = layer.weight.detach().double()
-    shape = (1, weight.shape[1], *size)
-
-    def squares(pixels: Tensor) -> Tensor:
-        return F.conv2d(pixels, weight, stride=layer.stride, padding=layer.padding).square().sum() / 2
-
-    def apply(power_vector: np.ndarray) -> np.ndarray:
-        pixels = torch.as_tensor(power_vector).reshape(shape).requires_grad_()
-        return torch.autograd.grad(squares(pixels), pixels)[0].numpy().ravel()
-
-    pixels = int(np.prod(shape))
-    operator = LinearOperator((pixels, pixels), matvec=apply, dtype=np.float64)  # pyright: ignore[reportCallIssue]
-    return float(eigsh(operator, k=1, return_eigenvectors=False)[0])
-
-
-def margins(model: nn.Module, size: tuple[int, int] = SIZE) -> list[float]:
-    """step times the largest eigenvalue, layer by layer."""
-    return [layer.step_size.item() * largest_eigenvalue(layer, size) for layer in csc_layers(model)]
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, n_steps: int) -> None:
-    for _ in range(n_steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images()), torch.arange(4)).backward()
-        optimizer.step()
-
-
-def norms_off(model: nn.Module) -> float:
-    """How far the farthest atom is from the unit sphere."""
-    return max((layer.weight.flatten(1).norm(dim=1) - 1).abs().max().item() for layer in csc_layers(model))
+from .small_network import SIZE, bits, csc_layers, images, margins, network, norms_off, train
 
 
 @pytest.mark.parametrize(
@@ -146,76 +92,6 @@ def test_margins_are_step_times_eigenvalue_on_any_grid_and_change_nothing() -> N
     assert bits(model) == before
 
 
-def test_after_each_optimiser_step_the_atoms_are_on_the_sphere_and_the_step_follows() -> None:
-    model = network()
-    sdnet.refresh_step_size(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-    sdnet.attach(model, optimizer)
-    start = [layer.weight.detach().clone() for layer in csc_layers(model)]
-    for layer in csc_layers(model):
-        layer.step_size.mul_(0.5)
-    for _ in range(10):
-        train(model, optimizer, 1)
-        assert norms_off(model) < 1e-6
-        assert all(0.9 * (1 - 1e-2) < margin < 0.95 for margin in margins(model))
-    moved = [(layer.weight - old).abs().max() for layer, old in zip(csc_layers(model), start, strict=True)]
-    assert min(moved) > 1e-2
-
-
-def test_without_attach_the_atoms_leave_the_sphere() -> None:
-    model = network()
-    train(model, torch.optim.SGD(model.parameters(), lr=0.05), 3)
-    assert norms_off(model) > 1e-3
-
-
-def test_a_removed_hook_is_gone() -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    sdnet.attach(model, optimizer).remove()
-    train(model, optimizer, 3)
-    assert norms_off(model) > 1e-3
-
-
-def test_a_step_that_the_gradient_scaler_skips_changes_nothing() -> None:
-    model = network()
-    csc_layers(model)[0].weight.data *= 1.01  # a projection would show
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    sdnet.attach(model, optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)  # pyright: ignore[reportPrivateImportUsage]
-
-    def step(factor: float) -> None:
-        optimizer.zero_grad()
-        scaler.scale(factor * F.cross_entropy(model(images()), torch.arange(4))).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    before = bits(model)
-    step(float("inf"))
-    assert bits(model) == before
-    step(1.0)
-    assert norms_off(model) < 1e-6
-
-
-def test_several_iterations_per_step_follow_faster() -> None:
-    """From a power vector that has nothing to do with the dictionary."""
-    left = []
-    for iterations in (1, 8):
-        model = network()
-        for layer in csc_layers(model):
-            layer.reset_power_vector()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-        sdnet.attach(model, optimizer, iterations=iterations)
-        train(model, optimizer, 1)
-        left.append(max(margins(model)))
-    assert 0.88 < left[1] < left[0]
-
-
-def test_attach_refuses_less_than_one_iteration() -> None:
-    model = network()
-    with pytest.raises(ValueError, match="iterations is 0; it must be at least 1"):
-        sdnet.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), iterations=0)
-
-
 def test_following_the_weights_asks_the_device_for_nothing() -> None:
     """On the meta device there are no values: whatever waits for one raises."""
     layer = CSCConv2d(3, 8, 3, input_size=SIZE).to("meta")
@@ -225,22 +101,222 @@ def test_following_the_weights_asks_the_device_for_nothing() -> None:
         layer.step_size.item()
 
 
-def test_accumulated_halves_take_the_step_of_the_whole_batch() -> None:
-    whole, halves = network(), network()
-    for model, parts in ((whole, 1), (halves, 2)):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        sdnet.attach(model, optimizer)
-        for x, labels in zip(images().chunk(parts), torch.arange(4).chunk(parts), strict=True):
-            (F.cross_entropy(model(x), labels) / parts).backward()
-        optimizer.step()
-    for one, other in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_a_model_without_csc_layers_needs_no_upkeep() -> None:
+def test_a_model_without_csc_layers_has_nothing_to_refresh() -> None:
     model = nn.Linear(3, 4)
     before = bits(model)
     sdnet.refresh_step_size(model, image_size=8)
-    sdnet.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    sdnet.project(model)
     assert sdnet.step_margins(model) == {}
     assert bits(model) == before
+
+
+class TwoInputs(nn.Module):
+    """A plain convolution first, then a CSC layer on the sum of two inputs, then one that is defined before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = CSCConv2d(8, 4, 3, stride=2)
+        self.first = nn.Conv2d(3, 5, 3, stride=2, padding=1)
+        self.middle = CSCConv2d(5, 8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.last(self.middle(x=self.first(x) + self.first(y)))
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_an_example_batch_shows_the_input_sizes_of_any_network(kind: str) -> None:
+    model, x = TwoInputs(), torch.randn(2, 3, 22, 18)
+    example: Any = (x, x) if kind == "tuple" else {"x": x, "y": x}
+    before = bits(model)
+    expected = sdnet.step_margins(model, example)
+    assert bits(model) == before
+    sdnet.refresh_step_size(model, example)
+    assert model.middle.power_vector.shape == (1, 5, 11, 9)
+    assert model.last.power_vector.shape == (1, 8, 11, 9)
+    assert margins(model, (11, 9)) == pytest.approx([0.9, 0.9], rel=1e-3)
+    assert list(expected) == ["last", "middle"]
+    assert sdnet.step_margins(model, example) == pytest.approx(sdnet.step_margins(model), rel=1e-4)
+    assert model.training
+
+
+def test_an_image_size_serves_a_network_that_begins_with_a_plain_convolution() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 3, 1), CSCConv2d(3, 8, 3))
+    sdnet.refresh_step_size(model, 12)
+    assert csc_layers(model)[0].power_vector.shape == (1, 3, 12, 12)
+    sdnet.refresh_step_size(model, image_size=(10, 9))
+    assert csc_layers(model)[0].power_vector.shape == (1, 3, 10, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "sentence"),
+    [
+        (("32",), {}, "example is '32'; it must be a tensor, a tuple or a dict of arguments"),
+        ((torch.zeros(1, 3, 9, 8),), {"image_size": 8}, "example and image_size are both given"),
+        ((), {"image_size": 64.0}, "image_size is 64.0; it must be an int or a pair of ints of at least 1"),
+        (((3, 16, 16),), {}, r"image_size is \(3, 16, 16\); it must be an int or a pair"),
+        ((0,), {}, "image_size is 0; it must be an int or a pair of ints of at least 1"),
+        ((40,), {}, "does not take one tensor .* give an example batch instead"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("function", [sdnet.refresh_step_size, sdnet.step_margins])
+def test_wrong_sizes_are_refused_in_one_sentence(
+    function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], sentence: str
+) -> None:
+    model = network()
+    before = bits(model)
+    with pytest.raises(ValueError, match=sentence):
+        function(model, *arguments, **keywords)
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize(
+    "function", [sdnet.refresh_step_size, sdnet.project, sdnet.step_margins, sdnet.converge_power_vectors]
+)
+def test_a_dictionary_with_nan_is_refused_and_the_model_untouched(function: Any) -> None:
+    model = network()
+    csc_layers(model)[1].weight.data[0, 0, 0, 0] = torch.nan
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"1\.weight holds NaN or infinite values"):
+        function(model)
+    assert bits(model) == before
+
+
+def test_a_power_vector_with_nan_is_replaced() -> None:
+    model = network()
+    csc_layers(model)[0].power_vector.fill_(torch.nan)
+    sdnet.refresh_step_size(model)
+    assert margins(model) == pytest.approx([0.9, 0.9], rel=1e-3)
+
+
+def test_the_largest_margin_is_estimated_without_a_change() -> None:
+    model = network()
+    sdnet.refresh_step_size(model)
+    csc_layers(model)[1].step_size.mul_(1.6)
+    before = bits(model)
+    assert sdnet.largest_margin(model).item() == pytest.approx(1.44, rel=2e-2)
+    assert bits(model) == before
+    csc_layers(model)[0].weight.data.fill_(torch.nan)
+    assert sdnet.largest_margin(model).isnan()
+    with pytest.raises(ValueError, match="model has no CSC layers"):
+        sdnet.largest_margin(nn.Linear(2, 2))
+
+
+def test_projected_weights_have_unit_atoms_and_converged_steps() -> None:
+    model = network()
+    with torch.no_grad():
+        for layer in csc_layers(model):
+            layer.weight.mul_(torch.linspace(0.5, 2, len(layer.weight)).view(-1, 1, 1, 1))
+    sdnet.project(model)
+    assert norms_off(model) < 1e-6
+    assert margins(model) == pytest.approx([0.9, 0.9], rel=1e-3)
+
+
+def trained_states(model: nn.Module, n_steps: int = 4) -> list[dict[str, Tensor]]:
+    """The weights after each of some attached optimizer steps."""
+    optimizer, states = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), []
+    sdnet.attach(model, optimizer)
+    for _ in range(n_steps):
+        train(model, optimizer, 1)
+        states.append(copy.deepcopy(model.state_dict()))
+    return states
+
+
+def with_weights(weights: dict[str, Tensor]) -> nn.Sequential:
+    """A fresh network with the given weights, its atoms scaled to unit norm by hand, its step sizes converged."""
+    model = network()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if weight.ndim == 4:
+                weight = weight / weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            parameters[name].copy_(weight)
+    sdnet.refresh_step_size(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_an_averaged_and_projected_model_equals_one_with_the_projected_averages(buffers: bool) -> None:
+    """Stochastic weight averaging: `AveragedModel`, `project`, then `update_bn`."""
+    model = nn.Sequential(*list(network().children())[:2], nn.BatchNorm2d(6), *list(network().children())[2:])
+    averaged = AveragedModel(model, use_buffers=buffers)
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), []
+    sdnet.attach(model, optimizer)
+    for _ in range(4):
+        train(model, optimizer, 1)
+        averaged.update_parameters(model)
+        seen.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+    sdnet.project(averaged)
+    update_bn([images()], averaged)
+    averaged.eval()
+
+    means = {name: torch.stack([weights[name] for weights in seen]).mean(0) for name in seen[0]}
+    assert min(means["0.weight"].flatten(1).norm(dim=1)) < 0.999
+    expected = nn.Sequential(*list(network().children())[:2], nn.BatchNorm2d(6), *list(network().children())[2:])
+    parameters = dict(expected.named_parameters())
+    with torch.no_grad():
+        for name, mean in means.items():
+            norms = mean.flatten(1).norm(dim=1).view(-1, 1, 1, 1) if mean.ndim == 4 else 1
+            parameters[name].copy_(mean / norms)
+    sdnet.refresh_step_size(expected)
+    update_bn([images()], expected)
+    torch.testing.assert_close(averaged(images()), expected.eval()(images()), rtol=1e-4, atol=1e-5)
+    assert max(sdnet.step_margins(averaged).values()) == pytest.approx(0.9, rel=1e-3)
+
+
+def test_an_exponential_average_of_the_whole_state_is_projected_too() -> None:
+    """As timm's ModelEmaV2, which averages every entry of the state dict, power vectors and step sizes among them."""
+    model, decay = network(), 0.7
+    average = copy.deepcopy(model)
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for state in trained_states(model):
+        for name, value in average.state_dict().items():
+            value.copy_(decay * value + (1 - decay) * state[name])
+        expected = {name: decay * value + (1 - decay) * state[name] for name, value in expected.items()}
+    sdnet.project(average)
+    torch.testing.assert_close(average.eval()(images()), with_weights(expected)(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_training_without_an_attached_optimizer_warns_once() -> None:
+    for attached, n_steps in itertools.product((True, False), (1, 3)):
+        warn_once.cache_clear()
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        if attached:
+            sdnet.attach(model, optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer, n_steps)
+        texts = [str(warning.message) for warning in caught]
+        assert len(texts) == (not attached and n_steps > 1), texts
+        assert all("call sdnet.attach(model, optimizer)" in text for text in texts)
+
+
+def test_a_copied_pair_has_no_hook_and_warns() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sdnet.attach(model, optimizer)
+    train(model, optimizer, 2)
+    copies = copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))
+    for model, optimizer in copies:
+        warn_once.cache_clear()
+        with pytest.warns(UserWarning, match="its step size did not"):
+            train(model, optimizer, 2)
+
+
+def test_loading_weights_between_forwards_does_not_warn() -> None:
+    model, state = network(), network().state_dict()
+    warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+        model.load_state_dict(state)
+        model(images())
+        with torch.no_grad():
+            csc_layers(model)[0].weight.mul_(0.5)
+        sdnet.project(model)
+        model(images())
+        model.eval()
+        with torch.no_grad():
+            csc_layers(model)[0].weight.mul_(0.5)
+        model(images())
