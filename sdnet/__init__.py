@@ -6,7 +6,7 @@ from sdnet.layers import CSCConv2d
 from sdnet.models import SDNet, create_model, list_models
 from sdnet.official import load_official_checkpoint
 from sdnet.settings import check_lambda, set_impl, set_lambda
-from sdnet.step_size import converge_power_vectors, largest_margin, project, refresh_step_size, step_margins
+from sdnet.step_size import converge_power_vectors, project, refresh_step_size, step_margins
 
 __version__ = "0.1.0"
 
@@ -20,7 +20,6 @@ __all__ = [
     "converge_power_vectors",
     "create_model",
     "diagnose",
-    "largest_margin",
     "list_models",
     "load_official_checkpoint",
     "project",

@@ -16,9 +16,6 @@ from sdnet.stored_weight import effective_weight, project_layer, refusal
 Example = Tensor | tuple[Any, ...] | dict[str, Any] | int
 """What a model is called with, see `refresh_step_size`."""
 
-RANDOM_SHARE = 0.1
-"""The weight of a random vector in what `largest_margin` starts from."""
-
 
 def csc_layers(model: nn.Module) -> dict[str, CSCConv2d]:
     """Return the CSC layers of a model by name, in the order of definition (of the data for `create_model`).
@@ -135,35 +132,6 @@ def step_margins(
         _, eigenvalue = step_sizes.largest_eigenvalue(weight, power_vector, layer.stride, layer.padding)
         margins[name] = float(layer.step_size * eigenvalue)
     return margins
-
-
-@torch.no_grad()
-def largest_margin(model: nn.Module, iterations: int = 2) -> Tensor:
-    """Estimate the largest of the margins that `step_margins` computes, for logs during training.
-
-    It costs eight products with AA' per layer, changes nothing and, with all layers on one device, leaves the only
-    host sync to the caller who reads the result. Call it in every process if the dictionaries are sharded.
-
-    Args:
-        model: a network with CSC layers.
-        iterations: how often the estimate is repeated.
-
-    Returns:
-        The margin, 0-d; NaN if a dictionary or a step size is NaN.
-
-    Raises:
-        ValueError: the model has no CSC layers.
-    """
-    layers = csc_layers(model)
-    if not layers:
-        raise ValueError("model has no CSC layers; largest_margin needs at least one.")
-    margins = []
-    for layer in layers.values():
-        random = step_sizes.initial_power_vector(tuple(layer.power_vector.shape)).to(layer.power_vector.device)
-        start, geometry = layer.power_vector + RANDOM_SHARE * random, (layer.stride, layer.padding)
-        _, eigenvalue = step_sizes.estimate_eigenvalue(effective_weight(layer), start, *geometry, iterations)
-        margins.append(layer.step_size * eigenvalue)
-    return torch.stack(margins).max()
 
 
 def converge(layer: CSCConv2d, tolerance: float = 1e-5) -> Tensor:

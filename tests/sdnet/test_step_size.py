@@ -189,19 +189,6 @@ def test_a_power_vector_with_nan_is_replaced() -> None:
     assert margins(model) == pytest.approx([0.9, 0.9], rel=1e-3)
 
 
-def test_the_largest_margin_is_estimated_without_a_change() -> None:
-    model = network()
-    sdnet.refresh_step_size(model)
-    csc_layers(model)[1].step_size.mul_(1.6)
-    before = bits(model)
-    assert sdnet.largest_margin(model).item() == pytest.approx(1.44, rel=2e-2)
-    assert bits(model) == before
-    csc_layers(model)[0].weight.data.fill_(torch.nan)
-    assert sdnet.largest_margin(model).isnan()
-    with pytest.raises(ValueError, match="model has no CSC layers"):
-        sdnet.largest_margin(nn.Linear(2, 2))
-
-
 def test_projected_weights_have_unit_atoms_and_converged_steps() -> None:
     model = network()
     with torch.no_grad():
