@@ -2,8 +2,8 @@
 
 A forward pass of n steps has n analyses (A') and n - 1 syntheses (A), all of the same cost. Its gradient has, for each
 of these 2 n - 1 products, one for the input of the product and one for the dictionary; the first analysis has the
-former only where the gradient for x is needed. Residuals that the backward pass computes again are not counted, as
-FlopCounterMode's figures for checkpointed networks are of executed operators and these are of the mathematics.
+former only where the gradient for x is needed. Residuals that the backward pass computes again are not counted, so that
+the count does not depend on keep_residuals.
 """
 
 import sys
