@@ -48,6 +48,12 @@ def pixel_offset(b, i, j, height, width, channels: constexpr, LAST: constexpr):
 
 
 @jit
+def steps_of(height, width, channels: constexpr, LAST: constexpr):
+    """Return how far the next row, column and channel of [., channels, height, width] are."""
+    return (width * channels, channels, 1) if LAST else (width, 1, height * width)
+
+
+@jit
 def codes_elements(box, sizes, layer: constexpr, tile: constexpr):
     """Return a box's elements in a tensor of codes: a 64-bit offset, offsets [BM, BN], and which of them there are."""
     b, i, j, inside = pixels_of(box, sizes.N, sizes.h, sizes.w, tile)

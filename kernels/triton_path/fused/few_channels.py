@@ -6,8 +6,8 @@ phases of a pixel at once: its columns are (phase, channel) pairs, so the codes 
 
 import triton.language as tl
 
-from sdnet.kernels.triton_path.fused.boxes import pixel_offset, pixels_of
-from sdnet.kernels.triton_path.fused.pointers import tap_bits, tap_is_inside
+from sdnet.kernels.triton_path.fused.boxes import steps_of
+from sdnet.kernels.triton_path.fused.pointers import tap_is_inside, windows_of_codes, windows_of_images
 from sdnet.kernels.triton_path.jit import constexpr, jit
 
 
@@ -15,31 +15,23 @@ from sdnet.kernels.triton_path.jit import constexpr, jit
 def analysis(images, dictionary, box, sizes, layer: constexpr, tile: constexpr):
     """Return A' of images at a box of the codes' pixels: see `forms`."""
     C: constexpr = layer.C
-    T: constexpr = layer.taps
-    KH: constexpr = layer.KH
-    KW: constexpr = layer.KW
     BM: constexpr = tile.pixels
     BN: constexpr = tile.atoms
     BK: constexpr = tile.channels
-    b, i, j, inside = pixels_of(box, sizes.N, sizes.h, sizes.w, tile)
-    n = box[3] + tl.arange(0, BN)
+    COUNT: constexpr = layer.taps * C
+    bits, corner = windows_of_codes(box, sizes, layer, tile)
+    row_step, column_step, channel_step = steps_of(sizes.H, sizes.W, C, layer.LAST)
+    n, k = box[3] + tl.arange(0, BN), tl.arange(0, BK)
     images += box[0].to(tl.int64) * C * sizes.H * sizes.W
-    top, left = i * layer.SH - layer.PH, j * layer.SW - layer.PW
-    bits = tap_bits(top, left, inside, sizes.H, sizes.W, 1, KH, KW)
-    corner = pixel_offset(b, top, left, sizes.H, sizes.W, C, layer.LAST)  # [BM]; of tap 0, perhaps outside the image
-    row_step = sizes.W * C if layer.LAST else sizes.W
-    column_step = C if layer.LAST else 1
-    channel_step = 1 if layer.LAST else sizes.H * sizes.W
-    k = tl.arange(0, BK)
     total = tl.zeros((BM, BN), tl.float32)
-    for start in tl.static_range(0, T * C, BK):
+    for start in tl.static_range(0, COUNT, BK):
         tap, c = (start + k) // C, (start + k) % C  # [BK]
-        th, tw = tap // KW, tap % KW
-        known = start + k < T * C
+        th, tw = tap // layer.KW, tap % layer.KW
+        known = start + k < COUNT
         kept = tap_is_inside(bits[:, None], th[None, :], tw[None, :]) & known[None, :]
         shift = th * row_step + tw * column_step + c * channel_step
         a = tl.load(images + corner[:, None] + shift[None, :], mask=kept, other=0.0)  # [BM, BK]
-        d_offset = (start + k)[:, None] + (n * (T * C))[None, :]
+        d_offset = (start + k)[:, None] + (n * COUNT)[None, :]
         d = tl.load(dictionary + d_offset, mask=known[:, None] & (n < layer.K)[None, :], other=0.0)  # [BK, BN]
         total = tl.dot(a, d, total, input_precision=layer.PRECISION)
     return total
@@ -53,9 +45,6 @@ def synthesis(codes, dictionary, box, phase, sizes, layer: constexpr, tile: cons
     """
     C: constexpr = layer.C
     K: constexpr = layer.K
-    T: constexpr = layer.taps
-    KH: constexpr = layer.KH
-    KW: constexpr = layer.KW
     SH: constexpr = layer.SH
     SW: constexpr = layer.SW
     PH: constexpr = layer.PH
@@ -65,32 +54,26 @@ def synthesis(codes, dictionary, box, phase, sizes, layer: constexpr, tile: cons
     BK: constexpr = tile.atoms
     UP: constexpr = (SH - 1 + PH) // SH
     LEFT: constexpr = (SW - 1 + PW) // SW
-    TAPS_H: constexpr = UP - (PH - KH) // SH  # the last u is ceil((PH - KH + 1) / SH), above (PH - KH) // SH
-    TAPS_W: constexpr = LEFT - (PW - KW) // SW
-    height, width = (sizes.H + SH - 1) // SH, (sizes.W + SW - 1) // SW
-    b, i, j, inside = pixels_of(box, sizes.N, height, width, tile)
-    n = box[3] + tl.arange(0, BN)
+    TAPS_H: constexpr = UP - (PH - layer.KH) // SH  # the last u is ceil((PH - KH + 1) / SH), above (PH - KH) // SH
+    TAPS_W: constexpr = LEFT - (PW - layer.KW) // SW
+    bits, corner = windows_of_images(box, UP, LEFT, sizes, layer, tile, TAPS_H, TAPS_W)
+    row_step, column_step, channel_step = steps_of(sizes.h, sizes.w, K, layer.LAST)
+    n, k = box[3] + tl.arange(0, BN), tl.arange(0, BK)
     first_h = n // C // SW + PH - SH * UP  # [BN]: the tap that the column's phase reads at u = UP
     first_w = n // C % SW + PW - SW * LEFT
     codes += box[0].to(tl.int64) * K * sizes.h * sizes.w
-    top, left = i + UP, j + LEFT
-    bits = tap_bits(top, left, inside, sizes.h, sizes.w, -1, TAPS_H, TAPS_W)
-    row_step = sizes.w * K if layer.LAST else sizes.w
-    column_step = K if layer.LAST else 1
-    channel_step = 1 if layer.LAST else sizes.h * sizes.w
-    k = tl.arange(0, BK)
-    a_offset = pixel_offset(b, top, left, sizes.h, sizes.w, K, layer.LAST)[:, None] + (k * channel_step)[None, :]
+    a_offset = corner[:, None] + (k * channel_step)[None, :]
     blocks: constexpr = (K + BK - 1) // BK
     total = tl.zeros((BM, BN), tl.float32)
-    for step in tl.range(0, TAPS_H * TAPS_W * blocks):
+    for step in tl.range(0, TAPS_H * TAPS_W * blocks):  # pyright: ignore[reportGeneralTypeIssues]
         tap, c = step // blocks, step % blocks * BK
         th, tw = tap // TAPS_W, tap % TAPS_W
         kept = tap_is_inside(bits, th, tw)
         shift = c * channel_step - th * row_step - tw * column_step
         a = tl.load(codes + shift + a_offset, mask=kept[:, None] & (k < K - c)[None, :], other=0.0)  # [BM, BK]
         rh, rw = first_h + SH * th, first_w + SW * tw  # [BN]
-        known = (rh >= 0) & (rh < KH) & (rw >= 0) & (rw < KW) & (n < SH * SW * C)
-        d_offset = (c + k)[:, None] * (T * C) + ((rh * KW + rw) * C + n % C)[None, :]
+        known = (rh >= 0) & (rh < layer.KH) & (rw >= 0) & (rw < layer.KW) & (n < SH * SW * C)
+        d_offset = (c + k)[:, None] * (layer.taps * C) + ((rh * layer.KW + rw) * C + n % C)[None, :]
         d = tl.load(dictionary + d_offset, mask=known[None, :] & (k < K - c)[:, None], other=0.0)  # [BK, BN]
         total = tl.dot(a, d, total, input_precision=layer.PRECISION)
     return total
