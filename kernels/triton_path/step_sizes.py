@@ -50,7 +50,7 @@ SPAN, TILE = 1024, 64
 """Pixels of a program of `mean`, and of one of its steps."""
 
 
-class Layer(NamedTuple):
+class LayerRow(NamedTuple):
     """A dictionary as the kernels see it: addresses and sizes."""
 
     weight: int
@@ -67,7 +67,7 @@ class Layer(NamedTuple):
     vector_last: bool
 
     @staticmethod
-    def of(dictionary: DictionaryState) -> "Layer":
+    def of(dictionary: DictionaryState) -> "LayerRow":
         """Describe a dictionary."""
         weight, power_vector, step_size, stride, padding = dictionary
         atoms, channels, kh, kw = weight.shape
@@ -75,7 +75,7 @@ class Layer(NamedTuple):
         codes = codes_size(grid, (kh, kw), stride, padding)
         addresses = (weight.data_ptr(), power_vector.data_ptr(), step_size.data_ptr())
         last, vector_last = not weight.is_contiguous(), not power_vector.is_contiguous()
-        return Layer(*addresses, channels, atoms, grid, codes, (kh, kw), stride, padding, last, vector_last)
+        return LayerRow(*addresses, channels, atoms, grid, codes, (kh, kw), stride, padding, last, vector_last)
 
     @property
     def pixels(self) -> int:
@@ -159,7 +159,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def plan_of(layers: tuple[Layer, ...], device: torch.device) -> Plan:
+def plan_of(layers: tuple[LayerRow, ...], device: torch.device) -> Plan:
     """Make the plan for these layers at these addresses; the one thing here that the host waits for, once."""
     scratch = torch.empty(sum(sum(layer.scratch) for layer in layers), dtype=torch.float32, device=device)
     free, rows = scratch.data_ptr(), []
@@ -197,7 +197,7 @@ def update_dictionaries(
     if precision is None:
         cudnn: Any = torch.backends.cudnn
         precision = "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
-    plan = plan_of(tuple(Layer.of(dictionary) for dictionary in dictionaries), dictionaries[0].weight.device)
+    plan = plan_of(tuple(LayerRow.of(dictionary) for dictionary in dictionaries), dictionaries[0].weight.device)
     table = plan.table
     lanczos.project_kernel[(len(plan.project),)](plan.project, table, ATOM_FLOOR, BLOCK=PROJECTED)
     by_element = {"BLOCK": CHUNK}

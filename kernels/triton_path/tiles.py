@@ -249,6 +249,11 @@ def _by_pointers(shape: Shape, size: Pair, made: int, summed: int, gathered: boo
     return Blocks(box, made, power_of_two(summed, most), warps, 3)
 
 
+def _is_narrow(box: Box) -> bool:
+    """Return whether a box has several pixels of an image, in rows of fewer than 4."""
+    return box[2] < 4 and box[1] * box[2] > 1
+
+
 def analysis_tile(shape: Shape) -> Tile:
     """Return the tile of A'."""
     if images := shape.described_images:
@@ -259,8 +264,7 @@ def analysis_tile(shape: Shape) -> Tile:
         )
         return Tile("few", *box, made, summed, *options)
     box, made, summed, *options = _by_pointers(shape, shape.codes_size, shape.atoms, shape.channels)
-    narrow = box[2] < 4 and box[1] * box[2] > 1
-    if narrow and shape.itemsize == 2 and shape.channels_last:
+    if _is_narrow(box) and shape.itemsize == 2 and shape.channels_last:
         # With 128 atoms of such a box in 8 warps, Triton 3.6 compiles a loop in which ptxas serialises wgmma.
         box, made, summed, *options = _by_pointers(shape, shape.codes_size, min(shape.atoms, 64), shape.channels)
     return Tile("pointers", *box, made, summed, *options)
@@ -272,8 +276,10 @@ def synthesis_tile(shape: Shape) -> Tile:
         return described(images, shape.atoms, shape.channels, "channels")
     few = shape.channels <= FEW
     columns = shape.channels * (shape.phases if few else 1)
-    box, made, summed, *options = _by_pointers(shape, shape.phase_size, columns, shape.atoms)
-    return Tile("few" if few else "pointers", *box, summed, made, *options)
+    box, made, summed, warps, stages = _by_pointers(shape, shape.phase_size, columns, shape.atoms)
+    if _is_narrow(box) and shape.itemsize == 4:
+        warps = 8  # with 4, Triton 3.6 spills registers of the epilogue on sm_80
+    return Tile("few" if few else "pointers", *box, summed, made, warps, stages)
 
 
 def correlation_tile(shape: Shape) -> Tile:
