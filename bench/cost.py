@@ -79,9 +79,9 @@ def weights_of(layer: LayerShape) -> int:
     return layer.atoms * layer.channels * layer.kernel_size**2
 
 
-def partial_sums(layer: LayerShape, batch: int, itemsize: int) -> int:
-    """Return the bytes of the weight gradient's partial sums, written and read, for channels_last tensors."""
-    shape = Shape(
+def tile_shape(layer: LayerShape, batch: int, itemsize: int, precision: str, channels_last: bool, arch: int) -> Shape:
+    """Return a layer as the rules for tiles see it."""
+    return Shape(
         batch=batch,
         channels=layer.channels,
         atoms=layer.atoms,
@@ -90,10 +90,15 @@ def partial_sums(layer: LayerShape, batch: int, itemsize: int) -> int:
         kernel_size=(layer.kernel_size, layer.kernel_size),
         stride=(layer.stride, layer.stride),
         itemsize=itemsize,
-        precision="tf32",
-        channels_last=True,
-        arch=ARCH,
+        precision=precision,
+        channels_last=channels_last,
+        arch=arch,
     )
+
+
+def partial_sums(layer: LayerShape, batch: int, itemsize: int) -> int:
+    """Return the bytes of the weight gradient's partial sums, written and read, for channels_last tensors."""
+    shape = tile_shape(layer, batch, itemsize, "tf32", True, ARCH)
     tile = correlation_tile(shape)
     splits = splits_of(correlation_blocks(shape, tile), boxes(tile, batch, shape.codes_size), PROCESSORS)
     return 2 * 4 * splits * weights_of(layer)

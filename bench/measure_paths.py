@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from sdnet.bench import measure_kernels, timing
 from sdnet.bench.common_options import choose_device, seconds
+from sdnet.bench.cost import tile_shape
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.ledger import writable_folder
 from sdnet.bench.providers import CSC, DTYPES, Operator, Workload, csc_by, layer_inputs
@@ -125,21 +126,10 @@ def measure(candidates: Sequence[Candidate], workload: Workload, limit: float) -
 
 
 def shape_of(workload: Workload) -> tiles.Shape:
-    """Return the workload as the rules for tiles see it."""
-    layer = workload.layer
-    return tiles.Shape(
-        batch=workload.batch,
-        channels=layer.channels,
-        atoms=layer.atoms,
-        image_size=layer.size,
-        codes_size=layer.codes_size,
-        kernel_size=(layer.kernel_size, layer.kernel_size),
-        stride=(layer.stride, layer.stride),
-        itemsize=DTYPES[workload.dtype].itemsize,
-        precision="tf32" if workload.dtype == "tf32" else "ieee",
-        channels_last=workload.layout == "channels_last",
-        arch=0,  # a table is one GPU's, so its keys do not tell
-    )
+    """Return the workload as the rules for tiles see it, for any GPU: a table is one GPU's."""
+    precision = "tf32" if workload.dtype == "tf32" else "ieee"
+    itemsize, last = DTYPES[workload.dtype].itemsize, workload.layout == "channels_last"
+    return tile_shape(workload.layer, workload.batch, itemsize, precision, last, arch=0)
 
 
 def fastest(trials: Iterable[Trial]) -> Entry | None:
