@@ -155,10 +155,12 @@ def _allow_changes_in_place(codes: Tensor) -> None:
     As after a convolution, `nn.ReLU(inplace=True)` may follow. The backward pass finds an empty tensor instead of codes
     that were changed, and computes them again.
     """
-    (*_, saved) = codes.grad_fn._raw_saved_tensors  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    node: Any = codes.grad_fn
+    if not hasattr(node, "_raw_saved_tensors"):  # codes of a subclass of Tensor are an alias of the operator's
+        node = node.next_functions[0][0]
     # It has hooks where the caller uses torch.autograd.graph.saved_tensors_hooks, which see no changes in place.
     with suppress(RuntimeError):
-        saved.register_hooks(lambda tensor: (tensor, tensor._version), _unchanged)
+        node._raw_saved_tensors[-1].register_hooks(lambda tensor: (tensor, tensor._version), _unchanged)
 
 
 def _unchanged(kept: tuple[Tensor, int]) -> Tensor:

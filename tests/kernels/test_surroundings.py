@@ -60,6 +60,21 @@ def test_codes_may_be_changed_in_place(change: str, nonnegative: bool, keep_resi
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_codes_of_a_subclass_of_tensor_may_be_changed_in_place() -> None:
+    class Image(Tensor):
+        pass
+
+    found = []
+    for kind in (Tensor, Image):
+        x, weight, lam = leaves()
+        images = x.detach().as_subclass(kind).requires_grad_()
+        codes = csc_encode(images, weight, 0.2, lam, padding=1, impl="torch")
+        assert type(codes) is kind
+        codes.relu_().square().sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_a_layer_trains_with_an_activation_in_place_as_a_convolution_does() -> None:
     """Without gradients, in evaluation and under activation checkpointing too."""
     results = []
