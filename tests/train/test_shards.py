@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sdnet.train.data.archives import Member
 from sdnet.train.data.shard_index import index_line, read_samples
 from sdnet.train.data.shards import read_shards
 from sdnet.train.data.sources import read_checked, read_pictures
@@ -132,9 +133,11 @@ def test_a_damaged_shard_is_refused_or_its_loss_is_listed(
 
 
 def write_index(tar: Path) -> None:
-    found, lost = read_samples(tar)
-    assert not lost
-    tar.with_suffix(".idx").write_text(f"v1.2 {len(found)}\n" + "".join(index_line(*sample) for sample in found))
+    found = read_samples(tar)
+    assert not found.lost
+    members = zip(found.images, found.labels, found.places.tolist(), strict=True)
+    lines = [index_line(Member(image, *place[:2]), Member(label, *place[2:])) for image, label, place in members]
+    tar.with_suffix(".idx").write_text(f"v1.2 {len(lines)}\n" + "".join(lines))
 
 
 REWRITTEN = {

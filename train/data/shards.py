@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 
-from sdnet.train.data.archives import Lost, Member
+from sdnet.train.data.archives import Lost
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.names import printable
 from sdnet.train.data.shard_index import read_samples
@@ -128,7 +128,12 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
 
 def sample_key(class_name: str, number: int) -> str:
     """Return the key of a sample: its class, without spaces or slashes as indices need it, and a number."""
-    return f"{quote(class_name, safe='', errors='surrogateescape')}/{number:08}"
+    return f"{quote_class(class_name)}/{number:08}"
+
+
+def quote_class(class_name: str) -> str:
+    """Return a class as it stands in the key of a sample."""
+    return quote(class_name, safe="", errors="surrogateescape")
 
 
 def _check_sizes(root: Path, sizes: dict[str, int]) -> None:
@@ -146,29 +151,29 @@ def _read_split(root: Path, counts: Mapping[str, int | None], classes: tuple[str
     """Return the images of the shards that `counts` names; it gives the number of images of each, if it is known."""
     if not counts:
         raise UserError(f"{printable(root)} has no shards of both splits: train-*.tar and val-*.tar.")
-    number = {name: label for label, name in enumerate(classes or ())}
+    number = {quote_class(name): label for label, name in enumerate(classes or ())}
     files: list[str] = []
     labels: list[int] = []
-    places: list[tuple[int, int, int]] = []
+    places: list[np.ndarray] = []
     lost: list[Lost] = []
     for tar, (name, count) in enumerate(counts.items()):
         path = root / name
-        samples, flaws = read_samples(path)
-        lost += flaws
-        if count is not None and len(samples) != count:
-            reason = f"holds {len(samples)} images instead of the {count} that the manifest gives it"
+        samples = read_samples(path)
+        lost += samples.lost
+        if count is not None and len(samples.images) != count:
+            reason = f"holds {len(samples.images)} images instead of the {count} that the manifest gives it"
             lost.append(Lost(printable(path), reason))
-        for image, label in samples:
-            if classes is None:
-                labels.append(_read_label(path, label))
-            elif (known := number.get(unquote(image.name.split("/")[0], errors="surrogateescape"))) is not None:
-                labels.append(known)
-            else:
-                raise UserError(
-                    f"The shard {printable(path)} holds {printable(image.name)}, a class that the manifest lacks."
-                )
-            files.append(f"{name}/{image.name}")
-            places.append((tar, image.offset, image.size))
+        if classes is None:
+            spans = samples.places[:, 2:].tolist()
+            labels += [_read_label(path, *label) for label in zip(samples.labels, spans, strict=True)]
+        else:
+            known = [number.get(image.split("/", 1)[0]) for image in samples.images]
+            if None in known:
+                stranger = printable(samples.images[known.index(None)])
+                raise UserError(f"The shard {printable(path)} holds {stranger}, a class that the manifest lacks.")
+            labels += [label for label in known if label is not None]
+        files += [f"{name}/{image}" for image in samples.images]
+        places.append(np.insert(samples.places[:, :2], 0, tar, 1))
     if not files:
         cause = f": {lost[0].name} {lost[0].reason}" if lost else ""
         raise UserError(f"The shards {printable(next(iter(counts)))} ... in {printable(root)} hold no images{cause}.")
@@ -179,18 +184,18 @@ def _read_split(root: Path, counts: Mapping[str, int | None], classes: tuple[str
         labels,
         lost=lost,
         tars=tuple(root / name for name in counts),
-        places=np.array(places, dtype=np.int64),
+        places=np.concatenate(places),
     )
     if classes is None:
         return split
     return split.select(sorted(range(len(files)), key=lambda place: files[place].rsplit("/", 1)[-1]))
 
 
-def _read_label(path: Path, label: Member) -> int:
+def _read_label(path: Path, name: str, place: list[int]) -> int:
     try:
-        text = Span(path, label.offset, label.size).read().strip()
+        text = Span(path, *place).read().strip()
     except DataError as error:
-        raise UserError(f"The label {printable(label.name)} in {printable(path)} cannot be read: {error}") from error
-    if not text.isdigit() or int(text[:9]) >= 2**20 or len(text) > 9:
-        raise UserError(f"The label {printable(label.name)} in {printable(path)} is no class number: {text[:20]!r}.")
+        raise UserError(f"The label {printable(name)} in {printable(path)} cannot be read: {error}") from error
+    if not text.isdigit() or len(text) > 9 or int(text) >= 2**20:
+        raise UserError(f"The label {printable(name)} in {printable(path)} is no class number: {text[:20]!r}.")
     return int(text)
