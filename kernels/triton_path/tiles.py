@@ -296,7 +296,8 @@ def correlation_tile(shape: Shape) -> Tile:
         images = 64 if shape.batch >= 64 else 32
         if not narrow:
             return Tile("descriptors", images, 1, 1, 128, 128, 8, 3)
-        return Tile("descriptors", images, 1, 1, *small, 4, 3, taps=3 if shape.kernel_size[1] == 3 else 1)
+        # wgmma multiplies 64 rows at least, so fewer atoms are filled up with zeros.
+        return Tile("descriptors", images, 1, 1, 64, 64, 4, 3, taps=3 if shape.kernel_size[1] == 3 else 1)
     pixels = 128 // shape.itemsize
     box = box_of(pixels, shape.batch, shape.codes_size, pixels, preference)
     # Small blocks and many threads where 16-bit elements are gathered one by one, through registers.
