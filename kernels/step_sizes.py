@@ -3,7 +3,7 @@
 All products run in the input's space: M = AA' has the same largest eigenvalue as A'A, its vectors are images
 [1, C, H, W] of the size that the layer sees, and they are no larger than the codes.
 
-`update_dictionaries` runs after every optimiser step. It scales the atoms to unit norm and estimates the largest
+`update_dictionary` runs after every optimiser step. It scales the atoms to unit norm and estimates the largest
 eigenvalue from the power vector of the last step:
 
 1. First directions. When weights move fast, the largest eigenvalue often jumps to a new mode that is constant over the
@@ -28,10 +28,6 @@ serve again once the weights have been restored. All layers of a network on a GP
 `largest_eigenvalue` converges, and waits for the device.
 """
 
-from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -256,39 +252,6 @@ def step_size_of(eigenvalue: Tensor) -> Tensor:
     return SAFETY / eigenvalue.clamp_min(FLOOR)
 
 
-@cache
-def has_triton() -> bool:
-    """Return whether Triton is installed."""
-    return find_spec("triton") is not None
-
-
-def fits(dictionary: DictionaryState) -> bool:
-    """Return whether the Triton kernels take it: fp32 on a GPU, densely packed in either memory format."""
-    weight, power_vector, step_size = dictionary.weight, dictionary.power_vector, dictionary.step_size
-    dense = is_dense(weight) and is_dense(power_vector)
-    single = weight.dtype == power_vector.dtype == step_size.dtype == torch.float32
-    return has_triton() and weight.is_cuda and dense and single
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Return whether a 4-d tensor is contiguous or contiguous in channels_last."""
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def update_dictionaries(dictionaries: Sequence[DictionaryState], iterations: int = 1) -> None:
-    """Project the atoms of all dictionaries and re-estimate their step sizes in place, without a host sync."""
-    fused: dict[torch.device, list[DictionaryState]] = {}
-    for dictionary in dictionaries:
-        if fits(dictionary):
-            fused.setdefault(dictionary.weight.device, []).append(dictionary)
-        else:
-            update_dictionary(dictionary, iterations)
-    for device, together in fused.items():
-        with torch.cuda.device(device):
-            import_module("sdnet.kernels.triton_path.step_sizes").update_dictionaries(together, iterations)
-
-
 @torch.no_grad()
 def project_atoms(weight: Tensor) -> None:
     """Scale every atom weight[k] to unit norm in place; an atom of zeros stays."""
@@ -298,7 +261,7 @@ def project_atoms(weight: Tensor) -> None:
 
 @torch.no_grad()
 def update_dictionary(dictionary: DictionaryState, iterations: int = 1) -> None:
-    """Do what `update_dictionaries` does for one dictionary, with PyTorch's operators."""
+    """Project the atoms of a dictionary and re-estimate its step size in place, without a host sync."""
     weight, power_vector, step_size, stride, padding = dictionary
     project_atoms(weight)
     estimated, eigenvalue = estimate_eigenvalue(weight, power_vector, stride, padding, iterations)

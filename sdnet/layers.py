@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdnet.kernels import checks, reference, step_sizes
 from sdnet.kernels.coding import CODING_FIELDS, Coding, coding_of, takes_coding
 from sdnet.kernels.csc import encode
+from sdnet.kernels.dictionaries import update_dictionaries
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.step_sizes import DictionaryState
@@ -275,7 +276,7 @@ class CSCConv2d(CodingState):
         Args:
             iterations: how often `sdnet.kernels.step_sizes.estimate_eigenvalue` runs.
         """
-        step_sizes.update_dictionaries([self.dictionary], iterations)
+        update_dictionaries([self.dictionary], iterations)
 
     @torch.no_grad()
     def converge_power_vector(self, tolerance: float = 1e-5) -> Tensor:

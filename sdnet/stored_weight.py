@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sdnet.kernels import step_sizes
+from sdnet.kernels.dictionaries import update_dictionaries
 from sdnet.kernels.step_sizes import DictionaryState
 from sdnet.layers import CSCConv2d
 
@@ -125,7 +126,7 @@ def update_layers(layers: list[CSCConv2d], iterations: int) -> None:
         else:
             copies.append((layer, effective_weight(layer).clone()))
             states.append(layer.dictionary._replace(weight=copies[-1][1]))
-    step_sizes.update_dictionaries(states, iterations)
+    update_dictionaries(states, iterations)
     for layer, projected in copies:
         store(layer, projected)
 

@@ -189,7 +189,7 @@ def plan_of(layers: tuple[LayerRow, ...], device: torch.device) -> Plan:
 def update_dictionaries(
     dictionaries: Sequence[DictionaryState], iterations: int = 1, precision: str | None = None
 ) -> None:
-    """Do what `sdnet.kernels.step_sizes.update_dictionaries` does for fp32 dictionaries on one device.
+    """Do what `sdnet.kernels.dictionaries.update_dictionaries` does for fp32 dictionaries on one device.
 
     Weights and power vectors are contiguous or channels_last. Products run in tf32 where cuDNN may use it, unless
     `precision` is "ieee".

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdnet
-from sdnet.kernels import operators, step_sizes
+from sdnet import stored_weight
+from sdnet.kernels import operators
 from sdnet.kernels.triton_path import step_sizes as triton_step_sizes
 
 from ..triton_interpreter.numerics import needs_interpreter
@@ -123,7 +124,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor)
 @pytest.mark.parametrize("upkeep_by", ["torch", "triton"])
 def test_a_training_step_and_its_upkeep_without_a_host_read(upkeep_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if upkeep_by == "triton":  # which is for a GPU
-        monkeypatch.setattr(step_sizes, "update_dictionaries", triton_step_sizes.update_dictionaries)
+        monkeypatch.setattr(stored_weight, "update_dictionaries", triton_step_sizes.update_dictionaries)
     torch.manual_seed(0)
     options: Any = {"lam": 0.02, "input_size": (6, 5), "impl": "triton"}
     model = nn.Sequential(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdnet.kernels import dictionaries as all_devices
 from sdnet.kernels import step_sizes
 from sdnet.kernels.reference import Pair
 from sdnet.kernels.step_sizes import DictionaryState, initial_power_vector
@@ -66,7 +67,7 @@ def test_agrees_with_double_precision(implementation: str, iterations: int) -> N
 
 
 def test_the_memory_format_of_the_power_vector_does_not_change_the_result() -> None:
-    for update in (triton_step_sizes.update_dictionaries, step_sizes.update_dictionaries):
+    for update in (triton_step_sizes.update_dictionaries, all_devices.update_dictionaries):
         dense, last = dictionary_of("square"), dictionary_of("square")
         dense = dense._replace(power_vector=dense.power_vector.contiguous())
         assert not last.power_vector.is_contiguous()
@@ -97,15 +98,15 @@ def test_multiplies_in_tf32_where_cudnn_may(precision: str) -> None:
 def test_dictionaries_on_a_gpu_take_triton_in_either_memory_format() -> None:
     dictionaries = [dictionary_of(name) for name in SHAPES]
     expected = [expected_of(dictionary) for dictionary in dictionaries]
-    assert [step_sizes.fits(dictionary) for dictionary in dictionaries] == [DEVICE == "cuda"] * len(SHAPES)
-    step_sizes.update_dictionaries(dictionaries)
+    assert [all_devices.fits(dictionary) for dictionary in dictionaries] == [DEVICE == "cuda"] * len(SHAPES)
+    all_devices.update_dictionaries(dictionaries)
     tolerance = 2e-3 if DEVICE == "cuda" else 2e-6
     assert all(error(a.step_size, e.step_size) <= tolerance for a, e in zip(dictionaries, expected, strict=True))
 
 
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
 def test_state_stays_finite_when_weights_are_not_and_serves_again_once_they_are(implementation: str) -> None:
-    module: Any = triton_step_sizes if implementation == "triton" else step_sizes
+    module: Any = triton_step_sizes if implementation == "triton" else all_devices
     zeros, broken = dictionary_of("square"), dictionary_of("strided")
     kept = [zeros.power_vector.clone(), broken.power_vector.clone(), broken.weight.clone()]
     zeros.weight.zero_()
@@ -125,7 +126,7 @@ def test_state_stays_finite_when_weights_are_not_and_serves_again_once_they_are(
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
 def test_a_power_vector_without_use_is_replaced(implementation: str, value: float) -> None:
-    module: Any = triton_step_sizes if implementation == "triton" else step_sizes
+    module: Any = triton_step_sizes if implementation == "triton" else all_devices
     dictionary = dictionary_of("square")
     expected = dictionary_of("square")
     expected.power_vector.zero_()
