@@ -11,6 +11,7 @@ import torch
 
 from sdnet.bench import isolation
 from sdnet.bench.ledger import RESULTS, Ledger, Theme
+from sdnet.models import WIDTH
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
 
@@ -26,6 +27,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the pictures that training steps read."""
     parser.add_argument("--data", type=Path, help="an ImageFolder tree; without it, noise on the device")
     parser.add_argument("--threads", type=at_least(1), default=2, help="decoding threads for --data; default 2")
+
+
+def add_width_option(parser: argparse.ArgumentParser) -> None:
+    """Add the width of the models."""
+    text = f"channels of the stem and the first stage of the models; default {WIDTH}"
+    parser.add_argument("--width", type=at_least(1), default=WIDTH, help=text)
 
 
 def at_least(least: int) -> Callable[[str], int]:

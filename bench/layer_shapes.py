@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from sdnet.kernels.reference import Pair, codes_size
-from sdnet.models import VARIANTS, Stem, create_model
+from sdnet.models import VARIANTS, WIDTH, Stem, create_model
 from sdnet.step_size import csc_layers as layers_of
 
 
@@ -58,10 +58,10 @@ def stem_for(image_size: int) -> Stem:
 
 
 @cache
-def csc_layers(model: str = "sdnet18_all", image_size: int = 224) -> tuple[LayerShape, ...]:
+def csc_layers(model: str = "sdnet18_all", image_size: int = 224, width: int = WIDTH) -> tuple[LayerShape, ...]:
     """Return the CSC layers of a registered model, named as its modules, in the order of the data."""
     with torch.device("meta"):
-        network = create_model(model, stem=stem_for(image_size), image_size=image_size)
+        network = create_model(model, stem=stem_for(image_size), width=width, image_size=image_size)
     return tuple(
         LayerShape(name, layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0], size)
         for name, layer in layers_of(network).items()

@@ -16,7 +16,7 @@ import torch
 from torch._functorch import config as compiled_backward
 
 from sdnet.bench import accuracy, isolation, step_providers, timing
-from sdnet.bench.common_options import add_common_options, at_least, open_ledger, seconds
+from sdnet.bench.common_options import add_common_options, add_width_option, at_least, open_ledger, seconds
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.layer_shapes import LayerShape, csc_layers, csc_models, distinct
 from sdnet.bench.ledger import Ledger, print_outcome
@@ -48,6 +48,7 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose layers, batch, types and memory formats."""
     models = csc_models()
     parser.add_argument("--model", choices=models, default="sdnet18_all", help="whose layers; default sdnet18_all")
+    add_width_option(parser)
     parser.add_argument("--image-size", type=at_least(1), nargs="+", help="pixels; default 224 and 32, on a CPU 32")
     parser.add_argument("--layer", nargs="+", metavar="C,K,k,S,H", help="shapes, as 64,64,3,1,32; default the model's")
     parser.add_argument("--limit", type=at_least(1), help="take only the first distinct shapes of each image size")
@@ -114,7 +115,8 @@ def layers(options: argparse.Namespace, on_gpu: bool) -> list[tuple[LayerShape, 
     found: list[tuple[LayerShape, int]] = []
     for image_size in options.image_size or ([224, 32] if on_gpu else [32]):
         batch = 512 if on_gpu and image_size <= 32 else usual
-        found += [(layer, batch) for layer in distinct(csc_layers(options.model, image_size))[: options.limit]]
+        layers = distinct(csc_layers(options.model, image_size, options.width))
+        found += [(layer, batch) for layer in layers[: options.limit]]
     return found
 
 

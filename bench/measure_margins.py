@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdnet
-from sdnet.bench.common_options import add_common_options, open_ledger
+from sdnet.bench.common_options import add_common_options, add_width_option, open_ledger
 from sdnet.bench.ledger import Ledger
 from sdnet.bench.timing import percentiles
 from sdnet.kernels import step_sizes
 from sdnet.step_size import csc_layers
+from sdnet.train.build import create_model
 from sdnet.train.data.cifar import SmallPictures, read_small_pictures
 from sdnet.train.data.resident import ResidentLoader
 from sdnet.train.errors import UserError
@@ -46,6 +47,7 @@ CROP, CROPS = 32, 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="what learns; default: all")
+    add_width_option(parser)
     parser.add_argument("--data", type=Path, help="CIFAR or a folder of small pictures, for the networks")
     parser.add_argument("--batch", type=int, nargs="+", default=[128], help="pictures of one step; default 128")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.1], help="learning rates of the networks")
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     pictures = read_small_pictures(options.data) if networks else None
     for seed, task, batch, lr in itertools.product(options.seed, networks, options.batch, options.lr):
         assert pictures is not None
-        measure(Classification(task, batch, lr, seed, pictures, device), options, ledger)
+        measure(Classification(recipe_of(task, batch, lr, seed, options.width), pictures, device), options, ledger)
     return 0
 
 
@@ -100,25 +102,29 @@ class DictionaryLearning:
             yield self.model.objective(crops, self.model(crops)).mean()
 
 
+def recipe_of(model: str, batch: int, lr: float, seed: int, width: int) -> Recipe:
+    """Return the CIFAR recipe with these changes."""
+    return replace(CIFAR_RECIPES["cifar_sdnet18"](), model=model, batch=batch, lr=lr, seed=seed, width=width)
+
+
 class Classification:
     """Learns to classify pictures as the CIFAR recipe says."""
 
-    def __init__(
-        self, model: str, batch: int, lr: float, seed: int, pictures: SmallPictures, device: torch.device
-    ) -> None:
-        recipe: Recipe = replace(CIFAR_RECIPES["cifar_sdnet18"](), model=model, batch=batch, lr=lr, seed=seed)
-        torch.manual_seed(seed)
-        size = recipe.image_size
+    def __init__(self, recipe: Recipe, pictures: SmallPictures, device: torch.device) -> None:
+        shape = {name: getattr(recipe, name) for name in ("batch", "image_size", "width")}
         self.facts: dict[str, Any] = {
-            "provider": model,
-            "shape": {"batch": batch, "image_size": size, "n_steps": recipe.coding.n_steps},
+            "provider": recipe.model,
+            "shape": shape | {"n_steps": recipe.coding.n_steps},
         }
-        self.settings = {"optimizer": "SGD", "lr": lr, "seed": seed}
-        self.model: nn.Module = sdnet.create_model(model, len(pictures.classes), stem="cifar", image_size=size).to(
-            device
-        )
+        self.settings = {"optimizer": "SGD", "lr": recipe.lr, "seed": recipe.seed}
+        torch.manual_seed(recipe.seed)
+        self.model: nn.Module = create_model(recipe, len(pictures.classes)).to(device)
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=lr, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay
+            self.model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
         )
         train = pictures.train
         self.loader = ResidentLoader(
@@ -126,11 +132,11 @@ class Classification:
             train.labels,
             name="The training set",
             digest="",
-            batch=batch,
+            batch=recipe.batch,
             augment=True,
             padding=recipe.crop_padding,
             device=device,
-            seed=seed,
+            seed=recipe.seed,
         )
 
     def losses(self) -> Iterator[Tensor]:

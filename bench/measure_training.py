@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from sdnet.bench import isolation
-from sdnet.bench.common_options import add_common_options, add_data_options, at_least, open_ledger, seconds
+from sdnet.bench.common_options import (
+    add_common_options,
+    add_data_options,
+    add_width_option,
+    at_least,
+    open_ledger,
+    seconds,
+)
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.layer_shapes import stem_for
 from sdnet.bench.ledger import Ledger, print_outcome
@@ -26,6 +33,7 @@ from sdnet.bench.tables import training_table
 from sdnet.bench.timing import Timing, fp32_products, interleave, wall_time
 from sdnet.bench.training_run import OFFICIAL, Batches, TrainingRun, TrainingSetting, batches_of, known_models
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
+from sdnet.models import WIDTH
 from sdnet.train.errors import UserError
 
 MODELS = ("resnet18", "sdnet18", "sdnet18_all", "official_sdnet18", "official_sdnet18_all")
@@ -39,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", nargs="+", default=list(MODELS), help=f"registered or official; default {' '.join(MODELS)}"
     )
+    add_width_option(parser)
     parser.add_argument("--image-size", type=at_least(1), nargs="+", help="pixels; default 224 and 32, on a CPU 32")
     parser.add_argument("--batch", type=at_least(1), nargs="+", help="one or several; default 256, on a CPU 32")
     parser.add_argument("--n-steps", type=at_least(1), nargs="+", default=[2], help="one or several; default 2")
@@ -67,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure what the options ask for; return 1 if a model was lost or its loss became infinite or NaN, else 0."""
     if unknown := [name for name in options.model if name not in known_models()]:
         raise UserError(f"--model is {unknown[0]}; it must be one of {', '.join(known_models())}.")
+    if options.width != WIDTH and (official := [name for name in options.model if name in OFFICIAL]):
+        raise UserError(f"--width is {options.width}; {official[0]} has width {WIDTH} alone, so choose other models.")
     device, ledger = open_ledger(options, "train")
     if device.type == "cpu":
         print("No GPU: this is training on a CPU, whose ratios say nothing about a GPU.")
@@ -99,7 +110,7 @@ def chosen(options: argparse.Namespace, device: torch.device, batch: int, image_
             ["auto"] if official or plain else options.keep_residuals,
         ):
             stem = stem_for(image_size)
-            execution = (dtype, layout, compiled == "on", impl, KEEP_RESIDUALS[keep])
+            execution = (dtype, layout, compiled == "on", impl, KEEP_RESIDUALS[keep], options.width)
             yield TrainingSetting(model, stem, batch, image_size, n_steps, *execution)
 
 

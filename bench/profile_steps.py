@@ -87,6 +87,7 @@ def setting_of(recipe: Recipe, options: argparse.Namespace, device: torch.device
         layout="channels_last" if recipe.channels_last else "contiguous",
         compiled=recipe.compile,
         impl=recipe.impl,
+        width=recipe.width,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from sdnet.bench.ledger import Row
 from sdnet.bench.step_clock import PHASES
+from sdnet.models import WIDTH
 
 TRITON = ("fused", "cudnn")
 BASELINES = ("reference", "compile")
@@ -145,7 +146,8 @@ def kernels_table(rows: Iterable[Row]) -> str:
 def comparable(row: Row) -> tuple[Any, ...]:
     """Return what two training rows share if their ratio has a meaning: run, sizes, type and input."""
     shape = row.shape
-    return (row.run, shape["image_size"], shape["stem"], shape["batch"], row.dtype, row.settings.get("input"))
+    width = shape.get("width", WIDTH)
+    return (row.run, shape["image_size"], shape["stem"], width, shape["batch"], row.dtype, row.settings.get("input"))
 
 
 def baseline_of(row: Row, rows: Iterable[Row]) -> Row | None:
@@ -181,6 +183,8 @@ def name_of(row: Row) -> str:
 def setting_words(row: Row) -> list[str]:
     """Return the setting of a training row in words."""
     words = [f"{row.shape['image_size']} px", f"batch {row.shape['batch']}", row.dtype, row.layout]
+    if row.shape.get("width", WIDTH) != WIDTH:
+        words.insert(0, f"width {row.shape['width']}")
     if row.shape["n_steps"] != 2:
         words.append(f"{row.shape['n_steps']} step{'s' * (row.shape['n_steps'] > 1)}")
     words += ["compiled"] if row.settings.get("compile") else []

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import sdnet
 from sdnet.bench.official import OfficialConfig, OfficialSDNet
 from sdnet.bench.providers import DTYPES, LAYOUTS
 from sdnet.bench.step_clock import StepClock
-from sdnet.models import Stem
+from sdnet.models import WIDTH, Stem
 from sdnet.step_size import csc_layers
 from sdnet.train.errors import UserError
 
@@ -45,6 +45,7 @@ class TrainingSetting:
         compiled: Whether the model runs through `torch.compile`.
         impl: The implementation of the CSC operator.
         keep_residuals: Whether the forward pass keeps the residuals for the backward pass; None for the default.
+        width: Channels of the stem and the first stage.
     """
 
     model: str
@@ -57,10 +58,19 @@ class TrainingSetting:
     compiled: bool
     impl: str = "auto"
     keep_residuals: bool | None = None
+    width: int = WIDTH
 
     def __str__(self) -> str:
-        words = [self.model, f"{self.image_size} px", f"batch {self.batch}", f"n_steps {self.n_steps}"]
-        words += [self.dtype, self.layout, f"impl {self.impl}"] + ["compiled"] * self.compiled
+        words = [
+            self.model,
+            f"width {self.width}",
+            f"{self.image_size} px",
+            f"batch {self.batch}",
+            f"n_steps {self.n_steps}",
+        ]
+        words += [f"n_steps {self.n_steps}", self.dtype, self.layout, f"impl {self.impl}"] + [
+            "compiled"
+        ] * self.compiled
         return ", ".join([*words, f"keep_residuals {self.keep_residuals}"])
 
     @property
@@ -76,7 +86,9 @@ class TrainingSetting:
     def describe(self) -> dict[str, Any]:
         """Return the shape for the ledger."""
         return {
-            name: value for name, value in asdict(self).items() if name in ("batch", "image_size", "n_steps", "stem")
+            name: value
+            for name, value in asdict(self).items()
+            if name in ("batch", "image_size", "n_steps", "stem", "width")
         }
 
 
@@ -174,6 +186,7 @@ def make_model(setting: TrainingSetting) -> nn.Module:
         setting.model,
         classes,
         stem=setting.stem,
+        width=setting.width,
         image_size=setting.image_size,
         n_steps=setting.n_steps,
         impl=setting.impl,

@@ -29,7 +29,8 @@ Stem = Literal["imagenet", "cifar"]
 Convolution = Callable[..., nn.Module]
 """(in_channels, out_channels, kernel_size, stride, input_size) -> a layer with padding kernel_size // 2."""
 
-WIDTHS = (64, 128, 256, 512)
+WIDTH = 64
+"""Channels of the stem and the first stage; each later stage has twice as many as the one before."""
 
 
 class Variant(NamedTuple):
@@ -61,6 +62,7 @@ def create_model(
     num_classes: int = 1000,
     *,
     stem: Stem = "imagenet",
+    width: int = WIDTH,
     image_size: int | Pair | None = None,
     shortcut: bool = True,
     lam: float = 0.1,
@@ -75,6 +77,8 @@ def create_model(
         name: one of `list_models()`.
         num_classes: the number of classes.
         stem: "imagenet" (7x7 with stride 2, then a reduction by 2) or "cifar" (3x3 with stride 1).
+        width: the channels of the stem and the first stage; the later stages have 2, 4 and 8 times as many. 64 is that
+            of the published networks.
         image_size: the height and width of the images on which the step sizes are estimated, an int or a pair. None
             is 224 for the ImageNet stem and 32 for the CIFAR stem. The network takes images of other sizes too.
         shortcut: whether the blocks have residual connections. False is allowed for the `_all` models only: their
@@ -101,6 +105,7 @@ def create_model(
     """
     variant = VARIANTS[checks.choice("name", name, tuple(VARIANTS))]
     num_classes = checks.integer("num_classes", num_classes, 1)
+    width = checks.integer("width", width, 1)
     checks.choice("stem", stem, get_args(Stem))
     if not checks.flag("shortcut", shortcut) and not variant.csc_blocks:
         able = ", ".join(other for other, v in VARIANTS.items() if v.csc_blocks)
@@ -116,6 +121,7 @@ def create_model(
         blocks=variant.blocks,
         num_classes=num_classes,
         stem=stem,
+        width=width,
         image_size=image_size,
         stem_convolution=csc if variant.csc_stem else plain_convolution,
         block_convolution=csc if variant.csc_blocks else plain_convolution,
@@ -231,6 +237,7 @@ class SDNet(nn.Module):
         blocks: the number of blocks of each stage.
         num_classes: the number of classes.
         stem: "imagenet" or "cifar".
+        width: the channels of the stem and the first stage; the later stages have 2, 4 and 8 times as many.
         image_size: the height and width of the images on which the step sizes are estimated.
         stem_convolution: builds the convolution of the stem.
         block_convolution: builds the 3x3 convolutions of the blocks.
@@ -246,6 +253,7 @@ class SDNet(nn.Module):
         blocks: tuple[int, int, int, int],
         num_classes: int,
         stem: Stem,
+        width: int,
         image_size: Pair,
         stem_convolution: Convolution,
         block_convolution: Convolution,
@@ -253,15 +261,16 @@ class SDNet(nn.Module):
     ) -> None:
         super().__init__()
         pool_with_csc = block_convolution is not plain_convolution
-        self.stem = StemBlock(WIDTHS[0], stem, stem_convolution, pool_with_csc, image_size)
-        size, channels = self.stem.output_size, WIDTHS[0]
+        self.stem = StemBlock(width, stem, stem_convolution, pool_with_csc, image_size)
+        size, channels = self.stem.output_size, width
         stages: list[nn.Module] = []
-        for stage, (width, depth) in enumerate(zip(WIDTHS, blocks, strict=True)):
+        for stage, depth in enumerate(blocks):
+            stage_width = width * 2**stage
             stage_blocks: list[nn.Module] = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                block = BasicBlock(channels, width, stride, block_convolution, shortcut, size)
-                size, channels = block.output_size, width
+                block = BasicBlock(channels, stage_width, stride, block_convolution, shortcut, size)
+                size, channels = block.output_size, stage_width
                 stage_blocks.append(block)
             stages.append(nn.Sequential(*stage_blocks))
         self.stages = nn.Sequential(*stages)

@@ -125,6 +125,12 @@ def _official_names(target: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _check(state: Mapping[str, Tensor], target: Mapping[str, Tensor], names: Mapping[str, str], source: Path) -> None:
     """Raise a ValueError that names everything that prevents `state` from being loaded."""
+    channels, width = (tensors.get(key) for tensors, key in ((state, "layer0.1.weight"), (target, "stem.norm.weight")))
+    if channels is not None and width is not None and channels.shape != width.shape:
+        raise ValueError(
+            f"'{source}' is of a network of width {channels.numel()}, the model is of width {width.numel()}: make the "
+            f"model with create_model(..., width={channels.numel()})."
+        )
     faults = [f"missing {official} (here {ours})" for official, ours in names.items() if official not in state]
     faults += [f"unexpected {key}" for key in state if key not in names]
     for official, ours in names.items():

@@ -108,6 +108,7 @@ def create_model(recipe: Recipe, num_classes: int) -> sdnet.SDNet:
         recipe.model,
         num_classes,
         stem=recipe.stem,
+        width=recipe.width,
         image_size=recipe.image_size,
         shortcut=recipe.shortcut,
         lam=recipe.lam,

@@ -153,3 +153,17 @@ def test_the_torch_path_of_many_layers_has_the_loss_and_the_gradient_of_the_refe
     actual_loss, actual_gradient = learned("sdnet18_all", "torch", n_steps=1)
     torch.testing.assert_close(actual_loss, loss, rtol=1e-12, atol=0)
     assert (actual_gradient - gradient).norm() < 1e-9 * gradient.norm()
+
+
+@pytest.mark.parametrize(("stem", "pool"), [("cifar", []), ("imagenet", [16])], ids=["cifar", "imagenet"])
+def test_the_width_scales_every_stage(stem: str, pool: list[int]) -> None:
+    model = create("sdnet18_all", width=16, stem=stem, image_size=16)
+    atoms = [layer.out_channels for layer in model.modules() if isinstance(layer, CSCConv2d)]
+    assert atoms == [16, *pool, *[16] * 4, *[32] * 4, *[64] * 4, *[128] * 4]
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("width", [0, -64, 16.0, "64", True])
+def test_a_width_that_is_no_positive_int_is_refused(width: Any) -> None:
+    with pytest.raises(ValueError, match=r"^width is .*; it must be an int of at least 1\.$"):
+        create("resnet18", width=width)

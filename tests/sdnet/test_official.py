@@ -271,3 +271,14 @@ def test_a_step_of_one_element_is_a_step(official: StateDict, model: nn.Module, 
     torch.save({**official, "layer0.0.dn.step_size": torch.tensor([0.25])}, path)
     load_official_checkpoint(model, path)
     assert model.state_dict()["stem.conv.step_size"] == torch.tensor(0.25)
+
+
+def test_a_model_of_another_width_is_refused_in_one_sentence(official: StateDict, path: Path) -> None:
+    torch.save(official, path)
+    narrow = sdnet.create_model("sdnet18", num_classes=10, stem="cifar", image_size=8, width=16)
+    with pytest.raises(ValueError, match="of width 64") as caught:
+        load_official_checkpoint(narrow, path)
+    assert str(caught.value) == (
+        f"'{path}' is of a network of width 64, the model is of width 16: make the model with "
+        "create_model(..., width=64)."
+    )
