@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._functorch import config as compiled_backward
 
-from sdnet.bench import accuracy, isolation, step_providers, timing
+from sdnet.bench import accuracy, isolation, step_providers
 from sdnet.bench.common_options import add_common_options, add_width_option, at_least, open_ledger, seconds
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.layer_shapes import LayerShape, csc_layers, csc_models, distinct
@@ -34,6 +34,7 @@ from sdnet.bench.providers import (
 )
 from sdnet.bench.roofline import Ceilings, least_work, measure_ceilings
 from sdnet.bench.tables import kernels_table
+from sdnet.kernels.qualify import timing
 from sdnet.train.errors import UserError
 
 OPERATORS = {"csc": CSC} | {

@@ -20,7 +20,7 @@ import torch
 from sdnet.bench.common_options import add_common_options, at_least, open_ledger
 from sdnet.bench.ledger import Ledger, print_outcome, read
 from sdnet.bench.tables import loading_and_training, loading_table
-from sdnet.bench.timing import percentiles
+from sdnet.kernels.qualify.timing import percentiles
 from sdnet.train.data.cifar import Arrays, decode_all, read_small_pictures
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.resident import ResidentLoader

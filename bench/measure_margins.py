@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import sdnet
 from sdnet.bench.common_options import add_common_options, add_width_option, open_ledger
 from sdnet.bench.ledger import Ledger
-from sdnet.bench.timing import percentiles
 from sdnet.kernels import step_sizes
+from sdnet.kernels.qualify.timing import percentiles
 from sdnet.step_size import csc_layers
 from sdnet.train.build import create_model
 from sdnet.train.data.cifar import SmallPictures, read_small_pictures

@@ -16,12 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sdnet.bench import measure_kernels, timing
+from sdnet.bench import measure_kernels
 from sdnet.bench.common_options import choose_device, seconds
 from sdnet.bench.cost import tile_shape
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.ledger import writable_folder
 from sdnet.bench.providers import CSC, DTYPES, Operator, Workload, csc_by, layer_inputs
+from sdnet.kernels.qualify import timing
 from sdnet.kernels.triton_path import paths, tiles
 from sdnet.kernels.triton_path.hardware import arch_of
 from sdnet.kernels.triton_path.paths import Entry

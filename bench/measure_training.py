@@ -30,9 +30,9 @@ from sdnet.bench.layer_shapes import stem_for
 from sdnet.bench.ledger import Ledger, print_outcome
 from sdnet.bench.providers import DTYPES, LAYOUTS
 from sdnet.bench.tables import training_table
-from sdnet.bench.timing import Timing, fp32_products, interleave, wall_time
 from sdnet.bench.training_run import OFFICIAL, Batches, TrainingRun, TrainingSetting, batches_of, known_models
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
+from sdnet.kernels.qualify.timing import Timing, fp32_products, interleave, wall_time
 from sdnet.models import WIDTH
 from sdnet.train.errors import UserError
 

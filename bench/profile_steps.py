@@ -18,8 +18,8 @@ from sdnet.bench.common_options import add_common_options, add_data_options, at_
 from sdnet.bench.ledger import writable_folder
 from sdnet.bench.measure_training import TimedRun
 from sdnet.bench.tables import profile_table
-from sdnet.bench.timing import percentiles
 from sdnet.bench.training_run import TrainingSetting, batches_of
+from sdnet.kernels.qualify.timing import percentiles
 from sdnet.train.build import make_model
 from sdnet.train.recipes import RECIPES, Recipe
 

@@ -6,7 +6,7 @@ import torch
 
 from sdnet.bench import cost
 from sdnet.bench.providers import DTYPES, Workload
-from sdnet.bench.timing import interleave, make_sampler, measuring_stream
+from sdnet.kernels.qualify.timing import interleave, make_sampler, measuring_stream
 
 STEPS = {
     "encode": cost.ANALYSIS._replace(codes=2),

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sdnet.bench import __main__ as front
-from sdnet.bench import measure_training, step_clock, timing, training_run
+from sdnet.bench import measure_training, step_clock, training_run
 from sdnet.bench.isolation import WorkerError
 from sdnet.bench.ledger import Row, read
 from sdnet.bench.tables import training_table
 from sdnet.bench.training_run import OFFICIAL, TrainingRun, TrainingSetting, noise
+from sdnet.kernels.qualify import timing
 from sdnet.layers import CSCConv2d
 
 CPU = torch.device("cpu")

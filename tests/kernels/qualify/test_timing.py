@@ -9,7 +9,7 @@ import torch
 from sdnet.bench import step_clock
 from sdnet.bench.roofline import Ceilings
 from sdnet.bench.step_clock import StepClock
-from sdnet.bench.timing import burst_length, interleave, make_sampler, percentiles, wall_time
+from sdnet.kernels.qualify.timing import burst_length, interleave, make_sampler, percentiles, wall_time
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""Qualification: which kernels are right and quicker on this machine, measured before they are used."""
