@@ -61,13 +61,7 @@ class TrainingSetting:
     width: int = WIDTH
 
     def __str__(self) -> str:
-        words = [
-            self.model,
-            f"width {self.width}",
-            f"{self.image_size} px",
-            f"batch {self.batch}",
-            f"n_steps {self.n_steps}",
-        ]
+        words = [self.model, f"width {self.width}", f"{self.image_size} px", f"batch {self.batch}"]
         words += [f"n_steps {self.n_steps}", self.dtype, self.layout, f"impl {self.impl}"] + [
             "compiled"
         ] * self.compiled
@@ -85,11 +79,8 @@ class TrainingSetting:
 
     def describe(self) -> dict[str, Any]:
         """Return the shape for the ledger."""
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name in ("batch", "image_size", "n_steps", "stem", "width")
-        }
+        names = ("batch", "image_size", "n_steps", "stem", "width")
+        return {name: getattr(self, name) for name in names}
 
 
 class TrainingRun:
