@@ -2,6 +2,7 @@
 
 from sdnet.attachment import attach
 from sdnet.diagnostics import LayerDiagnostics, Recording, diagnose, record
+from sdnet.inversion import Inversion, invert, invert_layers
 from sdnet.layers import CSCConv2d
 from sdnet.models import SDNet, create_model, list_models
 from sdnet.official import load_official_checkpoint
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CSCConv2d",
+    "Inversion",
     "LayerDiagnostics",
     "Recording",
     "SDNet",
@@ -20,6 +22,8 @@ __all__ = [
     "converge_power_vectors",
     "create_model",
     "diagnose",
+    "invert",
+    "invert_layers",
     "list_models",
     "load_official_checkpoint",
     "project",
