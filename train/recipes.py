@@ -44,6 +44,9 @@ class Recipe:
     extras: Literal["none", "trivial", "rand"] = setting(
         "none", "images", "TrivialAugmentWide or RandAugment of DALI after the crop; train/imagenet.py only"
     )
+    holdout: int = setting(
+        0, "images", "training images held out to choose the best weights on; 0 chooses on the validation set"
+    )
     mixup: float = setting(0.0, "images", "alpha of Mixup, 0 for none", most=1000)
     cutmix: float = setting(0.0, "images", "alpha of CutMix, 0 for none", most=1000)
 

@@ -20,6 +20,7 @@ from sdnet.train.errors import NonFiniteLossError, UserError
 from sdnet.train.interrupt import Interrupt
 from sdnet.train.job import Job
 from sdnet.train.metrics import LossMeter, LossReading, evaluate, of_all_ranks
+from sdnet.train.outcome import describe_outcome
 from sdnet.train.progress import Display, Stopwatch, peak_memory
 from sdnet.train.schedule import learning_rate
 from sdnet.train.step_sizes import DIVERGENCE, converge_step_sizes, converged_step_sizes, measured_margins
@@ -106,7 +107,8 @@ class Trainer:
             while self.state.epoch < self.job.recipe.epochs:
                 self._train_epoch()
                 self._finish_epoch()
-            self.display.say(f"Done: best top-1 {self.state.best_top1:.2f}%; the run folder is {self.run.path}")
+            if self.accelerator.is_main_process:
+                self.display.say(f"Done: {describe_outcome(self.run.metrics())}; the run folder is {self.run.path}")
         self.accelerator.end_training()
 
     def _train_epoch(self) -> None:
@@ -141,9 +143,7 @@ class Trainer:
         margin = self._check_margins(converge_step_sizes(self.model))
         if self.accelerator.num_processes > 1:
             broadcast(list(self.model.buffers()))  # batch norm's statistics differ between ranks: those of rank 0 count
-        scores = evaluate(self.model, self.data.val, self.data.val_size, self.accelerator.device)
-        if not math.isfinite(scores["val_loss"]):
-            raise self._not_finite("The validation loss", f"after step {state.step}")
+        scores = self._evaluate()
         state.epoch, state.batch = state.epoch + 1, 0
         self.meter.reset()
         self.data.train.set_epoch(state.epoch)
@@ -158,9 +158,27 @@ class Trainer:
             f"epoch {state.epoch}/{epochs}  train loss {loss:.3f}  val loss {scores['val_loss']:.3f}  "
             f"top-1 {scores['val_top1']:.2f}%  top-5 {scores['val_top5']:.2f}%  {speed:.0f} images/s"
         )
-        best = scores["val_top1"] > state.best_top1
-        state.best_top1 = max(state.best_top1, scores["val_top1"])
+        deciding = scores["holdout_top1" if self.data.holdout else "val_top1"]
+        if best := deciding > state.best_top1:
+            state.best_top1 = deciding
         self._save(["best", "last"] if best else ["last"], {"val_top1": f"{scores['val_top1']:.4f}"})
+
+    def _evaluate(self) -> dict[str, float]:
+        """Return the scores of the validation set and of the held-out images, if there are any.
+
+        Raises:
+            NonFiniteLossError: A loss is not finite.
+        """
+        data, device = self.data, self.accelerator.device
+        scores = evaluate(self.model, data.val, data.val_size, device)
+        if data.holdout:
+            held = evaluate(self.model, data.holdout, data.holdout_size, device)
+            scores |= {name.replace("val_", "holdout_"): value for name, value in held.items()}
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                what = "The validation loss" if name == "val_loss" else "The loss of the held-out images"
+                raise self._not_finite(what, f"after step {self.state.step}")
+        return scores
 
     def _check_margins(self, margins: dict[str, float]) -> dict[str, float]:
         """Warn, once in a run, of a step size with which FISTA can diverge.

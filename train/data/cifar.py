@@ -19,6 +19,7 @@ from sdnet.train.data.cifar_files import Arrays, find_official, read_official
 from sdnet.train.data.epochs import loader_options
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.formats import FORMATS
+from sdnet.train.data.holdout import divide
 from sdnet.train.data.loader import Data, Rank
 from sdnet.train.data.mixing import mixing_of
 from sdnet.train.data.names import printable
@@ -47,17 +48,25 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     """
     recipe = job.recipe
     found = read_small_pictures(job.data, job.verify, job.bad_files)
-    train, val = found.train, found.val
-    height, width = train.images.shape[2:]
+    height, width = found.train.images.shape[2:]
     if (height, width) != (recipe.image_size, recipe.image_size):
         raise UserError(
             f"The images are {width} x {height}, not {recipe.image_size} x {recipe.image_size}: pass --image-size and "
             "--eval-resize, or train with train/imagenet.py."
         )
     batch, options = recipe.local_batch(rank.world), loader_options(job, rank, device)
-    digest, val_digest = train.digest(), val.digest()
     name, val_name = (f"The {split} set in {printable(job.data)}" for split in ("training", "test"))
-    mixing = mixing_of(recipe, len(found.classes))
+    train, held = found.train, None
+    if recipe.holdout:
+        train, held = (train.select(part) for part in divide(train.labels, recipe.holdout, name))
+
+    def evaluated(images: Arrays, title: str) -> ResidentLoader:
+        digest = images.digest()
+        return ResidentLoader(
+            images.images, images.labels, name=title, digest=digest, batch=batch, augment=False, **options
+        )
+
+    digest = train.digest()
     return Data(
         train=ResidentLoader(
             train.images,
@@ -67,17 +76,17 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
             batch=batch,
             augment=True,
             padding=recipe.crop_padding,
-            mixing=mixing,
+            mixing=mixing_of(recipe, len(found.classes)),
             **options,
         ),
-        val=ResidentLoader(
-            val.images, val.labels, name=val_name, digest=val_digest, batch=batch, augment=False, **options
-        ),
-        val_size=len(val.labels),
+        val=evaluated(found.val, val_name),
+        val_size=len(found.val.labels),
         classes=found.classes,
         digest=digest,
         left_out=found.left_out,
         notes=found.notes,
+        holdout=None if held is None else evaluated(held, "The held-out set"),
+        holdout_size=recipe.holdout,
     )
 
 

@@ -33,6 +33,10 @@ class Arrays:
         """Return a fingerprint of pixels and labels."""
         return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
+    def select(self, positions: np.ndarray) -> "Arrays":
+        """Return the images at some positions."""
+        return Arrays(self.images[positions], self.labels[positions])
+
 
 @dataclass(frozen=True)
 class Official:

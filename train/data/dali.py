@@ -19,6 +19,7 @@ from torch import Tensor
 from sdnet.train.data.epochs import EpochLoader, LoaderOptions, loader_options
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.formats import why_unusable
+from sdnet.train.data.holdout import divide
 from sdnet.train.data.loader import Data, Rank
 from sdnet.train.data.mixing import Mixing, mixing_of
 from sdnet.train.data.names import printable
@@ -40,7 +41,10 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     recipe = job.recipe
     cores, neighbours = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     checked = read_checked(job.data, job.val_labels, job.verify, job.bad_files, cores)
-    train, val = checked.train, checked.val
+    train, val, held = checked.train, checked.val, None
+    if recipe.holdout:
+        parts = divide(train.labels, recipe.holdout, f"The training set in {printable(job.data)}")
+        train, held = (train.select(part.tolist()) for part in parts)
     options: dict[str, Any] = {
         **loader_options(job, rank, device),
         "batch": recipe.local_batch(rank.world),
@@ -50,14 +54,17 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
         "hw_decoder_load": job.hw_decoder_load,
     }
     mixing = mixing_of(recipe, len(train.classes))
+    evaluation: dict[str, Any] = {"augment": False, "resize": recipe.eval_resize, **options}
     return Data(
         train=DaliLoader(train, augment=True, extras=recipe.extras, mixing=mixing, **options),
-        val=DaliLoader(val, augment=False, resize=recipe.eval_resize, **options),
+        val=DaliLoader(val, **evaluation),
         val_size=len(val),
         classes=train.classes,
         digest=train.digest(),
         left_out=checked.left_out,
         notes=checked.notes,
+        holdout=None if held is None else DaliLoader(held, **evaluation),
+        holdout_size=recipe.holdout,
     )
 
 

@@ -68,6 +68,8 @@ class Data:
         digest: A fingerprint of the training set.
         notes: Sentences that the user should read before the training.
         left_out: (file, reason) for everything in the data folder that is not used.
+        holdout: The loader of the training images that are held out to choose the best weights on; None for none.
+        holdout_size: The number of these images over all ranks.
     """
 
     train: Loader
@@ -77,3 +79,5 @@ class Data:
     digest: str
     notes: tuple[str, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
+    holdout: Loader | None = None
+    holdout_size: int = 0
