@@ -183,9 +183,9 @@ class StemBlock(nn.Module):
             self.pool = convolution(width, width, 3, 2, self.output_size) if pool_with_csc else nn.MaxPool2d(3, 2, 1)
             self.output_size = size_after(self.output_size, 3, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the features of images."""
-        out = self.norm(self.conv(x))
+    def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
+        """Compute the features of images; `lam` replaces lambda of a CSC layer in this call."""
+        out = self.norm(self.conv(x) if lam is None else self.conv(x, lam))
         return self.pool(F.relu(out) if self.rectify else out)
 
 
@@ -276,19 +276,22 @@ class SDNet(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.linear = nn.Linear(channels, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
         """Compute the logits of images.
 
         Args:
             x: the images, [N, 3, H, W].
+            lam: lambda of the CSC layer in the stem for this call, as `CSCConv2d.forward` takes it; None is its own.
 
         Returns:
             The logits, [N, num_classes].
 
         Raises:
-            ValueError: `x` is not such a tensor.
+            ValueError: `x` is not such a tensor, or `lam` is given and the stem has no CSC layer.
         """
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, 3, H, W].")
-        out = self.stages(self.stem(x))
+        if lam is not None and not isinstance(self.stem.conv, CSCConv2d):
+            raise ValueError("lam was given, but the stem of this network has no CSC layer; it must be None.")
+        out = self.stages(self.stem(x, lam))
         return self.linear(out.mean(dim=(2, 3)))

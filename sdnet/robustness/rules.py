@@ -1,0 +1,214 @@
+"""Rules that choose lambda of the first CSC layer at test time, without labels of the test images.
+
+| rule            | per    | uses at test time                        | fitted on                               |
+|-----------------|--------|------------------------------------------|-----------------------------------------|
+| `ResidualRule`  | sample | the residual at the training lambda      | corrupted held-out training images      |
+| `NoiseRule`     | sample | an estimate of the noise in the image    | clean held-out images, synthetic noise  |
+| `UnlabelledRule`| batch  | residuals of an unlabelled batch         | nothing                                 |
+
+A rule is a function (first layer, its input) -> lambda. `sdnet.robustness.RobustModel` applies it.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import reduce, repeat
+from torch import Tensor, nn
+
+from sdnet.kernels import checks
+from sdnet.layers import CSCConv2d, at_least_single
+from sdnet.robustness.noise import estimate_noise
+
+
+class Rule(nn.Module):
+    """Choose lambda of the first CSC layer from the input of that layer. Subclasses write `forward`."""
+
+    per_sample = True
+    """Whether lambda of an image depends on this image alone, not on the others of the batch."""
+
+    @abstractmethod
+    def forward(self, layer: CSCConv2d, x: Tensor) -> Tensor:
+        """Return lambda for a batch.
+
+        Args:
+            layer: the first CSC layer, whose `lam` is the training lambda.
+            x: the input of the layer.
+
+        Shape:
+            - x: [N, C, H, W].
+            - Output: [N], or 0-d for a rule that is not per sample.
+        """
+
+
+class NoiseRule(Rule):
+    """Choose lambda by an estimate of the noise in every image: lambda = max(training lambda, k sigma).
+
+    sigma is `estimate_noise` of the input of the layer, which is normalised: noise of standard deviation s in pixels
+    is s / std there. An atom has unit norm, so white noise of standard deviation sigma has the same standard deviation
+    in the product with an atom, and lambda = k sigma removes what noise alone gives up to k standard deviations. The
+    rule needs neither labels nor corrupted images, and treats every image by itself.
+
+    Args:
+        k: the factor, at least 0. `sdnet.robustness.calibrate_noise_rule` chooses it.
+
+    Raises:
+        ValueError: `k` is negative or no number.
+
+    Example:
+        >>> robust = RobustModel(model, NoiseRule(k=1.5))
+    """
+
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.k = checks.number("k", k)
+
+    def forward(self, layer: CSCConv2d, x: Tensor) -> Tensor:
+        """Return max(training lambda, k sigma) for every image, [N]; differentiable with respect to x."""
+        sigma = estimate_noise(x)
+        return torch.maximum(self.k * sigma, layer.lam.flatten().to(sigma.dtype))
+
+    def extra_repr(self) -> str:
+        """Return the factor, for `repr`."""
+        return f"k={self.k:.4g}"
+
+
+class ResidualRule(Rule):
+    """Choose lambda by a line over the residual of every image: lambda = slope · r + intercept.
+
+    r = |x - A z|² / n_dict is the residual of the image with the training lambda. This is the rule of the paper; the
+    official code fits the line and does not apply it. Lambda is kept between the training lambda and `most`.
+
+    Args:
+        slope: the slope of the line.
+        intercept: lambda of a residual of 0.
+        most: the largest lambda, at least 0; `fit_residual_rule` takes the largest one that it tried.
+
+    Raises:
+        ValueError: a number is not finite, or `most` is negative.
+
+    Example:
+        >>> rule = fit_residual_rule(model, batches, lambdas=[0.1, 0.2, 0.4, 0.8])
+        >>> robust = RobustModel(model, rule)
+    """
+
+    def __init__(self, slope: float, intercept: float, most: float) -> None:
+        super().__init__()
+        for name, value in (("slope", slope), ("intercept", intercept)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+                raise ValueError(f"{name} is {checks.shown(value)}; it must be a finite number.")
+        self.slope, self.intercept = float(slope), float(intercept)
+        self.most = checks.number("most", most)
+
+    def forward(self, layer: CSCConv2d, x: Tensor) -> Tensor:
+        """Return lambda of every image, [N]; differentiable with respect to x."""
+        residual = residual_of(layer, x)
+        least = layer.lam.flatten().to(residual.dtype)
+        line = self.slope * residual + self.intercept
+        return torch.maximum(line.clamp(max=max(self.most, 0.0)), least)
+
+    def extra_repr(self) -> str:
+        """Return the line, for `repr`."""
+        return f"slope={self.slope:.4g}, intercept={self.intercept:.4g}, most={self.most:.4g}"
+
+
+class UnlabelledRule(Rule):
+    """Choose one lambda for an unlabelled batch by the loss of ACSC (Qin, Liu, Cui and Xing, 2026).
+
+        loss(lambda) = mean over the batch of R / (lambda + epsilon),   R = |x - A z|² / |x|²,
+
+    with lambda = softplus(u), by `steps` steps of gradient descent on u with Adam, from the training lambda. R is the
+    squared residual over that of codes of zero. R grows with lambda and is at most about 1, so the loss falls without
+    end once lambda is large: the number of steps and the learning rate bound lambda, and the rule always ends. ACSC
+    sums over all layers and may re-estimate batch-norm statistics too; here the first layer alone is adapted, and batch
+    norm is a switch of `RobustModel`. The batch statistics make an image's lambda depend on the other images.
+
+    No gradient flows through this rule.
+
+    Args:
+        steps: the number of steps, at least 1.
+        lr: the learning rate of Adam for u, at least 0.
+        epsilon: the constant in the denominator, above 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    per_sample = False
+
+    def __init__(self, steps: int = 20, lr: float = 0.1, epsilon: float = 1e-3) -> None:
+        super().__init__()
+        self.steps, self.lr = checks.integer("steps", steps, 1), checks.number("lr", lr)
+        self.epsilon = checks.number("epsilon", epsilon)
+        if not epsilon:
+            raise ValueError("epsilon is 0; it must be above 0.")
+
+    @torch.compiler.disable
+    def forward(self, layer: CSCConv2d, x: Tensor) -> Tensor:
+        """Return lambda of the batch, 0-d."""
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            x = at_least_single(x.detach().clone())
+            start = layer.lam.mean().clamp_min(1e-6).to(x.dtype)
+            u = (start + torch.log(-torch.expm1(-start))).requires_grad_()  # softplus(u) is the training lambda
+            optimizer = torch.optim.Adam([u], lr=self.lr)
+            for _ in range(self.steps):
+                loss = self.loss(layer, x, F.softplus(u))
+                (u.grad,) = torch.autograd.grad(loss, u)
+                optimizer.step()
+            return F.softplus(u).detach()
+
+    def loss(self, layer: CSCConv2d, x: Tensor, lam: Tensor) -> Tensor:
+        """Return the loss of a batch at one lambda, 0-d."""
+        energy = layer.coding.n_dict * reduce(x.square(), "n c h w -> n", "sum")
+        relative = layer.coding.n_dict * residual_of(layer, x, lam) / energy.clamp_min(1e-12)
+        return (relative / (lam + self.epsilon)).mean()
+
+    def extra_repr(self) -> str:
+        """Return the options, for `repr`."""
+        return f"steps={self.steps}, lr={self.lr:.4g}, epsilon={self.epsilon:.4g}"
+
+
+def residual_of(layer: CSCConv2d, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
+    """Compute the residual |x - A z|² / n_dict of every image, with z the codes of the layer.
+
+    Args:
+        layer: a CSC layer.
+        x: its input.
+        lam: lambda; None is the layer's own.
+
+    Shape:
+        - x: [N, C, H, W].
+        - Output: [N].
+
+    Returns:
+        The residuals, in fp32 or better; differentiable with respect to x and lam.
+    """
+    codes = layer(x, lam)
+    with torch.autocast(x.device.type, enabled=False):
+        x, codes = at_least_single(x), at_least_single(codes)
+        target = repeat(x, "n c h w -> n (d c) h w", d=layer.coding.n_dict)
+        error = target - layer.reconstruct(codes, (x.shape[2], x.shape[3]))
+        return reduce(error.square(), "n c h w -> n", "sum") / layer.coding.n_dict
+
+
+def line_through(residuals: Sequence[float], lambdas: Sequence[float]) -> tuple[float, float]:
+    """Return slope and intercept of the least-squares line of lambda over the residual.
+
+    Args:
+        residuals: the residuals, two different ones at least.
+        lambdas: lambda of each residual.
+
+    Raises:
+        ValueError: the lengths differ, there are fewer than two different residuals, or a number is not finite.
+    """
+    if len(residuals) != len(lambdas):
+        raise ValueError(f"residuals has {len(residuals)} values and lambdas {len(lambdas)}; they must be as many.")
+    r, lam = torch.tensor(residuals, dtype=torch.float64), torch.tensor(lambdas, dtype=torch.float64)
+    if not bool(r.isfinite().all() and lam.isfinite().all()):
+        raise ValueError("residuals and lambdas must be finite.")
+    if len(set(residuals)) < 2:
+        raise ValueError(f"residuals has {len(set(residuals))} different values; a line needs two at least.")
+    centred = r - r.mean()
+    slope = (centred * (lam - lam.mean())).sum() / centred.square().sum()
+    return float(slope), float(lam.mean() - slope * r.mean())

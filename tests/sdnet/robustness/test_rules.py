@@ -1,0 +1,210 @@
+"""Rules choose lambda from the image alone, and recover what was planted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdnet
+from sdnet.robustness import (
+    NoiseRule,
+    PixelModel,
+    ResidualRule,
+    RobustModel,
+    Rule,
+    UnlabelledRule,
+    accuracy,
+    calibrate_noise_rule,
+    estimate_noise,
+    fit_residual_rule,
+    residual_of,
+)
+from sdnet.robustness.rules import line_through
+
+PER_SAMPLE = [NoiseRule(1.5), ResidualRule(1e-3, 0.05, most=1.4)]
+RULES = [*PER_SAMPLE, UnlabelledRule(steps=5)]
+
+
+@pytest.fixture(scope="module")
+def model() -> sdnet.SDNet:
+    torch.manual_seed(0)
+    return sdnet.create_model("sdnet18", 10, stem="cifar", width=8).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """Images of different amounts of noise, normalised."""
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.tensor([0.0, 0.1, 0.4, 1.0]).view(-1, 1, 1, 1)
+    return 0.5 + scale * torch.randn(4, 3, 32, 32, generator=generator)
+
+
+@pytest.mark.parametrize("std", [0.02, 0.05, 0.1, 0.2])
+def test_the_noise_of_a_smooth_image_is_estimated_within_five_percent(std: float) -> None:
+    ramp = torch.linspace(0, 1, 32).view(1, 1, 32, 1) + torch.linspace(0, 0.5, 32)
+    noisy = ramp.expand(16, 3, 32, 32) + std * torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert estimate_noise(noisy).shape == (16,)
+    assert float(estimate_noise(noisy).mean()) == pytest.approx(std, rel=0.05)
+    assert float(estimate_noise(ramp)[0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_lambda_of_the_noise_rule_is_its_formula(model: sdnet.SDNet, images: Tensor) -> None:
+    lam = RobustModel(model, NoiseRule(2.0)).lam_of(images)
+    assert isinstance(lam, Tensor)
+    assert torch.allclose(lam, (2 * estimate_noise(images)).clamp_min(0.1))
+    assert float(lam[0]) == pytest.approx(0.1) and float(lam[3]) > 1
+
+
+def test_lambda_of_the_residual_rule_is_its_formula(model: sdnet.SDNet, images: Tensor) -> None:
+    layer = model.stem.conv
+    assert isinstance(layer, sdnet.CSCConv2d)
+    with torch.no_grad():
+        residual = sdnet.diagnose(model, images)["stem.conv"].residual
+        lam = RobustModel(model, ResidualRule(1e-3, 0.05, most=1.0)).lam_of(images)
+        assert torch.allclose(residual_of(layer, images), residual)
+    assert isinstance(lam, Tensor) and torch.allclose(lam, (1e-3 * residual + 0.05).clamp(0.1, 1.0))
+
+
+@pytest.mark.parametrize("rule", PER_SAMPLE, ids=lambda rule: type(rule).__name__)
+def test_a_batch_equals_a_loop_over_its_images(model: sdnet.SDNet, images: Tensor, rule: Rule) -> None:
+    robust = RobustModel(model, rule)
+    with torch.no_grad():
+        alone = torch.cat([robust(image[None]) for image in images])
+        torch.testing.assert_close(robust(images), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_rules_change_no_state_and_work_without_gradients(model: sdnet.SDNet, images: Tensor, rule: Rule) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    robust = RobustModel(model, rule)
+    with torch.no_grad():
+        logits = robust(images)
+    with torch.inference_mode():
+        assert robust(images).equal(logits)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not logits.equal(model(images)), "the rule has no effect"
+
+
+@pytest.mark.parametrize("rule", PER_SAMPLE, ids=lambda rule: type(rule).__name__)
+def test_per_sample_rules_compile_into_one_graph(model: sdnet.SDNet, images: Tensor, rule: Rule) -> None:
+    robust = RobustModel(model, rule)
+    with torch.no_grad():
+        compiled = torch.compile(robust, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), robust(images))
+        torch.testing.assert_close(compiled(images[:1]), robust(images[:1]))
+
+
+def test_the_loss_of_acsc_falls_and_lambda_stays_finite(model: sdnet.SDNet, images: Tensor) -> None:
+    rule, layer = UnlabelledRule(steps=10), model.stem.conv
+    assert isinstance(layer, sdnet.CSCConv2d)
+    lam = rule(layer, images)
+    assert lam.ndim == 0 and 0 < float(lam) < 2
+    assert float(rule.loss(layer, images, lam)) < float(rule.loss(layer, images, layer.lam))
+    compiled = torch.compile(RobustModel(model, rule), backend="eager")
+    torch.testing.assert_close(compiled(images), RobustModel(model, rule)(images))
+
+
+def test_gradients_flow_through_the_noise_estimate(model: sdnet.SDNet, images: Tensor) -> None:
+    x = images[2:3].clone().requires_grad_()
+    lam = RobustModel(model, NoiseRule(2.0)).lam_of(x)
+    assert isinstance(lam, Tensor)
+    (through_rule,) = torch.autograd.grad(lam.sum(), x)
+    assert float(through_rule.abs().sum()) > 0
+    fixed = RobustModel(model, float(lam))
+    gradients = [torch.autograd.grad(m(x)[:, 0].sum(), x)[0] for m in (RobustModel(model, NoiseRule(2.0)), fixed)]
+    assert not torch.allclose(*gradients)
+
+
+def test_the_line_is_recovered() -> None:
+    residuals = [10.0, 20.0, 50.0, 80.0]
+    slope, intercept = line_through(residuals, [0.01 * r + 0.2 for r in residuals])
+    assert slope == pytest.approx(0.01) and intercept == pytest.approx(0.2)
+
+
+class Planted(nn.Module):
+    """Right exactly where lambda of the stem is the value planted for the amount of noise of the images."""
+
+
+def test_fit_finds_the_lambdas_that_were_planted(model: sdnet.SDNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, best = [], [0.2, 0.4, 0.6]
+    for scale, lam in zip((0.1, 0.5, 1.0), best, strict=True):
+        x = scale * torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+        groups.append((x, torch.zeros(4, dtype=torch.long)))
+    by_energy = {round(float(x.square().sum()), 2): lam for (x, _), lam in zip(groups, best, strict=True)}
+
+    def planted(_: nn.Module, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
+        right = lam == by_energy[round(float(x.square().sum()), 2)]
+        return torch.tensor([[1.0, 0.0] if right else [0.0, 1.0]]).expand(len(x), 2)
+
+    residuals = [float(residual_of(model.stem.conv, x).double().mean()) for x, _ in groups]  # type: ignore[arg-type]
+    monkeypatch.setattr(sdnet.SDNet, "forward", planted)
+    rule = fit_residual_rule(model, groups, [0.1, 0.2, 0.4, 0.6, 0.8])
+    slope, intercept = line_through(residuals, best)
+    assert rule.slope == pytest.approx(slope) and rule.intercept == pytest.approx(intercept) and rule.most == 0.8
+
+
+def test_calibration_takes_the_best_factor_of_those_that_keep_clean_accuracy(model: sdnet.SDNet) -> None:
+    images = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    mean, std = [0.5] * 3, [0.25] * 3
+    with torch.no_grad():
+        labels = PixelModel(model, mean, std)(images).argmax(1)  # the training lambda is right on all clean images
+    rule = calibrate_noise_rule(model, images, labels, mean=mean, std=std, factors=[0.5, 8.0], severities=[1, 3])
+    robust = PixelModel(RobustModel(model, rule), mean, std)
+    assert accuracy(robust, images, labels) == 100
+    assert rule.k < 8
+
+
+def test_batch_statistics_are_those_of_the_batch(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = sdnet.create_model("resnet18", 10, stem="cifar", width=8)
+    expected = model.train()(images).detach()
+    model.eval()
+    before = model.state_dict()["stem.norm.running_mean"].clone()
+    robust = RobustModel(model, None, batch_statistics=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(robust(images), expected)
+        assert robust(images[:1]).isfinite().all()
+        assert not model(images).allclose(expected)
+    assert model.state_dict()["stem.norm.running_mean"].equal(before)
+    assert robust.model.linear.weight is model.linear.weight  # type: ignore[union-attr]
+
+
+IMAGE = torch.rand(1, 3, 32, 32)
+LABEL = torch.zeros(1, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: NoiseRule(-1.0), "k is -1.0; it must be a finite number of at least 0"),
+        (lambda m: ResidualRule(float("nan"), 0, 1), "slope is nan; it must be a finite number"),
+        (lambda m: UnlabelledRule(steps=0), "steps is 0; it must be an int of at least 1"),
+        (lambda m: RobustModel(m, -0.1), "rule is -0.1; it must be a finite number of at least 0"),
+        (lambda m: RobustModel(nn.Linear(3, 3), None), "model is of type Linear; it must be an sdnet.SDNet"),
+        (lambda m: RobustModel(m, NoiseRule(1))(IMAGE[0]), r"x is of type Tensor and shape \[3, 32, 32\]"),
+        (lambda m: m(IMAGE, lam=-0.1), "lam is -0.1; it must be a finite number of at least 0"),
+        (lambda m: accuracy(m, IMAGE, torch.zeros(2, dtype=torch.long)), r"labels is .*\[2\]; it must hold 1 integers"),
+        (lambda m: accuracy(m, IMAGE[:0], LABEL[:0]), r"images is .*\[0, 3, 32, 32\]; it must be a tensor"),
+        (lambda m: estimate_noise(IMAGE[:, :, :2]), "H and W of at least 3"),
+        (lambda m: fit_residual_rule(m, [(IMAGE, LABEL)], [0.1]), "groups holds 1 groups; a line needs two at least"),
+        (lambda m: fit_residual_rule(m, [(IMAGE, LABEL)], [-0.1]), "lambdas is -0.1; it must be a finite number"),
+        (lambda m: PixelModel(m, [0.5] * 3, [0.0] * 3), "std above 0"),
+        (lambda m: line_through([1.0, 1.0], [0.1, 0.2]), "residuals has 1 different values; a line needs two"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(
+    model: sdnet.SDNet, call: Callable[[sdnet.SDNet], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+def test_a_resnet_takes_no_lambda() -> None:
+    resnet = sdnet.create_model("resnet18", 10, stem="cifar", width=8).eval()
+    with pytest.raises(ValueError, match="model has no CSC layers, so a rule has no lambda to choose"):
+        RobustModel(resnet, NoiseRule(1))
+    with pytest.raises(ValueError, match="the stem of this network has no CSC layer"):
+        resnet(IMAGE, lam=0.1)
