@@ -1,5 +1,6 @@
 """Convolutional sparse-coding networks: layers, models, official checkpoints, diagnostics and robust inference."""
 
+from sdnet import robustness
 from sdnet.attachment import attach
 from sdnet.diagnostics import LayerDiagnostics, Recording, diagnose, record
 from sdnet.inversion import Inversion, invert, invert_layers
@@ -29,6 +30,7 @@ __all__ = [
     "project",
     "record",
     "refresh_step_size",
+    "robustness",
     "set_impl",
     "set_lambda",
     "step_margins",

@@ -139,7 +139,7 @@ def test_every_environment_variable_is_in_the_design() -> None:
     assert used == {name.strip("`") for name, *_ in table("docs/design.md", "Environment variables")}
 
 
-@pytest.mark.parametrize("module", ["sdnet", "sdnet.kernels"])
+@pytest.mark.parametrize("module", ["sdnet", "sdnet.kernels", "sdnet.robustness"])
 def test_the_api_page_lists_the_public_names(module: str) -> None:
     listed = [name.strip("`") for name, _ in table("docs/api.md", f"`{module}`")]
     assert listed == sorted(listed)

@@ -248,7 +248,7 @@ def as_pixels(images: Tensor) -> Tensor:
         least, most = float(images.detach().amin()), float(images.detach().amax())
         if not (least >= 0 and most <= 1):
             raise ValueError(
-                f"images has values from {least:.4g} to {most:.4g}; they must be pixels in [0, 1], before normalisation."
+                f"images has values from {least:.4g} to {most:.4g}; they must be pixels in [0, 1], not normalised."
             )
     return images
 

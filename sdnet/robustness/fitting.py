@@ -124,8 +124,8 @@ def fit_residual_rule(
     """Fit the line of the paper: the best lambda over the residual.
 
     For every group of held-out training images, each with a corruption and a severity of its own, the lambda with the
-    highest accuracy is found on a grid (the smallest one of equals). The line is the least-squares line of these lambdas
-    over the mean residuals of the groups.
+    highest accuracy is found on a grid (the smallest one of equals). The line is the least-squares line of these
+    lambdas over the mean residuals of the groups.
 
     Args:
         model: an `SDNet` in evaluation mode.
@@ -196,8 +196,8 @@ def calibrate_noise_rule(
 ) -> NoiseRule:
     """Choose the factor k of a `NoiseRule` on clean held-out training images with synthetic Gaussian noise.
 
-    Of the factors that lose at most `most_lost` points on the clean images, compared with the training lambda, it is the
-    one with the highest mean accuracy over the clean images and the noisy copies; the smallest one of equals.
+    Of the factors that lose at most `most_lost` points on the clean images, compared with the training lambda, it is
+    the one with the highest mean accuracy over the clean images and the noisy copies; the smallest one of equals.
 
     Args:
         model: an `SDNet` in evaluation mode.

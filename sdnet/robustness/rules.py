@@ -10,7 +10,7 @@ A rule is a function (first layer, its input) -> lambda. `sdnet.robustness.Robus
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -144,9 +144,13 @@ class UnlabelledRule(Rule):
         if not epsilon:
             raise ValueError("epsilon is 0; it must be above 0.")
 
-    @torch.compiler.disable
     def forward(self, layer: CSCConv2d, x: Tensor) -> Tensor:
         """Return lambda of the batch, 0-d."""
+        adapt: Callable[[CSCConv2d, Tensor], Tensor] = torch.compiler.disable(self._adapt)  # pyright: ignore[reportAssignmentType]
+        return adapt(layer, x)
+
+    def _adapt(self, layer: CSCConv2d, x: Tensor) -> Tensor:
+        """Minimise the loss of a batch by gradient descent."""
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             x = at_least_single(x.detach().clone())
             start = layer.lam.mean().clamp_min(1e-6).to(x.dtype)

@@ -32,7 +32,7 @@ def test_the_adversary_of_a_linear_model_is_found(model: TwoClasses, norm: Norm,
     labels, eps = torch.tensor([0, 1]), 0.05
     towards = model.weight.sign() if norm == "linf" else model.weight / model.weight.norm()
     expected = images + eps * torch.stack([towards, -towards])
-    found = pgd(model, images, labels, eps, norm=norm, steps=40, random_start=random_start, generator=0)
+    found = pgd(model, images, labels, eps, norm=norm, steps=40, step_size=eps, random_start=random_start, generator=0)
     torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
     assert model.weight.grad is None
 
@@ -44,7 +44,8 @@ def test_the_distance_and_the_range_are_kept(model: TwoClasses, norm: Norm) -> N
     offset = (found - images).flatten(1)
     size = offset.abs().amax(1) if norm == "linf" else offset.norm(dim=1)
     assert float(size.max()) <= 0.1 + 1e-9
-    assert 0 <= float(found.min()) and float(found.max()) <= 1
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
 
 
 def test_a_point_that_is_misclassified_is_kept(model: TwoClasses) -> None:

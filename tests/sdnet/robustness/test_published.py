@@ -23,8 +23,10 @@ def cifar_c(tmp_path: Path) -> Path:
 
 def test_a_severity_of_cifar_c_is_its_part_of_the_file(cifar_c: Path) -> None:
     images, labels = read_cifar_c(cifar_c, "gaussian_noise", 3)
-    assert images.shape == (COUNT, 3, 6, 5) and labels.tolist() == [0, 1, 2, 3]
-    assert images[:, 0, 0, 0].tolist() == [8, 9, 10, 11] and images[:, 2, 5, 4].tolist() == [108, 109, 110, 111]
+    assert images.shape == (COUNT, 3, 6, 5)
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert images[:, 0, 0, 0].tolist() == [8, 9, 10, 11]
+    assert images[:, 2, 5, 4].tolist() == [108, 109, 110, 111]
     assert corruptions_of(cifar_c) == ["gaussian_noise"]
 
 
@@ -79,7 +81,8 @@ def test_folders_of_imagenet_c_are_listed_by_class(tmp_path: Path) -> None:
         (folder / "notes.txt").touch()
     found = read_imagenet_c(tmp_path, "shot_noise", 1)
     assert [f"{file.parent.name}/{file.name}" for file in found.files] == ["n01/0.JPEG", "n02/0.JPEG", "n02/1.JPEG"]
-    assert found.labels.tolist() == [0, 1, 1] and found.classes == ("n01", "n02")
+    assert found.labels.tolist() == [0, 1, 1]
+    assert found.classes == ("n01", "n02")
     assert corruptions_of(tmp_path) == ["shot_noise"]
-    with pytest.raises(ValueError, match="There is no folder .*shot_noise/2"):
+    with pytest.raises(ValueError, match=r"There is no folder .*shot_noise/2"):
         read_imagenet_c(tmp_path, "shot_noise", 2)
