@@ -5,6 +5,9 @@ the step size and lambda. It goes unchanged from a recipe to the model, the laye
 
 Users pass its fields as keyword arguments of `csc_encode`, `CSCConv2d` and `create_model`; `takes_coding` puts the
 fields into the signatures of these functions, and `coding_of` makes a `Coding` of such keyword arguments.
+
+An `Iteration` holds what a single call adds to it and what is no plain value: the codes to start from, the tolerance to
+stop at, a callback and a proximal operator.
 """
 
 import inspect
@@ -12,10 +15,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
+from torch import Tensor
+
 from sdnet.kernels import checks
 
 Solver = Literal["ista", "fista", "sdnet"]
 DataTerm = Literal["squared", "norm"]
+
+Callback = Callable[[int, Tensor], object]
+"""Called as callback(step, codes) after each step, 1, 2, ...; what it returns is ignored."""
+
+Prox = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Called as prox(v, step_size, lam); returns argmin_z step_size penalty(z) + 1/2 |z - v|^2, of the shape of v."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -64,6 +75,66 @@ class Coding:
         """Return the values of the fields, in their order."""
         return tuple(getattr(self, name) for name in CODING_FIELDS)
 
+
+@dataclass(frozen=True, eq=False)
+class Iteration:
+    """How a single call iterates, beyond what its `Coding` says.
+
+    Attributes:
+        z0: the codes that the first step starts from; None for zero.
+        tolerance: stop as soon as |z_{k+1} - z_k| <= tolerance |z_{k+1}| for every sample; None to run all steps.
+        callback: called with the number of the step and the codes after each step.
+        prox: takes the place of the proximal operator P, for other penalties than lam |z|_1 + mu/2 |z|^2.
+
+    Raises:
+        ValueError: a field has a wrong type or value.
+    """
+
+    z0: Tensor | None = None
+    tolerance: float | None = None
+    callback: Callback | None = None
+    prox: Prox | None = None
+
+    def __post_init__(self) -> None:
+        if self.z0 is not None and not isinstance(self.z0, Tensor):
+            raise ValueError(f"z0 is {checks.shown(self.z0)}; it must be a tensor of codes, or None.")
+        if self.tolerance is not None:
+            object.__setattr__(self, "tolerance", checks.number("tolerance", self.tolerance))
+        for name, value in (("callback", self.callback), ("prox", self.prox)):
+            if value is not None and not callable(value):
+                raise ValueError(f"{name} is {checks.shown(value)}; it must be a function, or None.")
+
+    @property
+    def given(self) -> str | None:
+        """The names of the fields that are not None, None if all are."""
+        return ", ".join(name for name, value in vars(self).items() if value is not None) or None
+
+    def check_fits(self, coding: Coding, codes: tuple[int, ...], x: Tensor) -> None:
+        """Check these options against a call.
+
+        Args:
+            coding: the options of the call.
+            codes: the shape of its codes.
+            x: its input.
+
+        Raises:
+            ValueError: z0 has another shape, type or device, or prox and mu are both given.
+        """
+        if self.z0 is not None:
+            if tuple(self.z0.shape) != codes:
+                raise ValueError(f"z0 has shape {list(self.z0.shape)}; it must be that of the codes, {list(codes)}.")
+            if not self.z0.is_floating_point() or self.z0.device != x.device:
+                raise ValueError(
+                    f"z0 is {self.z0.dtype} on {self.z0.device}; it must be of a floating-point type on {x.device}."
+                )
+        if self.prox is not None and coding.mu:
+            raise ValueError(
+                f"mu is {coding.mu} and prox is given; prox stands for the whole penalty, so mu must be 0."
+            )
+
+
+PLAIN_ITERATION = Iteration()
+"""From zero, all steps, with the proximal operator of the coding."""
 
 CODING_FIELDS = tuple(field.name for field in fields(Coding))
 """The names of the options, in the order of the dataclass."""

@@ -1,20 +1,78 @@
 """The public operator `csc_encode`: it checks its arguments and calls the implementation that is asked for."""
 
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from sdnet.kernels import checks, reference, step_sizes
-from sdnet.kernels.coding import Coding, coding_of, takes_coding
+from sdnet.kernels.arguments import as_tensor, check_values, check_x_and_weight, under_autocast
+from sdnet.kernels.coding import (
+    PLAIN_ITERATION,
+    Callback,
+    Coding,
+    Iteration,
+    Prox,
+    coding_of,
+    takes_coding,
+)
 from sdnet.kernels.dispatch import Choice, choose, transform_of
 from sdnet.kernels.operators import csc_operator, memory_format_of
-from sdnet.kernels.reference import Pair
+from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.triton_path import paths
 
 KEEP_RESIDUALS = "SDNET_KEEP_RESIDUALS"
+
+
+class Solution(NamedTuple):
+    """What `csc_encode` returns if it is given a tolerance.
+
+    Attributes:
+        codes: the codes, [N, K, h, w].
+        n_steps: how many steps were made, at most the n_steps that were asked for.
+    """
+
+    codes: Tensor
+    n_steps: int
+
+
+@overload
+def csc_encode(
+    x: Tensor,
+    weight: Tensor,
+    step_size: float | Tensor,
+    lam: float | Tensor,
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    impl: str = "auto",
+    keep_residuals: bool | None = None,
+    z0: Tensor | None = None,
+    tolerance: None = None,
+    callback: Callback | None = None,
+    prox: Prox | None = None,
+    **coding: Any,
+) -> Tensor: ...
+
+
+@overload
+def csc_encode(
+    x: Tensor,
+    weight: Tensor,
+    step_size: float | Tensor,
+    lam: float | Tensor,
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    impl: str = "auto",
+    keep_residuals: bool | None = None,
+    z0: Tensor | None = None,
+    tolerance: float,
+    callback: Callback | None = None,
+    prox: Prox | None = None,
+    **coding: Any,
+) -> Solution: ...
 
 
 @takes_coding
@@ -28,8 +86,12 @@ def csc_encode(
     padding: int | Pair = 0,
     impl: str = "auto",
     keep_residuals: bool | None = None,
+    z0: Tensor | None = None,
+    tolerance: float | None = None,
+    callback: Callback | None = None,
+    prox: Prox | None = None,
     **coding: Any,
-) -> Tensor:
+) -> Tensor | Solution:
     """Return the sparse codes of x, by unrolled proximal gradient steps.
 
     The codes approximate argmin_z lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2 (with z >= 0 if nonnegative), where A z is
@@ -44,9 +106,9 @@ def csc_encode(
         step_size: a float or a 0-d tensor; as a rule 0.9 / L with L the largest eigenvalue of A'A, which is what
             `sdnet.kernels.step_size` returns. With many steps "fista" diverges from 4/3 / L on, "ista" and "sdnet"
             from 2 / L on. It carries no gradient.
-        lam: the weight of |z|_1: a float, a 0-d tensor, or one value per sample, [N] or [N, 1, 1, 1]. Numbers and
-            tensors on a CPU must be finite and at least 0. On other devices this is not checked, for a check would
-            wait for the device; `explain` makes it.
+        lam: the weight of |z|_1: a float, a 0-d tensor, one value per sample, [N] or [N, 1, 1, 1], per atom,
+            [1, K, 1, 1], or for both, [N, K, 1, 1]. Numbers and tensors on a CPU must be finite and at least 0. On
+            other devices this is not checked, for a check would wait for the device; `explain` makes it.
         stride: of the convolution, an int or a (vertical, horizontal) pair.
         padding: of the convolution, an int or a (vertical, horizontal) pair.
         impl: "auto", "torch", "reference" (plain torch, for torch.export, ONNX and every kind of derivative) or
@@ -55,21 +117,40 @@ def csc_encode(
             size of n_dict x, instead of computing them again, a transposed convolution each. None reads the
             environment variable SDNET_KEEP_RESIDUALS, "1" for yes and "0" for no, and without it keeps them on a CPU,
             where memory is cheaper than convolutions.
+        z0: the codes to start from in place of zero (a warm start): z_1 = P(z_0 + step_size A'(x - A z_0)).
+        tolerance: stop as soon as |z_{k+1} - z_k| <= tolerance |z_{k+1}| for every sample, after n_steps at the latest,
+            and return a `Solution`: the codes and the number of steps. The test waits for the device.
+        callback: called as callback(step, codes) after each step, 1, 2, ...; what it returns is ignored.
+        prox: takes the place of P, for other penalties: prox(v, step_size, lam) returns
+            argmin_z step_size penalty(z) + 1/2 |z - v|^2 in the shape of v. mu must be 0, and nonnegative has no
+            effect. step_size is 0-d, and lam as it was given, both in x's dtype.
         **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
 
     Shape:
         - x: [N, C, H, W]
         - weight: [K, n_dict C, kh, kw]
+        - z0: [N, K, h, w]
         - Output: the codes [N, K, h, w] in x's dtype (autocast's under autocast), channels_last if x or weight is.
 
-    Gradients reach x, weight and lam. Under the transforms of torch.func (grad, jvp, vmap, ...), in forward mode, for
-    batched gradients and for higher derivatives the reference computes the call by itself, unless impl is "triton".
+    Gradients reach x, weight, lam and z0, and pass through prox. Under the transforms of torch.func (grad, jvp, vmap,
+    ...), in forward mode, for batched gradients and for higher derivatives the reference computes the call by itself,
+    and so it does with z0, tolerance, callback or prox; with impl="triton" all these are refused. The Triton kernels do
+    not take a lambda per atom either, for which "auto" takes the torch path.
+
+    Returns:
+        The codes; with a tolerance, a `Solution`.
 
     Raises:
         ValueError: an argument has a wrong type, shape or value.
         NotImplementedError: the Triton kernels are asked for and cannot compute this call.
+
+    Example:
+        >>> codes, n_steps = csc_encode(x, weight, step_size, 0.1, n_steps=1000, tolerance=1e-4)
+        >>> codes = csc_encode(x, weight, step_size, 0.09, n_steps=20, z0=codes)
     """
-    return encode(x, weight, step_size, lam, coding_of(csc_encode, coding), stride, padding, impl, keep_residuals)
+    options, iteration = coding_of(csc_encode, coding), Iteration(z0, tolerance, callback, prox)
+    found = solve(x, weight, step_size, lam, options, stride, padding, impl, keep_residuals, iteration)
+    return found.codes if tolerance is None else found
 
 
 def encode(
@@ -84,7 +165,7 @@ def encode(
     keep_residuals: bool | None = None,
     path: str | None = None,
 ) -> Tensor:
-    """Compute `csc_encode` for a `Coding`.
+    """Compute `csc_encode` for a `Coding` and without an `Iteration`.
 
     `path` is what a benchmark asks of the Triton kernels: "auto", "fused", "cudnn", or an encoded
     `triton_path.paths.Entry`, which gives the tiles too. None reads the environment variable SDNET_TRITON_PATH.
@@ -99,10 +180,31 @@ def encode(
     )
 
 
+def solve(
+    x: Tensor,
+    weight: Tensor,
+    step_size: float | Tensor,
+    lam: float | Tensor,
+    coding: Coding,
+    stride: int | Pair,
+    padding: int | Pair,
+    impl: str = "auto",
+    keep_residuals: bool | None = None,
+    iteration: Iteration = PLAIN_ITERATION,
+) -> Solution:
+    """Compute `csc_encode` for a `Coding` and an `Iteration`, and say how many steps were made."""
+    if iteration.given is None:
+        codes = encode(x, weight, step_size, lam, coding, stride, padding, impl, keep_residuals)
+        return Solution(codes, coding.n_steps)
+    call = prepared(x, weight, step_size, lam, coding, stride, padding, impl, keep_residuals, None, iteration)
+    tensors = call.x, call.weight, call.step_size, call.lam
+    return Solution(*reference.solve(*tensors, coding, call.stride, call.padding, iteration))
+
+
 class Prepared(NamedTuple):
     """A checked call, with the choice of what computes it.
 
-    The tensors are of one type, step_size is 0-d, lam 0-d or dense [N, 1, 1, 1].
+    The tensors are of one type, step_size is 0-d, lam 0-d or dense [N, 1, 1, 1], [1, K, 1, 1] or [N, K, 1, 1].
     """
 
     x: Tensor
@@ -127,18 +229,23 @@ def prepared(
     impl: str,
     keep_residuals: bool | None,
     path: str | None = None,
+    iteration: Iteration = PLAIN_ITERATION,
 ) -> Prepared:
     """Check the arguments of a call, bring them into the form that the implementations take, and choose one.
 
     This is the only place that reads the environment.
     """
     stride, padding = checks.pair("stride", stride, 1), checks.pair("padding", padding, 0)
-    _check(x, weight, padding, coding.n_dict)
+    check_x_and_weight(x, weight, padding, coding.n_dict)
     transform = transform_of(*(tensor for tensor in (x, weight, step_size, lam) if isinstance(tensor, Tensor)))
-    step_size = _scalar_or_per_sample("step_size", step_size, x, per_sample=False)
-    lam = _scalar_or_per_sample("lam", lam, x, per_sample=True)
-    x, weight = _autocast(x, weight)
-    choice = choose(impl, x, weight, transform)
+    step_size = as_tensor("step_size", step_size, x)
+    lam = as_tensor("lam", lam, x, atoms=weight.shape[0])
+    x, weight = under_autocast(x, weight)
+    if iteration.given is not None:
+        (height, width), (kernel_h, kernel_w) = x.shape[2:], weight.shape[2:]
+        size = codes_size((height, width), (kernel_h, kernel_w), stride, padding)
+        iteration.check_fits(coding, (x.shape[0], weight.shape[0], *size), x)
+    choice = choose(impl, x, weight, iteration.given or transform, lam.ndim > 0 and lam.shape[1] > 1)
     keep = _keeps_residuals(x) if keep_residuals is None else checks.flag("keep_residuals", keep_residuals)
     if path is None:
         path = paths.requested_path() if choice.impl == "triton" else paths.AUTO
@@ -156,6 +263,10 @@ def explain(
     padding: int | Pair = 0,
     impl: str = "auto",
     keep_residuals: bool | None = None,
+    z0: Tensor | None = None,
+    tolerance: float | None = None,
+    callback: Callback | None = None,
+    prox: Prox | None = None,
     **coding: Any,
 ) -> str:
     """Return which implementation `csc_encode` takes for these arguments, and why; raise what it would raise.
@@ -172,12 +283,16 @@ def explain(
         padding: see `csc_encode`.
         impl: see `csc_encode`.
         keep_residuals: see `csc_encode`.
+        z0: see `csc_encode`.
+        tolerance: see `csc_encode`.
+        callback: see `csc_encode`.
+        prox: see `csc_encode`.
         **coding: see `csc_encode`.
     """
-    options = coding_of(explain, coding)
-    call = prepared(x, weight, step_size, lam, options, stride, padding, impl, keep_residuals)
+    options, iteration = coding_of(explain, coding), Iteration(z0, tolerance, callback, prox)
+    call = prepared(x, weight, step_size, lam, options, stride, padding, impl, keep_residuals, None, iteration)
     for name, value in (("step_size", call.step_size), ("lam", call.lam)):
-        _check_values(name, value)
+        check_values(name, value)
     choice = call.choice
     if choice.impl != "triton":
         return f"{choice.impl}: {choice.reason}."
@@ -232,74 +347,9 @@ def step_size(
         return step_sizes.step_size_of(eigenvalue)
 
 
-def _scalar_or_per_sample(name: str, value: float | Tensor, x: Tensor, per_sample: bool) -> Tensor:
-    """Return `value` as a 0-d tensor, or as a dense [N, 1, 1, 1] where that is allowed, of at least fp32."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if not isinstance(value, Tensor):
-        return torch.full((), checks.number(name, value), dtype=dtype, device=x.device)
-    if value.ndim > 0 and not (per_sample and value.numel() == x.shape[0] and value.shape[0] == x.shape[0]):
-        allowed = f"0-d, [{x.shape[0]}] or [{x.shape[0]}, 1, 1, 1]" if per_sample else "0-d"
-        raise ValueError(f"{name} has shape {list(value.shape)}; for x of shape {list(x.shape)} it must be {allowed}.")
-    if value.is_complex():
-        raise ValueError(f"{name} is {value.dtype}; it must be real.")
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and _has_values(value):
-        _check_values(name, value)
-    value = value.to(device=x.device, dtype=dtype)
-    return value.reshape(-1, 1, 1, 1).contiguous() if value.ndim else value
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether a value can be read: not within a trace, a transform of torch.func or a mode that watches operators."""
-    traced = torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    return not traced and type(tensor) in (Tensor, Parameter) and transform_of(tensor) is None
-
-
-def _check_values(name: str, value: Tensor) -> None:
-    """Raise a ValueError unless all values are finite and at least 0. Waits for the device of `value`."""
-    value = value.detach()
-    least, most = (value, value) if value.ndim == 0 else (value.min(), value.max()) if value.numel() else (0.0, 0.0)
-    for extreme in (float(least), float(most)):  # a NaN is both
-        if not 0 <= extreme < float("inf"):
-            raise ValueError(f"{name} holds {extreme:.6g}; its values must be finite and at least 0.")
-
-
 def _keeps_residuals(x: Tensor) -> bool:
     """Return what the environment asks for, else whether x is on a CPU."""
     asked = os.environ.get(KEEP_RESIDUALS)
     if asked not in (None, "0", "1"):
         raise ValueError(f"The environment variable {KEEP_RESIDUALS} is {asked!r}; it must be 1 or 0.")
     return x.device.type == "cpu" if asked is None else asked == "1"
-
-
-def _check(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) -> None:
-    """Raise a ValueError unless x and weight fit together."""
-    for name, value, shape in (("x", x, "[N, C, H, W]"), ("weight", weight, "[K, n_dict C, kh, kw]")):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is of type {type(value).__name__}; it must be a Tensor {shape}.")
-    if x.ndim != 4 or weight.ndim != 4:
-        raise ValueError(
-            f"x has shape {list(x.shape)} and weight {list(weight.shape)}; "
-            "they must be [N, C, H, W] and [K, n_dict C, kh, kw]."
-        )
-    if weight.shape[1] != n_dict * x.shape[1]:
-        raise ValueError(
-            f"x has {x.shape[1]} channels and n_dict is {n_dict}, but the atoms of weight have {weight.shape[1]} "
-            "channels; they must have n_dict times as many as x."
-        )
-    if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
-        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; they must be of one floating-point type.")
-    if x.device != weight.device:
-        raise ValueError(f"x is on {x.device} and weight on {weight.device}; they must be on one device.")
-    padded = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
-    if any(n < k for n, k in zip(padded, weight.shape[2:], strict=True)):
-        raise ValueError(f"x padded to {padded} is smaller than the atoms of weight, {list(weight.shape[2:])}.")
-
-
-def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in autocast's dtype where it is on, as conv2d would have them."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, weight
-    dtype = torch.get_autocast_dtype(x.device.type)
-    if x.dtype != torch.float64:
-        x = x.to(dtype)
-    return x, weight.to(x.dtype)

@@ -70,14 +70,15 @@ def requested(impl: str) -> tuple[str, str]:
     return impl, asked_by
 
 
-def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None) -> Choice:
+def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None, lam_per_atom: bool = False) -> Choice:
     """Return the implementation for x [N, C, H, W] and weight [K, n_dict C, kh, kw], of one type.
 
     Args:
         impl: what the caller asks for.
         x: the input.
         weight: the dictionary.
-        transform: what `transform_of` found. Only the reference can be transformed.
+        transform: what `transform_of` found, or the options of an `Iteration`. Only the reference takes these.
+        lam_per_atom: whether lambda has a value per atom.
 
     Raises:
         ValueError: there is no such implementation.
@@ -97,6 +98,8 @@ def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None) -
     if impl == "auto" and not x.is_cuda:
         return Choice("torch", f"auto takes the torch path for tensors on {x.device.type}")
     obstacle = obstacle_to_triton(x, weight)
+    if lam_per_atom and obstacle is None:
+        obstacle = "lam has a value per atom, and its kernels take one for all atoms"
     if impl == "triton":
         if obstacle:
             raise NotImplementedError(f"{asked_by} is 'triton', but {obstacle}.")

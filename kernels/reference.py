@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from sdnet.kernels.coding import Coding, DataTerm, Solver
+from sdnet.kernels.coding import PLAIN_ITERATION, Coding, DataTerm, Iteration, Solver
 
 Pair = tuple[int, int]
 
@@ -102,42 +102,93 @@ def csc_encode(
 ) -> Tensor:
     """Return the codes [N, K, h, w] of x [N, C, H, W] over a dictionary [K, n_dict C, kh, kw].
 
-    Autograd differentiates it by its own rules. `step_size` is 0-d, `lam` 0-d or [N, 1, 1, 1]. `step_size` and the norm
-    of `data_term="norm"` carry no gradient. With n_dict > 1 one code has n_dict reconstructions, each compared with the
-    whole input.
+    Autograd differentiates it by its own rules. `step_size` is 0-d, `lam` 0-d or of a shape that broadcasts against the
+    codes. `step_size` and the norm of `data_term="norm"` carry no gradient. With n_dict > 1 one code has n_dict
+    reconstructions, each compared with the whole input.
+    """
+    return solve(x, weight, step_size, lam, coding, stride, padding)[0]
+
+
+def solve(
+    x: Tensor,
+    weight: Tensor,
+    step_size: Tensor,
+    lam: Tensor,
+    coding: Coding,
+    stride: Pair,
+    padding: Pair,
+    iteration: Iteration = PLAIN_ITERATION,
+) -> tuple[Tensor, int]:
+    """Return the codes as `csc_encode`, and the number of steps that were made.
+
+    From codes z_0 the first step is z_1 = P(z_0 + step_size A'(x - A z_0)). Gradients reach z_0 and pass through
+    `iteration.prox`. The tolerance looks at values only, which waits for the device after each step.
     """
     step_size = step_size.detach().to(x.dtype)
     lam = lam.to(x.dtype)
-    mu, nonnegative = coding.mu, coding.nonnegative
     target = repeat(x, "n c h w -> n (d c) h w", d=coding.n_dict)
     size = (x.shape[2], x.shape[3])
-    codes = proximal(step_size * analysis(target, weight, stride, padding), step_size, lam, mu, nonnegative)
-    previous = codes
-    for beta in momentum(coding.n_steps, coding.solver)[1:]:
-        extrapolated = codes + beta * (codes - previous)
-        gradient_point = extrapolated if coding.solver == "fista" else codes
-        residual = target - synthesis(gradient_point, weight, size, stride, padding)
-        scale = residual_scale(residual, coding.data_term)
-        if scale is not None:
-            residual = (residual * scale).to(x.dtype)
-        previous = codes
-        codes = proximal(
-            extrapolated + step_size * analysis(residual, weight, stride, padding), step_size, lam, mu, nonnegative
-        )
+    codes = previous = None if iteration.z0 is None else iteration.z0.to(x.dtype)
+    step = 0
+    for step, beta in enumerate(momentum(coding.n_steps, coding.solver), start=1):
+        if codes is None or previous is None:
+            v = step_size * analysis(target, weight, stride, padding)
+        else:
+            extrapolated = codes + beta * (codes - previous)
+            gradient_point = extrapolated if coding.solver == "fista" else codes
+            residual = target - synthesis(gradient_point, weight, size, stride, padding)
+            scale = residual_scale(residual, coding.data_term)
+            if scale is not None:
+                residual = (residual * scale).to(x.dtype)
+            v = extrapolated + step_size * analysis(residual, weight, stride, padding)
+        if iteration.prox is None:
+            found = proximal(v, step_size, lam, coding.mu, coding.nonnegative)
+        else:
+            found = checked_codes(iteration.prox(v, step_size, lam), v)
+        previous, codes = found if codes is None else codes, found
+        if iteration.callback is not None:
+            iteration.callback(step, codes)
+        first = step == 1 and iteration.z0 is None  # there are no codes before it to compare with
+        if iteration.tolerance is not None and not first and has_converged(codes, previous, iteration.tolerance):
+            break
+    assert codes is not None
+    return codes, step
+
+
+def checked_codes(codes: Tensor, v: Tensor) -> Tensor:
+    """Return what a `prox` returned.
+
+    Raises:
+        ValueError: it is no tensor of the shape and type of v.
+    """
+    if not isinstance(codes, Tensor) or codes.shape != v.shape or codes.dtype != v.dtype:
+        given = f"{codes.dtype} {list(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
+        raise ValueError(f"prox returned {given}; it must return a tensor like v, {v.dtype} {list(v.shape)}.")
     return codes
+
+
+def has_converged(codes: Tensor, previous: Tensor, tolerance: float) -> bool:
+    """Return whether |z - z_prev| <= tolerance |z| for every sample. Waits for the device."""
+    dtype = torch.promote_types(codes.dtype, torch.float32)
+    change, norm = (
+        torch.linalg.vector_norm(tensor.detach(), dim=(1, 2, 3), dtype=dtype) for tensor in (codes - previous, codes)
+    )
+    return bool((change <= tolerance * norm).all())
 
 
 def objective(x: Tensor, codes: Tensor, reconstruction: Tensor, lam: Tensor, coding: Coding) -> Tensor:
     """Return the objective of each sample, [N], in at least fp32.
 
-    It is lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2, or with |x - A z| as the last term for the norm. The official steps
-    descend the norm with half its gradient: the codes that they converge to minimise the objective with
-    1/2 |x - A z| as the last term, and so not quite this one.
+    It is lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2, or with |x - A z| as the last term for the norm. With one lambda per
+    atom lam |z|_1 is the sum over the atoms of lam_k |z_k|_1. The official steps descend the norm with half its
+    gradient: the codes that they converge to minimise the objective with 1/2 |x - A z| as the last term, and so not
+    quite this one.
     """
     dtype = torch.promote_types(codes.dtype, torch.float32)
     target = repeat(x, "n c h w -> n (d c) h w", d=coding.n_dict)
     codes, lam = codes.to(dtype), lam.to(dtype)
     squares = reduce((target.to(dtype) - reconstruction).square(), "n c h w -> n", "sum")
     data = 0.5 * squares if coding.data_term == "squared" else squares.sqrt()
-    sparsity = rearrange(lam.expand(x.shape[0], 1, 1, 1), "n 1 1 1 -> n") * reduce(codes.abs(), "n k h w -> n", "sum")
+    weights = rearrange(lam.expand(*codes.shape[:2], 1, 1), "n k 1 1 -> n k")
+    sparsity = (weights * reduce(codes.abs(), "n k h w -> n k", "sum")).sum(1)
     return sparsity + 0.5 * coding.mu * reduce(codes.square(), "n k h w -> n", "sum") + data

@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 
     Attributes:
         step_size: 0-d, of at least fp32.
-        lam: 0-d or [N, 1, 1, 1], of at least fp32.
+        lam: 0-d, or [N, 1, 1, 1], [1, K, 1, 1] or [N, K, 1, 1]; of at least fp32.
         coding: the options.
         stride: of the convolution.
         padding: of the convolution.
@@ -89,8 +89,8 @@ def shrink_step(y: Tensor | None, residual: Tensor, scaled_weight: Tensor, probl
     """Return shrink(y / (1 + step_size mu) + conv(r, gamma W), gamma lam); y = None stands for zero."""
     threshold = problem.gamma * problem.lam
     bias = None
-    if problem.coding.nonnegative and threshold.ndim == 0:
-        bias = (-threshold).to(residual.dtype).expand(scaled_weight.shape[0])
+    if problem.coding.nonnegative and (threshold.ndim == 0 or threshold.shape[0] == 1):
+        bias = (-threshold).to(residual.dtype).flatten().expand(scaled_weight.shape[0])
     v = F.conv2d(residual, scaled_weight, bias, problem.stride, problem.padding)
     if y is not None and problem.coding.mu:
         v.addcmul_(y, problem.damping.to(v.dtype))
@@ -143,7 +143,8 @@ def lam_correlation(m: Tensor, codes: Tensor, problem: Problem) -> Tensor:
     products = m if problem.coding.nonnegative else m * codes.sign()
     if problem.lam.ndim == 0:
         return products.sum(dtype=problem.lam.dtype)
-    return products.sum(dim=(1, 2, 3), keepdim=True, dtype=problem.lam.dtype)
+    broadcast = [dim for dim in range(4) if problem.lam.shape[dim] == 1]
+    return products.sum(dim=broadcast, keepdim=True, dtype=problem.lam.dtype)
 
 
 def accumulate(total: Tensor | None, term: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def test_every_function_shows_the_options_with_the_same_defaults(function: Calla
         (
             lambda: csc_encode(X, WEIGHT, 0.1, 0.1, dilation=2),
             "csc_encode has no argument 'dilation'; its arguments are x, weight, step_size, lam, stride, padding, "
-            "impl, keep_residuals, n_steps, mu, nonnegative, solver, data_term, n_dict.",
+            "impl, keep_residuals, z0, tolerance, callback, prox, n_steps, mu, nonnegative, solver, data_term, n_dict.",
         ),
         (
             lambda: sdnet.create_model("sdnet18", 10, steps=2),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sdnet.kernels import csc, csc_encode, explain, step_size
+from sdnet.kernels import arguments, csc, csc_encode, explain, step_size
 from sdnet.kernels.reference import Pair
 
 
@@ -66,7 +66,20 @@ def encode_with(function: Callable[..., Any] = csc_encode, **changed: Any) -> Ca
         ({"padding": "same"}, "padding is 'same'; it must be an int or a pair of ints of at least 0"),
         ({"padding": None}, "padding is None; it must be an int or a pair of ints of at least 0"),
         ({"lam": torch.ones(3)}, r"lam has shape \[3\].*must be 0-d, \[2\] or \[2, 1, 1, 1\]"),
-        ({"lam": torch.ones(1, 4, 1, 1)}, r"lam has shape \[1, 4, 1, 1\]"),
+        ({"lam": torch.ones(1, 5, 1, 1)}, r"lam has shape \[1, 5, 1, 1\].*\[1, 4, 1, 1\] per atom"),
+        ({"lam": torch.ones(3, 4, 1, 1)}, r"lam has shape \[3, 4, 1, 1\].*or \[2, 4, 1, 1\]"),
+        ({"lam": torch.ones(1, 1, 1, 1)}, r"lam has shape \[1, 1, 1, 1\]"),
+        ({"z0": 0.0}, "z0 is 0.0; it must be a tensor of codes, or None"),
+        ({"z0": torch.zeros(2, 4, 8, 8)}, r"z0 has shape \[2, 4, 8, 8\]; it must be that of the codes, \[2, 4, 6, 6\]"),
+        (
+            {"z0": torch.zeros(2, 4, 6, 6, dtype=torch.int64)},
+            "z0 is torch.int64 on cpu; it must be of a floating-point",
+        ),
+        ({"tolerance": -1.0}, "tolerance is -1.0; it must be a finite number of at least 0"),
+        ({"tolerance": "1e-3"}, "tolerance is '1e-3'; it must be a finite number of at least 0"),
+        ({"callback": 3}, "callback is 3; it must be a function, or None"),
+        ({"prox": "l0"}, "prox is 'l0'; it must be a function, or None"),
+        ({"prox": torch.sub, "mu": 0.5}, "mu is 0.5 and prox is given; prox stands for the whole penalty"),
         ({"mu": -1.0}, "mu is -1.0; it must be a finite number of at least 0"),
         ({"n_steps": 0}, "n_steps is 0; it must be an int of at least 1"),
         ({"stride": 0}, "stride is 0; it must be an int or a pair of ints of at least 1"),
@@ -96,7 +109,7 @@ def test_numpy_integers_are_accepted_where_ints_are() -> None:
 
 def test_explain_reads_the_values_that_csc_encode_does_not_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the tensors were on a GPU, whose values csc_encode does not read."""
-    monkeypatch.setattr(csc, "_has_values", lambda _: False)
+    monkeypatch.setattr(arguments, "_has_values", lambda _: False)
     changed: dict[str, Any] = {"lam": torch.tensor([0.1, -0.5])}
     assert encode_with(**changed)().isfinite().all()
     with pytest.raises(ValueError, match="lam holds -0"):
