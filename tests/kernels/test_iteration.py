@@ -159,15 +159,14 @@ def test_the_torch_path_and_the_reference_agree_on_lambda_per_atom(
     problem: Problem, shape: tuple[int, ...], nonnegative: bool
 ) -> None:
     lam = (PER_ATOM * torch.tensor([1.0, 0.5]).view(2, 1, 1, 1))[: shape[0]].requires_grad_()
-    leaves = [tensor.clone().requires_grad_() for tensor in (problem.x, problem.weight)]
+    x, weight = (tensor.clone().requires_grad_() for tensor in (problem.x, problem.weight))
     found = {}
     for impl in IMPLS:
-        codes = csc_encode(
-            *leaves, problem.step_size, lam, padding=1, n_steps=4, mu=0.3, nonnegative=nonnegative, impl=impl
-        )
+        options: dict[str, Any] = {"n_steps": 4, "mu": 0.3, "nonnegative": nonnegative, "impl": impl}
+        codes = csc_encode(x, weight, problem.step_size, lam, padding=1, **options)
         assert_active(codes, most=0.99)
         weights = torch.randn(codes.shape, dtype=codes.dtype, generator=torch.Generator().manual_seed(0))
-        found[impl] = [codes, *torch.autograd.grad((codes * weights).sum(), [*leaves, lam])]
+        found[impl] = [codes, *torch.autograd.grad((codes * weights).sum(), [x, weight, lam])]
     assert found["torch"][-1].shape == shape
     for actual, expected in zip(found["torch"], found["reference"], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
