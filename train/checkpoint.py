@@ -10,7 +10,7 @@ from zipfile import BadZipFile, ZipFile
 import torch
 
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
+from sdnet.train.files import link_atomically, write_atomically
 
 State = dict[str, Any]
 
@@ -36,12 +36,14 @@ class TrainState:
         batch: The number of finished batches of the running epoch.
         step: The number of optimiser steps of the whole run.
         best_top1: The highest validation top-1 accuracy so far, in percent; -1 before the first evaluation.
+        best_epoch: The number of epochs after which it was measured.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     best_top1: float = -1.0
+    best_epoch: int = 0
 
     def state_dict(self) -> State:
         """Return all fields."""
@@ -84,18 +86,31 @@ class Checkpoint:
         shared: The state of each part that is the same in all processes, by the name of the part.
         ranks: For each process the state of each part that is its own, by the name of the part. One file holds them
             all, so that the processes cannot resume from different steps.
+        val: The digest of the validation set; empty in a checkpoint of an older version.
     """
 
     data: str
     shared: dict[str, State]
     ranks: list[dict[str, State]]
+    val: str = ""
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint atomically."""
+    def save(self, path: Path, previous: Path | None = None) -> None:
+        """Write the checkpoint atomically.
+
+        Args:
+            path: The file.
+            previous: Another file, which takes the checkpoint that `path` held before.
+        """
         state = {item.name: getattr(self, item.name) for item in fields(self)}
         content = BytesIO()
         torch.save(state, content)  # in memory, so that a full disk is an OSError and not one of many of torch
-        write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(content.getbuffer())
+            if previous and path.exists():
+                link_atomically(path, previous)  # only now, so that a full disk costs neither of them
+
+        write_atomically(path, write)
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -118,9 +133,11 @@ class Checkpoint:
             raise UserError(f"The checkpoint {path} is damaged or cut off: it is no whole archive.") from error
         except Exception as error:  # torch.load raises many kinds of errors on a damaged or foreign file
             raise UserError(f"The checkpoint {path} cannot be read: {_one_line(error)}.") from error
-        kinds = {"data": str, "shared": dict, "ranks": list}
-        if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != kinds:
-            raise UserError(f"{path} is no checkpoint of this version of sdnet: it does not hold {', '.join(kinds)}.")
+        needed = {"data": str, "shared": dict, "ranks": list}
+        kinds = needed | {"val": str}
+        found = {name: type(value) for name, value in state.items()} if isinstance(state, dict) else {}
+        if not needed.items() <= found.items() <= kinds.items():
+            raise UserError(f"{path} is no checkpoint of this version of sdnet: it does not hold {', '.join(needed)}.")
         return cls(**state)
 
     def check_processes(self, processes: int) -> None:
@@ -132,17 +149,19 @@ class Checkpoint:
         if len(self.ranks) != processes:
             raise UserError(f"The run cannot be resumed with {processes} processes: it began with {len(self.ranks)}.")
 
-    def check_data(self, data: str) -> None:
-        """Check that the run continues with the training set that it began with.
+    def check_data(self, data: str, val: str = "") -> None:
+        """Check that the run continues with the images that it began with.
 
         Args:
             data: The digest of the training set.
+            val: The digest of the validation set, if it is known.
 
         Raises:
             UserError: It does not.
         """
-        if self.data != data:
-            raise UserError("The run cannot be resumed: the files or classes of the training data have changed.")
+        for split, stored, now in (("training", self.data, data), ("validation", self.val, val)):
+            if stored != now and stored and now:
+                raise UserError(f"The run cannot be resumed: the files or classes of the {split} data have changed.")
 
 
 def states_of(parts: Mapping[str, Stateful]) -> dict[str, State]:

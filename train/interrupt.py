@@ -1,11 +1,22 @@
-"""Ctrl-C and SIGTERM, noted for a program that stops at its next safe point."""
+"""Signals that ask a program to stop, noted for its next safe point."""
 
 import signal
+import time
 from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C; schedulers and `kill`; a terminal that closes; Slurm's `--signal=USR1`."""
+
+PATIENCE = 2.0
+"""Seconds after which Ctrl-C means a second press, and not one press that a launcher passed on as well."""
 
 
 class Interrupt:
-    """Note the first SIGINT or SIGTERM while this context manager is open; a second one has its usual effect.
+    """Note the first of `SIGNALS` while this context manager is open.
+
+    Later ones change nothing: schedulers and launchers often send a signal several times. Only a second Ctrl-C, at
+    least `PATIENCE` seconds later, has its usual effect. A signal that the process ignores, as SIGHUP under nohup, stays
+    ignored.
 
     Attributes:
         signal: The number of the signal, 0 before one came.
@@ -13,22 +24,25 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._since = 0.0
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
-        self._former = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         self._former = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._since = number, now
+        elif number == signal.SIGINT and now - self._since >= PATIENCE:
+            raise KeyboardInterrupt

@@ -36,6 +36,9 @@ class Job:
 
     threads: int = setting(0, "data", "decoding threads of each process, 0 for its share of the cores")
     log_every: int = setting(20, "run", "optimiser steps between two reports", least=1)
+    checkpoint_every: int = setting(0, "run", "optimiser steps between two checkpoints, 0 for epoch ends only")
+    checkpoint_minutes: float = setting(15.0, "run", "minutes between two checkpoints, 0 for epoch ends only")
+    keep_every: int = setting(0, "run", "epochs between two checkpoints that are kept for good, 0 for none")
     verify: Verify = setting("header", "data", "check the header of each image before the training, or decode it")
     bad_files: BadFiles = setting("fail", "data", "stop at images that cannot be read, or leave them out")
     val_labels: Path | None = setting(None, "data", "labels of the images of a flat validation folder")

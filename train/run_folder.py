@@ -9,6 +9,8 @@ left_out.tsv       files of the data that are not used, and why; special charact
 best.safetensors   weights of the epoch with the highest validation top-1
 last.safetensors   weights of the last checkpoint
 last.pt            all that a resume needs, in one file (see sdnet.train.checkpoint)
+previous.pt        the checkpoint before, which a resume takes if last.pt is damaged
+epoch-0030.*       checkpoint and weights of an epoch that --keep-every keeps
 """
 
 import json
@@ -19,12 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
+from sdnet.train.checkpoint import Checkpoint
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
+from sdnet.train.files import link_atomically, remove_unfinished, write_atomically
 from sdnet.train.recipes import Recipe
+from sdnet.weights import weights_bytes
 
 CURVES = ("train_loss", "val_loss", "val_top1", "val_top5")
 ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
@@ -44,11 +47,49 @@ class RunFolder:
         self.environment_file = path / "environment.json"
         self.curve_file = path / "curve.png"
         self.checkpoint_file = path / "last.pt"
+        self.previous_file = path / "previous.pt"
 
     def create(self, recipe: Recipe) -> None:
-        """Make the folder, if it is new, and store the recipe."""
+        """Make the folder, if it is new, and store the recipe; files that a killed process left unfinished go."""
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.path)
         _write_json(self.recipe_file, recipe.to_json())
+
+    def has_checkpoint(self) -> bool:
+        """Return whether a run in this folder has written a checkpoint, even if it is damaged."""
+        return self.checkpoint_file.exists() or self.previous_file.exists()
+
+    def load_checkpoint(self) -> tuple[Checkpoint, tuple[str, ...]]:
+        """Return the last checkpoint, or the one before if the last one is missing or damaged.
+
+        Returns:
+            The checkpoint, and a sentence for the user if it is not the last one.
+
+        Raises:
+            UserError: There is no checkpoint that can be read.
+        """
+        try:
+            return Checkpoint.load(self.checkpoint_file), ()
+        except UserError as error:
+            if not self.previous_file.exists():
+                raise
+            try:
+                checkpoint = Checkpoint.load(self.previous_file)
+            except UserError as second:
+                raise UserError(f"{error} {second}") from error
+            state = checkpoint.shared.get("state", {})
+            where = f"epoch {state.get('epoch', 0) + 1}, step {state.get('step', 0)}"
+            return checkpoint, (f"{error} The run goes on from the checkpoint before, {self.previous_file}, {where}.",)
+
+    def keep_checkpoint(self, epoch: int) -> None:
+        """Keep the checkpoint and the weights of an epoch under names of their own."""
+        for file in (self.checkpoint_file, self.path / "last.safetensors"):
+            link_atomically(file, file.with_stem(f"epoch-{epoch:04}"))
+
+    def set_aside_damaged(self) -> None:
+        """Rename a damaged last checkpoint, so that the next one does not take the place of the one before."""
+        if self.checkpoint_file.exists():
+            os.replace(self.checkpoint_file, self.path / "last.damaged.pt")
 
     def check_unused(self) -> None:
         """Check that a new run would overwrite no other.
@@ -56,7 +97,7 @@ class RunFolder:
         Raises:
             UserError: The folder holds a run with a checkpoint.
         """
-        if self.checkpoint_file.exists():
+        if self.has_checkpoint():
             raise UserError(f"{self.path} holds a run: go on with --resume {self.path} or choose another --out.")
 
     def check_writable(self) -> None:
@@ -91,7 +132,7 @@ class RunFolder:
         except OSError as error:
             kept = (
                 f"{self.checkpoint_file} is the last checkpoint"
-                if self.checkpoint_file.exists()
+                if self.has_checkpoint()
                 else "there is no checkpoint"
             )
             raise UserError(f"The run folder {self.path} cannot be written: {error.strerror}; {kept}.") from error
@@ -195,9 +236,12 @@ class RunFolder:
 
     def save_weights(self, name: str, weights: dict[str, Tensor], facts: dict[str, str]) -> None:
         """Write `name`.safetensors with `facts` in its header."""
-        tensors = {key: value.contiguous() for key, value in weights.items()}
-        content = save(tensors, metadata=facts)
+        content = weights_bytes(weights, facts)
         write_atomically(self.path / f"{name}.safetensors", lambda path: path.write_bytes(content))
+
+    def copy_weights(self, source: str, name: str) -> None:
+        """Give `source`.safetensors a second name."""
+        link_atomically(self.path / f"{source}.safetensors", self.path / f"{name}.safetensors")
 
     def draw_curve(self) -> None:
         """Draw loss and validation accuracy, in percent, over the epochs."""

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -13,17 +12,19 @@ from accelerate.utils import broadcast, gather_object
 import sdnet
 from sdnet.step_size import csc_layers
 from sdnet.train.build import check_recipe, make_accelerator, make_model
-from sdnet.train.checkpoint import Checkpoint, RandomState, State, Stateful, TrainState, restore, states_of
+from sdnet.train.checkpoint import RandomState, State, TrainState, restore
 from sdnet.train.data.loader import Data, Loader, Rank
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import NonFiniteLossError, UserError
 from sdnet.train.interrupt import Interrupt
 from sdnet.train.job import Job
-from sdnet.train.metrics import LossMeter, LossReading, evaluate, of_all_ranks
+from sdnet.train.metrics import LossMeter, LossReading, evaluate
 from sdnet.train.outcome import describe_outcome
 from sdnet.train.progress import Display, Stopwatch, peak_memory
+from sdnet.train.saving import Digests, Saver
 from sdnet.train.schedule import learning_rate
-from sdnet.train.step_sizes import DIVERGENCE, converge_step_sizes, converged_step_sizes, measured_margins
+from sdnet.train.step_sizes import DIVERGENCE, converge_step_sizes, measured_margins
+from sdnet.train.stopping import Agreement
 
 OpenData = Callable[[Job, Rank, torch.device], Data]
 
@@ -32,7 +33,7 @@ class Trainer:
     """One run in one process, from its first step or from its last checkpoint.
 
     An epoch is `steps_per_epoch` optimiser steps of `accumulate` batches; the batches that are left over are dropped.
-    `shared` and `own` are the parts that a checkpoint stores: once for all processes, and once for each process.
+    `saver` holds the parts that a checkpoint stores, and writes them.
 
     Args:
         job: What to run and where.
@@ -44,7 +45,8 @@ class Trainer:
 
     def __init__(self, job: Job, open_data: OpenData) -> None:
         self.job, self.run, recipe = job, job.run, job.recipe
-        checkpoint = Checkpoint.load(self.run.checkpoint_file) if job.resume else None
+        checkpoint, fallen_back = self.run.load_checkpoint() if job.resume else (None, ())
+        self.fallen_back = bool(fallen_back)
         self.accelerator = make_accelerator(recipe, job.run)
         check_recipe(recipe, self.accelerator)
         device, processes = self.accelerator.device, self.accelerator.num_processes
@@ -52,10 +54,11 @@ class Trainer:
             checkpoint.check_processes(processes)
         with self.accelerator.local_main_process_first():  # the others reuse what it has found out about the files
             self.data = open_data(job, Rank(self.accelerator.process_index, processes), device)
-        if len(set(gather_object([self.data.digest]))) > 1:
-            raise UserError("The processes do not see the same training pictures.")
+        digests = Digests(self.data.digest, self.data.val_digest)
+        if len(set(gather_object([digests]))) > 1:
+            raise UserError("The processes do not see the same images.")
         if checkpoint:
-            checkpoint.check_data(self.data.digest)
+            checkpoint.check_data(*digests)
         self.steps_per_epoch = len(self.data.train) // recipe.accumulate
         if not self.steps_per_epoch:
             raise UserError(f"The training set is smaller than one batch of {recipe.batch}.")
@@ -72,23 +75,26 @@ class Trainer:
             sdnet.attach(self.model, optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.meter, self.state = LossMeter(device), TrainState()
-        self.shared: dict[str, Stateful] = {"state": self.state, "model": self.model, "optimizer": self.optimizer}
+        self.saver = Saver(job, self.accelerator, self.state, digests, {})
+        self.saver.models["last"] = self.model
+        self.saver.shared |= {"model": self.model, "optimizer": self.optimizer}
         if self.accelerator.scaler:
-            self.shared["scaler"] = self.accelerator.scaler
-        self.own: dict[str, Stateful] = {
+            self.saver.shared["scaler"] = self.accelerator.scaler
+        self.saver.own |= {
             "loader": LoaderPosition(self.data.train, self.state),
             "meter": self.meter,
             "random": RandomState(device),
         }
-        notes = job.notes + self.data.notes
+        notes = job.notes + fallen_back + self.data.notes
         if checkpoint:
             file = self.run.checkpoint_file
-            notes += restore(self.shared, checkpoint.shared, file)
-            notes += restore(self.own, checkpoint.ranks[self.accelerator.process_index], file)
+            notes += restore(self.saver.shared, checkpoint.shared, file)
+            notes += restore(self.saver.own, checkpoint.ranks[self.accelerator.process_index], file)
             notes += self.run.missing_metrics(self.state.epoch)
 
         self.notes = notes
         self.warned_of_margin = False
+        self.agreement = Agreement(processes, 600)
         self.interrupt, self.watch, self.first_batch = Interrupt(), Stopwatch(), self.state.batch
         total = recipe.epochs * self.steps_per_epoch
         self.display = Display(total, self.state.step, self.accelerator.is_main_process)
@@ -98,7 +104,7 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: A loss or a weight is not finite; the last checkpoint is from before.
-            SystemExit: After Ctrl-C or SIGTERM, with a checkpoint written; the code is 128 + the signal.
+            SystemExit: After one of `interrupt.SIGNALS`, with a checkpoint written; the code is 128 + the signal.
         """
         self._open_run()
         with self.interrupt, self.display:
@@ -131,8 +137,11 @@ class Trainer:
                 state.step += 1
                 if state.step % self.job.log_every == 0:
                     self._report()
-                if signal := self._stop_signal():
+                signal, due = self.agreement.after_step(self.interrupt.signal, self.saver.due())
+                if signal:
                     self._stop(signal)
+                if due and state.batch < self.steps_per_epoch * recipe.accumulate:
+                    self._checkpoint()
 
     def _finish_epoch(self) -> None:
         """Converge the step sizes, evaluate, save, and prepare the next epoch."""
@@ -160,8 +169,11 @@ class Trainer:
         )
         deciding = scores["holdout_top1" if self.data.holdout else "val_top1"]
         if best := deciding > state.best_top1:
-            state.best_top1 = deciding
-        self._save(["best", "last"] if best else ["last"], {"val_top1": f"{scores['val_top1']:.4f}"})
+            state.best_top1, state.best_epoch = deciding, state.epoch
+        keep = self.job.keep_every > 0 and state.epoch % self.job.keep_every == 0
+        self.saver.save({"last": scores}, {"best": "last"} if best else {}, keep)
+        if state.epoch < epochs and (signal := self.agreement.now(self.interrupt.signal)):
+            self._stop(signal, saved=True)
 
     def _evaluate(self) -> dict[str, float]:
         """Return the scores of the validation set and of the held-out images, if there are any.
@@ -245,26 +257,20 @@ class Trainer:
             f"waiting for data {self.watch.wait_share:.0%}  {peak_memory(self.accelerator.device)}",
         )
 
-    def _stop_signal(self) -> int:
-        """Return the signal that asked to stop, or 0.
-
-        It reaches ranks at different steps, so they agree where they report; a lone process stops at once.
-        """
-        if self.accelerator.num_processes == 1:
-            return self.interrupt.signal
-        if self.state.step % self.job.log_every:
-            return 0
-        return int(of_all_ranks(torch.tensor(self.interrupt.signal, device=self.accelerator.device)).max())
-
-    def _stop(self, signal: int) -> None:
-        """Save within an epoch and leave.
+    def _checkpoint(self) -> None:
+        """Save within an epoch.
 
         Training continues from the step sizes as they are, so that a resumed run equals an uninterrupted one; only the
         exported weights have converged ones.
         """
         self._read_loss()
         self._check_weights()
-        self._save(["last"], {})
+        self.saver.save()
+
+    def _stop(self, signal: int, saved: bool = False) -> None:
+        """Save, unless that is done, and leave."""
+        if not saved:
+            self._checkpoint()
         self.accelerator.end_training()
         where = f"in epoch {self.state.epoch + 1} at step {self.state.step}"
         self.display.say(f"Stopped {where}; go on with --resume {self.run.path}")
@@ -273,28 +279,20 @@ class Trainer:
     def _open_run(self) -> None:
         """Write what is known before the first step, and remove the metrics of epochs that will be run again."""
         self.accelerator.wait_for_everyone()  # until all ranks have found the folder unused
-        with self.run.writing():
-            if self.accelerator.is_main_process:
-                self.run.create(self.job.recipe)
-                self.run.keep_metrics(self.state.epoch)
-                self.run.note_left_out(self.data.left_out)
-                facts = {"command": sys.argv, "processes": self.accelerator.num_processes}
-                self.run.add_environment(facts | describe_environment(self.accelerator.device))
-            purge = {"tensorboard": {"purge_step": self.state.step + 1}}
-            self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        def write() -> None:
+            self.run.create(self.job.recipe)
+            if self.fallen_back:
+                self.run.set_aside_damaged()
+            self.run.keep_metrics(self.state.epoch)
+            self.run.note_left_out(self.data.left_out)
+            facts = {"command": sys.argv, "processes": self.accelerator.num_processes}
+            self.run.add_environment(facts | describe_environment(self.accelerator.device))
 
-    def _save(self, names: list[str], scores: dict[str, str]) -> None:
-        """Write the weights with converged step sizes under `names`, `scores` in the header, and the checkpoint."""
-        ranks = gather_object([states_of(self.own)])
-        if not self.accelerator.is_main_process:
-            return
-        facts = {"epoch": str(self.state.epoch), "step": str(self.state.step), **scores}
-        within_epoch = self.state.batch > 0  # else the step sizes have converged already
-        with self.run.writing():
-            with converged_step_sizes(self.model) if within_epoch else nullcontext():
-                for name in names:
-                    self.run.save_weights(name, self.model.state_dict(), facts)
-            Checkpoint(self.data.digest, states_of(self.shared), ranks).save(self.run.checkpoint_file)
+        self.saver.on_main(write)
+        if self.job.resume:
+            self.saver.export()
+        purge = {"tensorboard": {"purge_step": self.state.step + 1}}
+        self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
 
 
 class LoaderPosition:

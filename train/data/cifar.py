@@ -83,6 +83,7 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
         val_size=len(found.val.labels),
         classes=found.classes,
         digest=digest,
+        val_digest=found.val.digest(),
         left_out=found.left_out,
         notes=found.notes,
         holdout=None if held is None else evaluated(held, "The held-out set"),

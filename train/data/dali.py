@@ -61,6 +61,7 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
         val_size=len(val),
         classes=train.classes,
         digest=train.digest(),
+        val_digest=val.digest(),
         left_out=checked.left_out,
         notes=checked.notes,
         holdout=None if held is None else DaliLoader(held, **evaluation),

@@ -70,6 +70,7 @@ class Data:
         left_out: (file, reason) for everything in the data folder that is not used.
         holdout: The loader of the training images that are held out to choose the best weights on; None for none.
         holdout_size: The number of these images over all ranks.
+        val_digest: A fingerprint of the validation set; empty if it has none.
     """
 
     train: Loader
@@ -81,3 +82,4 @@ class Data:
     left_out: tuple[tuple[str, str], ...] = ()
     holdout: Loader | None = None
     holdout_size: int = 0
+    val_digest: str = ""

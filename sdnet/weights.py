@@ -1,0 +1,192 @@
+"""Weights files: a safetensors file whose header says which network the weights belong to.
+
+The header has these entries, each a string:
+
+| entry | content |
+|:--|:--|
+| `model` | the arguments of `create_model`, as JSON |
+| `classes` | the names of the classes, as a JSON list, if they are known |
+| others | anything else that is worth knowing; a training run adds `recipe`, `epoch`, `step` and its scores |
+
+Nothing in such a file is executed. `read_weights` and `load_model` need the package safetensors, writing does too.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sdnet.kernels import checks
+from sdnet.models import SDNet, create_model
+
+IN_A_FOLDER = ("model.safetensors", "best.safetensors", "last.safetensors")
+"""The files that `load_model` looks for in a folder: of the hub, and of a training run."""
+
+
+class Weights(NamedTuple):
+    """The content of a weights file.
+
+    Attributes:
+        model: The arguments of `create_model`; empty if the file does not say them.
+        classes: The names of the classes; empty if the file does not say them.
+        facts: The other entries of the header.
+        tensors: The state dict.
+    """
+
+    model: dict[str, Any]
+    classes: tuple[str, ...]
+    facts: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
+    """Build the network of a weights file and load its weights.
+
+    Args:
+        path: A weights file, or a folder with `model.safetensors`, `best.safetensors` or `last.safetensors`, of which
+            the first is taken: the run folder of a training, or a folder of the hub.
+        **changes: Arguments of `create_model` that replace those of the file, such as `lam` or `impl`.
+
+    Returns:
+        The network in evaluation mode, on the CPU. Its attribute `class_names` has the names of the classes, empty if
+        the file does not say them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, does not say its network, or holds weights of another one.
+
+    Example:
+        >>> model = sdnet.load_model("runs/demo")  # doctest: +SKIP
+        >>> model.class_names[model(image).argmax()]  # doctest: +SKIP
+    """
+    file = weights_file(path)
+    weights = read_weights(file)
+    if not weights.model:
+        raise ValueError(f"'{file}' does not say which network it belongs to: its header has no entry 'model'.")
+    try:
+        model = create_model(**(weights.model | changes))
+    except TypeError as error:
+        raise ValueError(f"'{file}' belongs to a network of another version of sdnet: {error}") from error
+    load_tensors(model, weights.tensors, file)
+    model.class_names = weights.classes
+    return model.eval()
+
+
+def load_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Copy a state dict into a model.
+
+    Raises:
+        ValueError: It belongs to another model; the model is unchanged.
+    """
+    own = model.state_dict()
+    faults = [f"missing {name}" for name in own if name not in tensors]
+    faults += [f"unexpected {name}" for name in tensors if name not in own]
+    faults += [
+        f"misshapen {name}: {list(tensor.shape)} in the file, {list(own[name].shape)} in the model"
+        for name, tensor in tensors.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise ValueError(f"'{file}' holds the weights of another network: {shown}.")
+    model.load_state_dict(dict(tensors))
+
+
+def read_weights(path: str | PathLike[str]) -> Weights:
+    """Return the content of a weights file, or of the weights file in a folder.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or no safetensors file.
+        ImportError: The package safetensors is not installed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = weights_file(path)
+    try:
+        with safe_open(file, framework="pt") as content:
+            facts = dict(content.metadata() or {})
+            tensors = {name: content.get_tensor(name) for name in sorted(content.keys())}
+        model, classes = json.loads(facts.pop("model", "{}")), json.loads(facts.pop("classes", "[]"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"'{file}' cannot be read as a weights file: {error}.") from error
+    if not isinstance(model, dict) or not isinstance(classes, list):
+        raise ValueError(f"'{file}' cannot be read as a weights file: the entry 'model' or 'classes' is no JSON of one.")
+    return Weights(model, tuple(map(str, classes)), facts, tensors)
+
+
+def save_model(
+    path: str | PathLike[str], model: SDNet, classes: Sequence[str] = (), facts: Mapping[str, str] | None = None
+) -> None:
+    """Write the weights of a network of `create_model` to a file that `load_model` reads.
+
+    Args:
+        path: The file.
+        model: The network.
+        classes: The names of the classes.
+        facts: More entries of the header.
+
+    Raises:
+        ValueError: `classes` does not have a name for each class.
+    """
+    content = weights_bytes(model.state_dict(), {**(facts or {}), **model_facts(model.config, classes)})
+    file = Path(path)
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def model_facts(config: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[str, str]:
+    """Return the entries of the header that say which network the weights belong to.
+
+    Args:
+        config: The arguments of `create_model`.
+        classes: The names of the classes, none if they are not known.
+
+    Raises:
+        ValueError: There are names, but not one for each class.
+    """
+    if classes and len(classes) != config["num_classes"]:
+        raise ValueError(f"classes has {len(classes)} names; the network has {config['num_classes']} classes.")
+    facts = {"model": json.dumps(dict(config))}
+    return facts | ({"classes": json.dumps(list(classes))} if classes else {})
+
+
+def weights_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
+    """Return a safetensors file; equal tensors and facts give equal bytes."""
+    from safetensors.torch import save
+
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(facts))
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])  # safetensors writes its entries in a random order
+    text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+
+def weights_file(path: str | PathLike[str]) -> Path:
+    """Return the weights file that a path means.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: `path` is no path.
+    """
+    if not isinstance(path, (str, PathLike)):
+        raise ValueError(f"path is {checks.shown(path)}; it must be the path of a weights file or of its folder.")
+    place = Path(path)
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise FileNotFoundError(f"There is no weights file at '{place}'.")
+    found = [place / name for name in IN_A_FOLDER if (place / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"There is no weights file in '{place}': none of {', '.join(IN_A_FOLDER)}.")
+    return found[0]

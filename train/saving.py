@@ -1,0 +1,126 @@
+"""When a run writes its state, and in which order: first what a resume needs, then the weights for others."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+
+from sdnet.train.checkpoint import Checkpoint, State, Stateful, TrainState, states_of
+from sdnet.train.errors import UserError
+from sdnet.train.job import Job
+from sdnet.train.step_sizes import converged_step_sizes
+
+Scores = Mapping[str, Mapping[str, float]]
+"""What each of the exported models reached in the evaluation, by the name of its file."""
+
+
+class Digests(NamedTuple):
+    """The fingerprints of the training and the validation set."""
+
+    train: str
+    val: str
+
+
+class Saver:
+    """Writes the checkpoints and the exported weights of a run; a part of the checkpoint itself.
+
+    Args:
+        job: Where to write, and how often.
+        accelerator: The processes of the run; the main one writes.
+        state: Where the run stands.
+        digests: The fingerprints of the data.
+        facts: What the header of every weights file says.
+
+    Attributes:
+        shared: The parts that a checkpoint stores once for all processes, by name.
+        own: The parts that it stores for each process, by name.
+        models: The models whose weights are exported, by the name of the file without `.safetensors`.
+    """
+
+    def __init__(
+        self, job: Job, accelerator: Accelerator, state: TrainState, digests: Digests, facts: Mapping[str, str]
+    ) -> None:
+        self.job, self.run, self.accelerator, self.state = job, job.run, accelerator, state
+        self.digests, self.facts = digests, dict(facts)
+        self.shared: dict[str, Stateful] = {"state": state, "exports": self}
+        self.own: dict[str, Stateful] = {}
+        self.models: dict[str, nn.Module] = {}
+        self._scores: dict[str, dict[str, float]] = {}
+        self._copies: dict[str, str] = {}
+        self._written, self._asked = time.monotonic(), False
+
+    def state_dict(self) -> State:
+        """Return what the last export wrote beside the weights."""
+        return {"scores": self._scores, "copies": self._copies}
+
+    def load_state_dict(self, state_dict: State, /) -> None:
+        """Set what the last export wrote, for `export`."""
+        self._scores, self._copies = state_dict["scores"], state_dict["copies"]
+
+    def due(self) -> bool:
+        """Return whether it is time for a checkpoint within the epoch; `True` only once until it is written."""
+        every, minutes = self.job.checkpoint_every, self.job.checkpoint_minutes
+        late = minutes > 0 and not self._asked and time.monotonic() - self._written >= 60 * minutes
+        self._asked |= late
+        return late or (every > 0 and self.state.step % every == 0)
+
+    def save(self, scores: Scores | None = None, copies: Mapping[str, str] | None = None, keep: bool = False) -> None:
+        """Write the checkpoint and then the weights of `models`, with converged step sizes.
+
+        Args:
+            scores: What the models reached, if this is after an evaluation.
+            copies: Other names for exported files, such as {"best": "last"}.
+            keep: Whether later checkpoints shall not replace this one.
+
+        Raises:
+            UserError: The main process could not write; all processes raise the same sentence.
+        """
+        self._scores = {name: dict(values) for name, values in (scores or {}).items()}
+        self._copies = dict(copies or {})
+        ranks = gather_object([states_of(self.own)])
+        self._written, self._asked = time.monotonic(), False
+
+        def write() -> None:
+            checkpoint = Checkpoint(self.digests.train, states_of(self.shared), ranks, self.digests.val)
+            checkpoint.save(self.run.checkpoint_file, self.run.previous_file)
+            self._export()
+            if keep:
+                self.run.keep_checkpoint(self.state.epoch)
+
+        self.on_main(write)
+
+    def export(self) -> None:
+        """Write the weights that belong to a restored checkpoint: the process may have ended before it wrote them."""
+        self.on_main(self._export)
+
+    def on_main(self, write: Callable[[], None]) -> None:
+        """Let the main process write to the run folder; what it cannot write ends all processes.
+
+        Raises:
+            UserError: It could not write.
+        """
+        sentence = ""
+        if self.accelerator.is_main_process:
+            try:
+                with self.run.writing():
+                    write()
+            except UserError as error:
+                sentence = str(error)
+        if self.accelerator.num_processes > 1:
+            sentence = broadcast_object_list([sentence])[0]
+        if sentence:
+            raise UserError(sentence)
+
+    def _export(self) -> None:
+        within_epoch = self.state.batch > 0  # else the step sizes have converged already
+        place = {"epoch": str(self.state.epoch), "step": str(self.state.step)}
+        for name, model in self.models.items():
+            reached = {key: f"{value:.4f}" for key, value in self._scores.get(name, {}).items()}
+            with converged_step_sizes(model) if within_epoch else nullcontext():
+                self.run.save_weights(name, model.state_dict(), self.facts | place | reached)
+        for name, source in self._copies.items():
+            self.run.copy_weights(source, name)
