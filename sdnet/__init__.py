@@ -9,6 +9,7 @@ from sdnet.models import SDNet, create_model, list_models
 from sdnet.official import load_official_checkpoint
 from sdnet.settings import check_lambda, set_impl, set_lambda
 from sdnet.step_size import converge_power_vectors, project, refresh_step_size, step_margins
+from sdnet.weights import load_model, read_weights, save_model
 
 __version__ = "0.1.0"
 
@@ -26,11 +27,14 @@ __all__ = [
     "invert",
     "invert_layers",
     "list_models",
+    "load_model",
     "load_official_checkpoint",
     "project",
+    "read_weights",
     "record",
     "refresh_step_size",
     "robustness",
+    "save_model",
     "set_impl",
     "set_lambda",
     "step_margins",

@@ -117,7 +117,7 @@ def create_model(
     options = coding_of(create_model, coding)
     lam, impl = checks.number("lam", lam), checks.choice("impl", impl, IMPLEMENTATIONS)
     csc = csc_convolution(options, lam, impl)
-    return SDNet(
+    network = SDNet(
         blocks=variant.blocks,
         num_classes=num_classes,
         stem=stem,
@@ -127,6 +127,17 @@ def create_model(
         block_convolution=csc if variant.csc_blocks else plain_convolution,
         shortcut=shortcut,
     )
+    network.config = {
+        "name": name,
+        "num_classes": num_classes,
+        "stem": stem,
+        "width": width,
+        "image_size": list(image_size),
+        "shortcut": shortcut,
+        "lam": lam,
+        **vars(options),
+    }
+    return network
 
 
 def plain_convolution(
@@ -246,6 +257,10 @@ class SDNet(nn.Module):
     Shape:
         - Input: [N, 3, H, W].
         - Output: [N, num_classes], the logits.
+
+    Attributes:
+        config: the arguments of `create_model` that build this network again, `impl` left out; JSON can store them.
+        class_names: the names of the classes, empty if they are not known; `sdnet.load_model` sets them.
     """
 
     def __init__(
@@ -260,6 +275,8 @@ class SDNet(nn.Module):
         shortcut: bool,
     ) -> None:
         super().__init__()
+        self.config: dict[str, Any] = {}
+        self.class_names: tuple[str, ...] = ()
         pool_with_csc = block_convolution is not plain_convolution
         self.stem = StemBlock(width, stem, stem_convolution, pool_with_csc, image_size)
         size, channels = self.stem.output_size, width

@@ -116,7 +116,7 @@ def read_weights(path: str | PathLike[str]) -> Weights:
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"'{file}' cannot be read as a weights file: {error}.") from error
     if not isinstance(model, dict) or not isinstance(classes, list):
-        raise ValueError(f"'{file}' cannot be read as a weights file: the entry 'model' or 'classes' is no JSON of one.")
+        raise ValueError(f"'{file}' cannot be read as a weights file: its entry 'model' or 'classes' is malformed.")
     return Weights(model, tuple(map(str, classes)), facts, tensors)
 
 

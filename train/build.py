@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 import sdnet
 from sdnet.kernels import explain
@@ -117,7 +116,7 @@ def create_model(recipe: Recipe, num_classes: int) -> sdnet.SDNet:
     )
 
 
-def make_model(recipe: Recipe, num_classes: int, device: torch.device) -> nn.Module:
+def make_model(recipe: Recipe, num_classes: int, device: torch.device) -> sdnet.SDNet:
     """Return the seeded model of a recipe on a device, with converged step sizes.
 
     Raises:
@@ -125,13 +124,13 @@ def make_model(recipe: Recipe, num_classes: int, device: torch.device) -> nn.Mod
     """
     torch.manual_seed(recipe.seed)
     try:
-        model: nn.Module = create_model(recipe, num_classes)
+        model = create_model(recipe, num_classes)
     except ValueError as error:
         raise UserError(str(error)) from error
     model.to(device)  # before the step sizes converge, which is work for the device
     sdnet.refresh_step_size(model)
     if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if recipe.compile:
         model.compile()
     return model

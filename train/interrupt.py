@@ -15,8 +15,8 @@ class Interrupt:
     """Note the first of `SIGNALS` while this context manager is open.
 
     Later ones change nothing: schedulers and launchers often send a signal several times. Only a second Ctrl-C, at
-    least `PATIENCE` seconds later, has its usual effect. A signal that the process ignores, as SIGHUP under nohup, stays
-    ignored.
+    least `PATIENCE` seconds later, has its usual effect. A signal that the process ignores, such as SIGHUP under nohup,
+    stays ignored.
 
     Attributes:
         signal: The number of the signal, 0 before one came.

@@ -1,6 +1,7 @@
 """The run folder: what was run, what came out, and what a resume needs.
 
 recipe.json        the settings of the run
+model.json         the arguments of `sdnet.create_model`, and the names of the classes
 environment.json   versions, commit, devices and command line, one entry per start
 metrics.jsonl      one line per epoch: epoch, step, losses, rate, top-1 and top-5, step margin, images/s, data wait
 curve.png          loss and accuracy over the epochs
@@ -16,7 +17,7 @@ epoch-0030.*       checkpoint and weights of an epoch that --keep-every keeps
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,19 @@ class RunFolder:
         self.checkpoint_file = path / "last.pt"
         self.previous_file = path / "previous.pt"
 
-    def create(self, recipe: Recipe) -> None:
-        """Make the folder, if it is new, and store the recipe; files that a killed process left unfinished go."""
+    def create(self, recipe: Recipe, model: Mapping[str, Any] | None = None, classes: Sequence[str] = ()) -> None:
+        """Make the folder, if it is new, and store what is run; files that a killed process left unfinished go.
+
+        Args:
+            recipe: The settings of the run.
+            model: The arguments of `sdnet.create_model`.
+            classes: The names of the classes.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path)
         _write_json(self.recipe_file, recipe.to_json())
+        if model:
+            _write_json(self.path / "model.json", {"model": dict(model), "classes": list(classes)})
 
     def has_checkpoint(self) -> bool:
         """Return whether a run in this folder has written a checkpoint, even if it is damaged."""
@@ -131,9 +140,7 @@ class RunFolder:
             yield
         except OSError as error:
             kept = (
-                f"{self.checkpoint_file} is the last checkpoint"
-                if self.has_checkpoint()
-                else "there is no checkpoint"
+                f"{self.checkpoint_file} is the last checkpoint" if self.has_checkpoint() else "there is no checkpoint"
             )
             raise UserError(f"The run folder {self.path} cannot be written: {error.strerror}; {kept}.") from error
 

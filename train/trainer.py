@@ -1,5 +1,6 @@
 """The training loop over loaders, a model and Accelerate; without a host sync except where it reports."""
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from sdnet.train.saving import Digests, Saver
 from sdnet.train.schedule import learning_rate
 from sdnet.train.step_sizes import DIVERGENCE, converge_step_sizes, measured_margins
 from sdnet.train.stopping import Agreement
+from sdnet.weights import model_facts
 
 OpenData = Callable[[Job, Rank, torch.device], Data]
 
@@ -75,7 +77,8 @@ class Trainer:
             sdnet.attach(self.model, optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.meter, self.state = LossMeter(device), TrainState()
-        self.saver = Saver(job, self.accelerator, self.state, digests, {})
+        facts = model_facts(self.model.config, self.data.classes) | {"recipe": json.dumps(recipe.to_json())}
+        self.saver = Saver(job, self.accelerator, self.state, digests, facts)
         self.saver.models["last"] = self.model
         self.saver.shared |= {"model": self.model, "optimizer": self.optimizer}
         if self.accelerator.scaler:
@@ -279,8 +282,9 @@ class Trainer:
     def _open_run(self) -> None:
         """Write what is known before the first step, and remove the metrics of epochs that will be run again."""
         self.accelerator.wait_for_everyone()  # until all ranks have found the folder unused
+
         def write() -> None:
-            self.run.create(self.job.recipe)
+            self.run.create(self.job.recipe, self.model.config, self.data.classes)
             if self.fallen_back:
                 self.run.set_aside_damaged()
             self.run.keep_metrics(self.state.epoch)

@@ -92,8 +92,9 @@ def send_signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_run_leaves_its_folder(whole: Path) -> None:
-    files = {"recipe.json", "environment.json", "metrics.jsonl", "curve.png", "tensorboard"}
-    assert {file.name for file in whole.iterdir()} == files | {"best.safetensors", "last.safetensors", "last.pt"}
+    files = {"recipe.json", "model.json", "environment.json", "metrics.jsonl", "curve.png", "tensorboard"}
+    state = {"best.safetensors", "last.safetensors", "last.pt", "previous.pt"}
+    assert {file.name for file in whole.iterdir()} == files | state
     assert RunFolder(whole).recipe() == SMALL
     assert json.loads((whole / "environment.json").read_text())[0]["processes"] == 1
     assert list((whole / "tensorboard").glob("events.out.tfevents.*"))
@@ -106,12 +107,15 @@ def test_saved_weights_give_the_reported_accuracy(data: Path, whole: Path) -> No
     _, val = read_image_folder(data)
     loader = DaliLoader(val, batch=3, size=32, resize=36, augment=False, threads=1)
     for name in ("best", "last"):
-        model = sdnet.create_model("sdnet18", 3, image_size=32)
-        model.load_state_dict(load_file(whole / f"{name}.safetensors"))
+        model = sdnet.load_model(whole / f"{name}.safetensors")
+        assert model.class_names == ("class 00", "class 01", "class 02")
         scores = evaluate(model, loader, 7, torch.device("cpu"))
         lines = RunFolder(whole).metrics()
         line = lines[-1] if name == "last" else max(lines, key=lambda line: line["val_top1"])
         assert scores == pytest.approx({key: line[key] for key in scores}, rel=1e-5)
+        facts = sdnet.read_weights(whole / f"{name}.safetensors").facts
+        assert {key: facts[key] for key in scores} == {key: f"{line[key]:.4f}" for key in scores}
+        assert (facts["epoch"], facts["step"]) == (str(line["epoch"]), str(line["step"]))
 
 
 @pytest.mark.parametrize(
@@ -325,6 +329,7 @@ def test_a_damaged_checkpoint_is_said_before_the_data_are_opened(whole: Path, tm
     shutil.copytree(whole, tmp_path / "run")
     file = tmp_path / "run" / "last.pt"
     file.write_bytes(file.read_bytes()[:1000])
+    (tmp_path / "run" / "previous.pt").unlink()
     with pytest.raises(UserError, match=f"^The checkpoint {file} is damaged or cut off"):
         trainer(tmp_path / "no data", tmp_path / "run", resume=True)
 
@@ -368,11 +373,11 @@ def test_processes_that_do_not_form_a_group_are_refused(
 def test_a_full_disk_ends_the_run_with_one_sentence(data: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=110m", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small disk needs root")
     try:
-        with pytest.raises(UserError) as caught:  # two sets of weights fit, the checkpoint does not
+        with pytest.raises(UserError) as caught:
             trainer(data, disk / "run", replace(SMALL, epochs=1)).train()
         assert str(caught.value) == (
             f"The run folder {disk / 'run'} cannot be written: No space left on device; there is no checkpoint."

@@ -1,0 +1,70 @@
+"""Weights files: a network comes back from its file alone, and what is wrong with a file is said."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sdnet
+from sdnet.step_size import csc_layers
+from sdnet.weights import weights_bytes
+
+
+@pytest.fixture
+def model() -> sdnet.SDNet:
+    options = {"width": 4, "image_size": (16, 24), "lam": 0.3, "n_steps": 3, "solver": "ista"}
+    return sdnet.create_model("sdnet18_all", 3, stem="cifar", shortcut=False, **options).eval()
+
+
+def test_a_network_comes_back_from_its_file_alone(model: sdnet.SDNet, tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    sdnet.save_model(file, model, classes=["cat", "dog", "été"], facts={"val_top1": "80.0"})
+    assert list(tmp_path.iterdir()) == [file]
+    loaded = sdnet.load_model(file)
+    assert loaded.config == model.config
+    assert loaded.class_names == ("cat", "dog", "été")
+    assert not loaded.training
+    x = torch.randn(2, 3, 16, 24)
+    assert torch.equal(loaded(x), model(x))
+    weights = sdnet.read_weights(file)
+    assert weights.facts == {"val_top1": "80.0"}
+    assert weights.tensors.keys() == load_file(file).keys() == model.state_dict().keys()
+
+
+def test_options_can_be_changed_when_a_network_is_loaded(model: sdnet.SDNet, tmp_path: Path) -> None:
+    sdnet.save_model(tmp_path / "best.safetensors", model)
+    loaded = sdnet.load_model(tmp_path, lam=0.5, impl="reference")  # the file in a folder
+    layers = csc_layers(loaded).values()
+    assert {(float(layer.lam), layer.impl) for layer in layers} == {(0.5, "reference")}
+    assert loaded.class_names == ()
+
+
+def test_equal_weights_give_equal_files(model: sdnet.SDNet) -> None:
+    facts = {f"fact {number}": str(number) for number in range(20)}
+    files = {weights_bytes(model.state_dict(), facts) for _ in range(5)}
+    assert len(files) == 1
+
+
+def test_a_file_that_cannot_be_used_is_named(model: sdnet.SDNet, tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    with pytest.raises(FileNotFoundError, match=f"There is no weights file at '{file}'"):
+        sdnet.load_model(file)
+    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors, best\.safetensors, last\.safetensors"):
+        sdnet.load_model(tmp_path)
+    with pytest.raises(ValueError, match="path is 3; it must be the path of a weights file"):
+        sdnet.load_model(3)  # pyright: ignore[reportArgumentType]
+    sdnet.save_model(file, model)
+    whole = file.read_bytes()
+    for content in (b"", whole[:50], whole[:-1], b"x" * 200):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"'{file}' cannot be read as a weights file: "):
+            sdnet.load_model(file)
+    save_file(model.state_dict(), file)
+    with pytest.raises(ValueError, match="does not say which network it belongs to"):
+        sdnet.load_model(file)
+    sdnet.save_model(file, model)
+    with pytest.raises(ValueError, match=r"holds the weights of another network: misshapen linear\.weight: "):
+        sdnet.load_model(file, width=8)
+    with pytest.raises(ValueError, match=r"^classes has 2 names; the network has 3 classes\.$"):
+        sdnet.save_model(file, model, classes=["cat", "dog"])
