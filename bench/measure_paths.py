@@ -1,56 +1,29 @@
-"""`paths`: which Triton path runs each CSC layer fastest on this GPU, measured and kept in a table.
+"""`paths`: how each CSC layer runs fastest on this GPU, measured and kept as verdicts.
 
-A layer runs on the cudnn path, or on the fused path with the tiles of the rules or, with --tiles, with others. For
-every layer of a model, type and memory format, all of them are compared with the reference in fp64, then timed in
-turns, forward and backward together. The fastest enters the table that `impl="auto"` and "triton" read. One with a
-wrong answer never does, and the exit status is 1. Entries of an earlier run stay unless they are measured again. The
-table is written after every layer, and each layer runs in a child process, so that a crash or an interruption keeps
-what was measured.
+This is the qualification of `python -m sdnet.kernels.qualify` for the layers, types and memory formats of a benchmark:
+every candidate is compared with PyTorch in fp32, the right ones are timed in turns, with their launches and as CUDA
+graphs, and one verdict per key enters the table that `impl="auto"` reads. A candidate with a wrong answer is never
+taken, and the exit status is then 1. Verdicts of an earlier run stay unless they are found out again. The table is
+written after every verdict, and the candidates run in a child process, so that a crash or an interruption keeps what
+was measured.
 """
 
 import argparse
-import json
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from sdnet.bench import measure_kernels
 from sdnet.bench.common_options import choose_device, seconds
-from sdnet.bench.cost import tile_shape
-from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.ledger import writable_folder
-from sdnet.bench.providers import CSC, DTYPES, Operator, Workload, csc_by, layer_inputs
-from sdnet.kernels.qualify import timing
-from sdnet.kernels.triton_path import paths, tiles
-from sdnet.kernels.triton_path.hardware import arch_of
-from sdnet.kernels.triton_path.paths import Entry
-from sdnet.train.environment import device_name
+from sdnet.bench.providers import DTYPES, Workload
+from sdnet.kernels.qualify import parent
+from sdnet.kernels.qualify.key import Call, Flags
+from sdnet.kernels.qualify.verdicts import Store, Table
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
 
 TYPES = ("bf16", "fp16", "tf32")
 SECONDS = 0.3
 """Of timing a layer with two candidates; each further candidate adds half as much."""
-
-
-class Candidate(NamedTuple):
-    """A way to run a layer, by name."""
-
-    name: str
-    entry: Entry
-
-    def __str__(self) -> str:
-        return self.name
-
-
-class Trial(NamedTuple):
-    """One workload: its key in the table, the milliseconds of the right candidates, and the number of the others."""
-
-    key: str
-    times: Mapping[Entry, float]
-    faults: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,97 +33,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiles", action="store_true", help="try other tiles than the rules'; takes a minute a layer")
     parser.add_argument("--seconds", type=seconds, default=SECONDS, help=f"of timing two candidates; default {SECONDS}")
     parser.add_argument("--device", default="auto", help="default: the GPU")
-    parser.add_argument("--out", type=Path, default=paths.MEASURED, help="the tables' folder; default the one read")
+    parser.add_argument("--out", type=Path, help="the tables' folder; default the user's cache folder, which is read")
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and write the table; return 1 if an answer was wrong or nothing was measured, else 0."""
     device = choose_device(options.device)
     if device.type != "cuda":
-        raise UserError("paths needs a GPU, and torch finds none; without a table a rule chooses the path.")
-    writable_folder(options.out)
-    deadline = time.perf_counter() + options.budget
+        raise UserError("paths needs a GPU, and torch finds none; without verdicts cuDNN's convolutions run.")
+    store = Store(options.out)
+    if options.out is not None:
+        writable_folder(options.out)
+    end, found = time.monotonic() + options.budget, Table()
     workloads = list(measure_kernels.workloads(options, device))
-    trials: list[Trial] = []
-    gpu = device_name(device)
-    file, before = paths.file_of(gpu, options.out), paths.table(gpu, options.out)
-    with Worker(isolated=True) as worker:
-        for workload in workloads:
-            if time.perf_counter() > deadline:
-                left = len(workloads) - len(trials)
-                print(f"The budget of {options.budget:.0f} s was spent; {left} workloads are not measured.")
-                break
-            trials.append(trial_of(workload, candidates_of(workload, options.tiles), options.seconds, worker))
-            if table := merged(before, trials):
-                write(file, table)
-    if trials and file.is_file():
-        print(f"{len(merged(before, trials))} layers in {file}")
-    return 0 if trials and not any(trial.faults for trial in trials) else 1
+    for dtype in dict.fromkeys(workload.dtype for workload in workloads):
+        calls = [call_of(workload) for workload in workloads if workload.dtype == dtype]
+        outcome = parent.qualify(
+            calls,
+            str(device),
+            flags=flags_of(dtype),
+            store=store,
+            fresh=True,
+            budget=max(0.0, end - time.monotonic()),
+            all_tiles=options.tiles,
+            seconds=options.seconds,
+        )
+        found |= {key: verdict for key, verdict in outcome.table.items() if verdict.trials}
+        for note in outcome.notes:
+            print(note)
+        if outcome.machine is not None:
+            print(f"{len(found)} layers in {store.file_of(outcome.machine)}")
+    return 0 if found and not any(trial.fault for verdict in found.values() for trial in verdict.trials) else 1
 
 
-def candidates_of(workload: Workload, all_tiles: bool) -> list[Candidate]:
-    """Return the ways to run a workload: both paths and, with `all_tiles`, other tiles than the rules'."""
-    shape = shape_of(workload)._replace(arch=arch_of(workload.device))
-    chosen = tiles.by_rule(shape)
-    found = [Candidate("cudnn", Entry("cudnn", chosen)), Candidate("fused", Entry("fused", chosen))]
-    for other in tiles.candidates(shape)[1:] if all_tiles else []:
-        found.append(Candidate(f"fused {other.analysis}, {other.synthesis}", Entry("fused", other)))
-    return found
+def flags_of(dtype: str) -> Flags:
+    """Return the flags with which a type is measured: those of this process, with or without tf32."""
+    flags = Flags.now()
+    return flags if DTYPES[dtype].itemsize == 2 else flags._replace(convolutions="tf32" if dtype == "tf32" else "ieee")
 
 
-def trial_of(workload: Workload, candidates: Sequence[Candidate], limit: float, worker: Worker) -> Trial:
-    """Return the trial of a workload; candidates that end their process count as faults."""
-    times: Mapping[Entry, float] = {}
-    for found in survivors(worker, measure, candidates, workload, limit):
-        times = {} if isinstance(found, Loss) else found
-    return Trial(paths.key_of(shape_of(workload)), times, len(candidates) - len(times))
-
-
-def measure(candidates: Sequence[Candidate], workload: Workload, limit: float) -> Iterator[dict[Entry, float]]:
-    """Check the candidates, time the right ones in turns, and yield the milliseconds of each of these."""
-    with (
-        timing.fp32_products(workload.dtype == "tf32"),
-        timing.measuring_stream(workload.device),
-    ):
-        providers = {name: csc_by("triton", entry.encoded()) for name, entry in candidates}
-        operator = Operator(layer_inputs, ("both",), {"reference": CSC.providers["reference"], **providers})
-        verdicts = measure_kernels.verdicts(workload, operator, providers)
-        right = {name: providers[name] for name, (status, _, _) in verdicts.items() if status == "ok"}
-        timed = measure_kernels.time_mode(workload, operator, right, "both", limit * len(candidates) / 2)
-    times = {name: measured.p50 for name, (measured, _, _) in timed.items()}
-    outcomes = [
-        f"{name} {times[name]:.3f} ms" if name in times else f"{name} {status}: {reason}"
-        for name, (status, reason, _) in verdicts.items()
-    ]
-    print(f"{workload.layer.geometry} {workload.dtype} {workload.layout}: {'; '.join(outcomes)}", flush=True)
-    yield {entry: times[name] for name, entry in candidates if name in times}
-
-
-def shape_of(workload: Workload) -> tiles.Shape:
-    """Return the workload as the rules for tiles see it, for any GPU: a table is one GPU's."""
-    precision = "tf32" if workload.dtype == "tf32" else "ieee"
-    itemsize, last = DTYPES[workload.dtype].itemsize, workload.layout == "channels_last"
-    return tile_shape(workload.layer, workload.batch, itemsize, precision, last, arch=0)
-
-
-def fastest(trials: Iterable[Trial]) -> Entry | None:
-    """Return the candidate that was right in all trials of a layer and took the least time in all; None if none was."""
-    trials = list(trials)
-    right = [entry for entry in trials[0].times if all(entry in trial.times for trial in trials)]
-    return min(right, key=lambda entry: sum(trial.times[entry] for trial in trials), default=None)
-
-
-def merged(table: Mapping[str, Entry], trials: Iterable[Trial]) -> dict[str, Entry]:
-    """Return the table with the layers of these trials replaced. bf16 and fp16 share an entry, and both count."""
-    by_key: dict[str, list[Trial]] = defaultdict(list)
-    for trial in trials:
-        by_key[trial.key].append(trial)
-    entries = {**table, **{key: fastest(group) for key, group in by_key.items()}}
-    return {key: entry for key, entry in sorted(entries.items()) if entry is not None}
-
-
-def write(file: Path, table: Mapping[str, Entry]) -> None:
-    """Write the table as the file that `paths.table` reads."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = {key: json.loads(entry.encoded()) for key, entry in table.items()}
-    write_atomically(file, lambda unfinished: unfinished.write_text(json.dumps(rows, indent=1) + "\n"))
+def call_of(workload: Workload) -> Call:
+    """Return a workload as verdicts know it."""
+    layer = workload.layer
+    return Call(
+        channels=layer.channels,
+        atoms=layer.atoms,
+        kernel_size=(layer.kernel_size, layer.kernel_size),
+        stride=(layer.stride, layer.stride),
+        padding=(layer.padding, layer.padding),
+        image_size=layer.size,
+        batch=workload.batch,
+        dtype=str(DTYPES[workload.dtype]).removeprefix("torch."),
+        channels_last=workload.layout == "channels_last",
+        n_steps=workload.n_steps,
+    )

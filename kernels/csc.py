@@ -19,7 +19,10 @@ from sdnet.kernels.coding import (
 )
 from sdnet.kernels.dispatch import Choice, choose, transform_of
 from sdnet.kernels.operators import csc_operator, memory_format_of
+from sdnet.kernels.qualify import job
+from sdnet.kernels.qualify.key import Call
 from sdnet.kernels.reference import Pair, codes_size
+from sdnet.kernels.torch_path import Problem
 from sdnet.kernels.triton_path import paths
 
 KEEP_RESIDUALS = "SDNET_KEEP_RESIDUALS"
@@ -248,7 +251,9 @@ def prepared(
     choice = choose(impl, x, weight, iteration.given or transform, lam.ndim > 0 and lam.shape[1] > 1)
     keep = _keeps_residuals(x) if keep_residuals is None else checks.flag("keep_residuals", keep_residuals)
     if path is None:
-        path = paths.requested_path() if choice.impl == "triton" else paths.AUTO
+        path = paths.requested_path() if choice.impl in ("auto", "triton") else paths.AUTO
+    if path != paths.AUTO and choice.impl == "auto":
+        choice = Choice("triton", f"the {path} path is asked for")
     return Prepared(x, weight, step_size, lam, stride, padding, choice, path, keep)
 
 
@@ -293,16 +298,22 @@ def explain(
     call = prepared(x, weight, step_size, lam, options, stride, padding, impl, keep_residuals, None, iteration)
     for name, value in (("step_size", call.step_size), ("lam", call.lam)):
         check_values(name, value)
-    choice = call.choice
-    if choice.impl != "triton":
-        return f"{choice.impl}: {choice.reason}."
+    choice, layout = call.choice, memory_format_of(call.x, call.weight)
+    impl, reason, path = choice.impl, choice.reason, call.path
+    if impl == "auto":
+        problem = Problem(call.step_size, call.lam, options, call.stride, call.padding)
+        impl, path, reason = job.decide(Call.of(call.x, call.weight, problem, layout), call.x.device)
+        reason = f"{choice.reason}: {reason}"
+    if impl != "triton":
+        return f"{impl}: {reason}."
     from sdnet.kernels.triton_path import loop
 
-    layer = loop.layer_of(call.x, call.weight, call.stride, call.padding, memory_format_of(call.x, call.weight))
-    chosen = loop.choice_of(layer, call.path)
+    chosen = loop.choice_of(loop.layer_of(call.x, call.weight, call.stride, call.padding, layout), path)
     if call.path != paths.AUTO:
         chosen = chosen._replace(reason=f"{paths.ENVIRONMENT_VARIABLE} asks for the {chosen.name} path")
-    return f"triton: {choice.reason}; {chosen}."
+    elif choice.impl == "auto":
+        chosen = chosen._replace(reason=f"the {chosen.name} path")
+    return f"triton: {reason}; {chosen}."
 
 
 def step_size(

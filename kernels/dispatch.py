@@ -1,8 +1,9 @@
 """Which implementation a call takes, and why.
 
 "torch" is the loop of `torch_path` and "triton" the loop of `triton_path`, both behind one custom operator. "reference"
-is the plain mathematics of `reference`, for torch.export and for autograd through the loop. "auto" takes triton for
-CUDA tensors where it can, and torch otherwise. The environment variable SDNET_IMPL overrides "auto".
+is the plain mathematics of `reference`, for torch.export and for autograd through the loop. "auto" takes for CUDA
+tensors what this machine's verdict says (`qualify.job`), and torch for others. The environment variable SDNET_IMPL
+overrides "auto".
 
 `csc_encode` chooses once per call and hands the choice to the forward and the backward pass. A function compiled by
 torch.compile keeps the choice that was made when it was traced.
@@ -20,6 +21,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from sdnet.kernels.qualify.quarantine import OBSTACLES
 
 Impl = Literal["auto", "torch", "reference", "triton"]
 IMPLEMENTATIONS = get_args(Impl)
@@ -50,9 +53,9 @@ def constant_in_a_trace(function: Function) -> Function:
 
 
 class Choice(NamedTuple):
-    """An implementation and the reason for it, a clause."""
+    """An implementation and the reason for it, a clause. "auto" stands for what the verdict of the call says."""
 
-    impl: Literal["torch", "reference", "triton"]
+    impl: Impl
     reason: str
 
 
@@ -107,7 +110,7 @@ def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None, l
     if obstacle:
         _warn(f"auto takes the torch path: {obstacle}.")
         return Choice("torch", f"auto takes the torch path: {obstacle}")
-    return Choice("triton", "auto takes the Triton kernels for CUDA tensors")
+    return Choice("auto", "auto takes what has been qualified on this GPU")
 
 
 def transform_of(*tensors: Tensor) -> str | None:
@@ -139,7 +142,7 @@ def obstacle_to_triton(x: Tensor, weight: Tensor) -> str | None:
     """Return why the Triton kernels cannot compute this call; None if they can."""
     kernel_h, kernel_w = weight.shape[2:]
     largest = x.shape[2] * x.shape[3] * max(weight.shape[0], weight.shape[1])  # of images; codes are hardly larger
-    if obstacle := _obstacle_of(x.device, x.dtype):
+    if obstacle := obstacle_of(x.device, x.dtype):
         return obstacle
     if max(kernel_h, kernel_w) > MOST_TAPS:
         return f"atoms are {kernel_h}x{kernel_w}, and its kernels reach {MOST_TAPS}x{MOST_TAPS}"
@@ -149,7 +152,10 @@ def obstacle_to_triton(x: Tensor, weight: Tensor) -> str | None:
 
 
 @constant_in_a_trace
-def _obstacle_of(device: torch.device, dtype: torch.dtype) -> str | None:
+def obstacle_of(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why no Triton kernel of this package can run on a device with tensors of a type; None if one can."""
+    if OBSTACLES:
+        return OBSTACLES[0]
     if not _is_installed("triton"):
         return "Triton is not installed"
     if dtype not in DTYPES:

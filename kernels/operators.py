@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from sdnet.kernels import flops, reference, torch_path
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.dispatch import transform_of
+from sdnet.kernels.qualify import job
+from sdnet.kernels.qualify.key import Call, Flags
 from sdnet.kernels.reference import Pair, codes_size
 
 SCHEMA_TYPES: dict[Any, str] = {int: "int", float: "float", bool: "bool"}
@@ -51,6 +53,41 @@ def plain_context(x: Tensor) -> Iterator[None]:
         yield
 
 
+Result = TypeVar("Result")
+
+
+def computed(
+    impl: str,
+    path: str,
+    call: Callable[[], Call],
+    device: torch.device,
+    by_triton: Callable[[str], Result],
+    by_torch: Callable[[], Result],
+) -> Result:
+    """Return the result of one implementation.
+
+    Args:
+        impl: "torch", "triton", or "auto" for what this machine's verdict says, where PyTorch takes over if a kernel of
+            Triton does not compile.
+        path: what "triton" is asked for.
+        call: describes the call, for its verdict.
+        device: the device of its tensors.
+        by_triton: computes it by Triton, on the path that it is given.
+        by_torch: computes it by PyTorch.
+    """
+    if impl == "triton":
+        return by_triton(path)
+    if impl == "auto":
+        described = call()
+        decision = job.decide(described, device)
+        if decision.impl == "triton":
+            try:
+                return by_triton(decision.path)
+            except Exception as error:
+                job.rescue(error, described.key(Flags.now()), device, f"the layer {described.layer}")
+    return by_torch()
+
+
 def csc_forward(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *options: Any) -> list[Tensor]:
     """Return [z_1, ..., z_n], before them [r_1, ..., r_{n-1}] if keep_residuals; [z_n] alone unless keep_all."""
     impl, path, keep_residuals, keep_all = options[-4:]
@@ -59,12 +96,18 @@ def csc_forward(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *opti
     keep_residuals = keep_residuals and keep_all
     with plain_context(x):
         x = x.contiguous(memory_format=layout)
-        if impl == "triton":
+
+        def by_triton(path: str) -> tuple[list[Tensor], list[Tensor]]:
             from sdnet.kernels.triton_path import loop
 
-            codes, residuals = loop.forward(x, weight, problem, layout, keep_residuals, path)
-        else:
-            codes, residuals = torch_path.forward(x, weight, problem, keep_residuals)
+            return loop.forward(x, weight, problem, layout, keep_residuals, path)
+
+        def by_torch() -> tuple[list[Tensor], list[Tensor]]:
+            return torch_path.forward(x, weight, problem, keep_residuals)
+
+        codes, residuals = computed(
+            impl, path, lambda: Call.of(x, weight, problem, layout), x.device, by_triton, by_torch
+        )
     kept = [*residuals, *codes] if keep_all else codes[-1:]
     return [tensor.contiguous(memory_format=layout) for tensor in kept]
 
@@ -98,12 +141,16 @@ def csc_backward(
     wanted = torch_path.Needs(*needs)
     with plain_context(x):
         x, grad = (tensor.contiguous(memory_format=layout) for tensor in (x, grad))
-        if impl == "triton":
+
+        def by_triton(path: str) -> torch_path.Gradients:
             from sdnet.kernels.triton_path import loop
 
-            gradients = loop.backward(grad, x, weight, codes, residuals, problem, wanted, layout, path)
-        else:
-            gradients = torch_path.backward(grad, x, weight, codes, residuals, problem, wanted)
+            return loop.backward(grad, x, weight, codes, residuals, problem, wanted, layout, path)
+
+        def by_torch() -> torch_path.Gradients:
+            return torch_path.backward(grad, x, weight, codes, residuals, problem, wanted)
+
+        gradients = computed(impl, path, lambda: Call.of(x, weight, problem, layout), x.device, by_triton, by_torch)
     layouts = layout, memory_format_of(weight, weight), torch.contiguous_format
     return [
         gradient.contiguous(memory_format=of)

@@ -276,7 +276,7 @@ class CSCConv2d(CodingState):
         Args:
             iterations: how often `sdnet.kernels.step_sizes.estimate_eigenvalue` runs.
         """
-        update_dictionaries([self.dictionary], iterations)
+        update_dictionaries([self.dictionary], iterations, [self.impl])
 
     @torch.no_grad()
     def converge_power_vector(self, tolerance: float = 1e-5) -> Tensor:

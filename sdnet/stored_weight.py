@@ -126,7 +126,7 @@ def update_layers(layers: list[CSCConv2d], iterations: int) -> None:
         else:
             copies.append((layer, effective_weight(layer).clone()))
             states.append(layer.dictionary._replace(weight=copies[-1][1]))
-    update_dictionaries(states, iterations)
+    update_dictionaries(states, iterations, [layer.impl for layer in layers])
     for layer, projected in copies:
         store(layer, projected)
 

@@ -11,11 +11,6 @@ def arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def gpu_of(device: torch.device) -> str | None:
-    """Return the name of the GPU; None for the interpreter."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-
 def processors_of(device: torch.device) -> int:
     """Return the number of streaming multiprocessors; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -12,9 +12,9 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from sdnet.kernels import torch_path
 from sdnet.kernels.reference import Pair, momentum, residual_scale
 from sdnet.kernels.torch_path import Gradients, Needs, Problem, accumulate, copies_of, lam_correlation, rescaled
-from sdnet.kernels.triton_path import hardware
 from sdnet.kernels.triton_path.correlation.weight_gradient import ScaledPair, weight_correlation
 from sdnet.kernels.triton_path.cudnn import CudnnPath
 from sdnet.kernels.triton_path.fused.descriptors import aligned
@@ -22,7 +22,6 @@ from sdnet.kernels.triton_path.fused.path import FusedPath
 from sdnet.kernels.triton_path.layer import Layer
 from sdnet.kernels.triton_path.paths import AUTO, ChosenPath, Path, choose_path
 from sdnet.kernels.triton_path.pointwise import mask
-from sdnet.kernels.triton_path.tiles import Tile
 
 MOST_PENDING = 6
 """The most pairs (residual, codes) that wait for their weight correlation."""
@@ -35,7 +34,7 @@ def layer_of(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, layout: tor
 
 def choice_of(layer: Layer, asked: str = AUTO) -> ChosenPath:
     """Return the path and the tiles of a layer; `asked` is for `choose_path`."""
-    return choose_path(layer.shape, hardware.gpu_of(layer.weight.device), asked)
+    return choose_path(layer.shape, asked)
 
 
 def path_of(layer: Layer, problem: Problem, choice: ChosenPath) -> Path:
@@ -115,7 +114,7 @@ def backward(
     path = path_of(layer, problem, choice)
     betas = [*momentum(coding.n_steps, coding.solver), 0.0]
     fista, norm = coding.solver == "fista", coding.data_term == "norm"
-    d_weight, gamma = WeightGradient(layer, choice.tiles.correlation), problem.gamma
+    d_weight, gamma = WeightGradient(layer, choice, problem), problem.gamma
     d_target = d_lam = after = None
 
     m = mask(grad, codes[-1])
@@ -155,8 +154,8 @@ def backward(
 class WeightGradient:
     """The sum of scale corr(r, m) over pairs (r, m) that come one after the other, rounded once."""
 
-    def __init__(self, layer: Layer, tile: Tile) -> None:
-        self.layer, self.tile, self.weight = layer, tile, layer.weight
+    def __init__(self, layer: Layer, choice: ChosenPath, problem: Problem) -> None:
+        self.layer, self.choice, self.problem, self.weight = layer, choice, problem, layer.weight
         self.pairs: list[ScaledPair] = []
         self.partial: Tensor | None = None
 
@@ -175,5 +174,11 @@ class WeightGradient:
     def _correlation(self, weight: Tensor) -> Tensor:
         """Return the sum of the pending pairs in the type of `weight`."""
         pairs, self.pairs = self.pairs, []
-        layer = self.layer
-        return weight_correlation(pairs, weight, layer.stride, layer.padding, layer.precision, self.tile)
+        layer, tile = self.layer, self.choice.tiles.correlation
+        if self.choice.correlation:
+            return weight_correlation(pairs, weight, layer.stride, layer.padding, layer.precision, tile)
+        total = None
+        for residual, codes, scale in pairs:
+            term = torch_path.weight_correlation(residual, codes, layer.weight, self.problem).float()
+            total = accumulate(total, term * scale)
+        return torch.zeros_like(weight) if total is None else total.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Which Triton path a layer runs on, and with which tiles: what the caller asks for, what was measured, or a rule.
+"""Which Triton path a layer runs on, and with which tiles: what the caller asks for, or a rule.
 
 There are two paths, and both provide the four products of the loop (`Path`):
 
@@ -6,28 +6,27 @@ There are two paths, and both provide the four products of the loop (`Path`):
   * "cudnn": cuDNN's convolutions with pointwise kernels between them (`cudnn`).
 
 `choose_path` depends on its arguments alone. `requested_path` reads the environment, once per call of the operator.
-`python -m sdnet.bench paths` measures, and leaves a table for each GPU in the folder `measured`.
+Under `impl="auto"` the caller is `sdnet.kernels.qualify.job`, which asks for what this machine has shown to be right
+and quicker. The rule serves `impl="triton"`, which needs no verdict.
 """
 
 import json
 import os
-from functools import cache
-from pathlib import Path as File
 from typing import Literal, NamedTuple, Protocol, get_args
 
 from torch import Tensor
 
-from sdnet.kernels.triton_path.tiles import FEW, Shape, Tile, Tiles, by_rule
+from sdnet.kernels.triton_path.tiles import FEW, Form, Shape, Tile, Tiles, by_rule
 
 PathName = Literal["fused", "cudnn"]
 
 ENVIRONMENT_VARIABLE = "SDNET_TRITON_PATH"
 
 AUTO = "auto"
-"""The request that leaves the choice to the measured table and the rule."""
+"""The request that leaves the choice to the rule."""
 
-MEASURED = File(__file__).with_name("measured")
-"""The folder of the measured tables."""
+PLAIN = "plain"
+"""The request for the cudnn path without a Triton kernel that multiplies: the dictionary's gradient is cuDNN's too."""
 
 FUSED_CHANNELS = 128
 """The most channels for which the fused path without descriptors is the rule."""
@@ -95,29 +94,49 @@ class Path(Protocol):
 
 
 class Entry(NamedTuple):
-    """What was measured for a layer, or what is asked for: a path, and the tiles of the fused kernels."""
+    """What a verdict takes, or what is asked for: a path, and the tiles of the fused kernels and the correlation."""
 
     path: PathName
     tiles: Tiles
 
     def encoded(self) -> str:
-        """Return the entry as JSON, which `requested_path` and `choose_path` take."""
+        """Return the entry as JSON, which `choose_path` takes."""
         return json.dumps([self.path, *(tile._asdict() for tile in self.tiles)])
 
     @staticmethod
-    def of(row: list[object]) -> "Entry":
-        """Return the entry of a row of a table: a path, and a dictionary of fields for each tile."""
-        path, *tiles = row
-        found = [Tile(**tile) for tile in tiles if isinstance(tile, dict)]
-        return Entry("fused" if path == "fused" else "cudnn", Tiles(*found))
+    def decoded(text: str) -> "Entry":
+        """Return the entry that `encoded` described.
+
+        Raises:
+            ValueError: `text` describes no entry.
+        """
+        try:
+            path, *tiles = json.loads(text)
+            entry = Entry(path, Tiles(*(Tile(**tile) for tile in tiles)))
+            integers = [value for tile in entry.tiles for value in tile[1:]]
+            if path not in get_args(PathName) or any(type(value) is not int or value < 1 for value in integers):
+                raise ValueError("a wrong path or number")
+            if any(tile.form not in get_args(Form) for tile in entry.tiles):
+                raise ValueError("a wrong form")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{text[:100]!r} describes no path with its tiles: {error}") from error
+        return entry
 
 
 class ChosenPath(NamedTuple):
-    """A path, its tiles, and the reason for it in a clause."""
+    """A path, its tiles, and the reason for it in a clause.
+
+    Attributes:
+        name: the path.
+        tiles: the tiles of its kernels.
+        reason: why, a clause.
+        correlation: whether the Triton kernel makes the gradient of the dictionary; cuDNN does otherwise.
+    """
 
     name: PathName
     tiles: Tiles
     reason: str
+    correlation: bool = True
 
     def __str__(self) -> str:
         if self.name == "cudnn":
@@ -137,8 +156,8 @@ def requested_path() -> str:
     return asked
 
 
-def choose_path(shape: Shape, gpu: str | None, asked: str = AUTO) -> ChosenPath:
-    """Return the path of a layer: what is asked for, else what was measured on this GPU, else a rule.
+def choose_path(shape: Shape, asked: str = AUTO) -> ChosenPath:
+    """Return the path of a layer: what is asked for, else a rule.
 
     No GPU has confirmed the rule. Descriptors leave the products with the padding out, which makes up for cuDNN's
     better products where there are few pixels, as the saved passes over memory do where there are many. Without them a
@@ -148,19 +167,16 @@ def choose_path(shape: Shape, gpu: str | None, asked: str = AUTO) -> ChosenPath:
 
     Args:
         shape: the layer.
-        gpu: the GPU's name, None for the interpreter.
-        asked: "auto", "fused", "cudnn", or an encoded `Entry`, which gives the tiles too. Tiles that the layer cannot
-            run with are replaced by the rule's.
+        asked: "auto", "plain", "fused", "cudnn", or an encoded `Entry`, which gives the tiles too. Tiles that the layer
+            cannot run with are replaced by the rule's.
     """
-    entry = entry_of(shape, gpu)
-    tiles = by_rule(shape) if entry is None else entry.tiles.fitted(shape)
     if asked.startswith("["):
-        given = Entry.of(json.loads(asked))
+        given = Entry.decoded(asked)
         return ChosenPath(given.path, given.tiles.fitted(shape), f"the caller asks for the {given.path} path")
+    if asked == PLAIN:
+        return ChosenPath("cudnn", by_rule(shape), "the caller asks for cuDNN's convolutions", correlation=False)
     if asked == "fused" or asked == "cudnn":
-        return ChosenPath(asked, tiles, f"the caller asks for the {asked} path")
-    if entry is not None:
-        return ChosenPath(entry.path, tiles, f"the {entry.path} path was the faster one when measured on {gpu}")
+        return ChosenPath(asked, by_rule(shape), f"the caller asks for the {asked} path")
     return ChosenPath(*_path_by_rule(shape))
 
 
@@ -177,31 +193,3 @@ def _path_by_rule(shape: Shape) -> tuple[PathName, Tiles, str]:
     if max(shape.channels, shape.atoms) > FUSED_CHANNELS:
         return "cudnn", tiles, f"the cudnn path, by rule, for more than {FUSED_CHANNELS} channels"
     return "fused", tiles, f"the fused path, by rule, for up to {FUSED_CHANNELS} channels"
-
-
-def key_of(shape: Shape) -> str:
-    """Return the layer's key in a table: of any batch, and for fp32 with the precision of its products."""
-    (height, width), (kernel_h, kernel_w) = shape.image_size, shape.kernel_size
-    layer = f"{shape.channels}->{shape.atoms} {kernel_h}x{kernel_w}/{shape.stride[0]}x{shape.stride[1]}"
-    kind = "16-bit" if shape.itemsize == 2 else shape.precision
-    memory = "channels_last" if shape.channels_last else "contiguous"
-    return f"{layer} @ {height}x{width} {kind} {memory}"
-
-
-def file_of(gpu: str, folder: File) -> File:
-    """Return the file of a GPU's table."""
-    return folder / f"{gpu.replace(' ', '_')}.json"
-
-
-@cache
-def table(gpu: str, folder: File) -> dict[str, Entry]:
-    """Return what was measured on a GPU of this name, by layer; empty without a measurement."""
-    file = file_of(gpu, folder)
-    if not file.is_file():
-        return {}
-    return {key: Entry.of(row) for key, row in json.loads(file.read_text()).items()}
-
-
-def entry_of(shape: Shape, gpu: str | None) -> Entry | None:
-    """Return what was measured for a layer on a GPU of this name."""
-    return table(gpu, MEASURED).get(key_of(shape)) if gpu else None

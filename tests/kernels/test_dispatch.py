@@ -39,8 +39,8 @@ def test_auto_takes_the_torch_path_on_a_cpu_and_gives_the_reason() -> None:
     assert choose("auto", X, WEIGHT) == ("torch", "auto takes the torch path for tensors on cpu")
 
 
-def test_auto_takes_triton_on_a_gpu(on_gpu: Tensor) -> None:
-    assert choose("auto", on_gpu, WEIGHT) == ("triton", "auto takes the Triton kernels for CUDA tensors")
+def test_auto_takes_what_has_been_qualified_on_a_gpu(on_gpu: Tensor) -> None:
+    assert choose("auto", on_gpu, WEIGHT) == ("auto", "auto takes what has been qualified on this GPU")
 
 
 def test_auto_falls_back_on_a_gpu_and_says_so_once(on_gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

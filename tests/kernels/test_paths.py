@@ -1,22 +1,18 @@
-"""Which path a layer runs on: what is asked for, what was measured, or the rule."""
-
-import json
-from pathlib import Path
+"""Which Triton path a layer runs on: what is asked for, or the rule."""
 
 import pytest
 
-from sdnet.kernels.triton_path import paths
 from sdnet.kernels.triton_path.paths import ChosenPath, Entry, choose_path, requested_path
 from sdnet.kernels.triton_path.tiles import Shape, Tiles, by_rule
 
 SHAPE = Shape(256, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", channels_last=True, arch=80)
 HOPPER = SHAPE._replace(arch=90)
-H100 = "NVIDIA H100"
+ENCODED = Entry("fused", by_rule(HOPPER)).encoded()
 
 
 def name_by_rule(shape: Shape) -> str:
-    """The path without a table."""
-    choice = choose_path(shape, None)
+    """The path that nobody asked for."""
+    choice = choose_path(shape)
     assert "by rule" in choice.reason
     assert choice.tiles == by_rule(shape)
     return choice.name
@@ -31,41 +27,39 @@ def test_the_rule() -> None:
     assert name_by_rule(SHAPE._replace(channels=3, channels_last=False)) == "fused"
 
 
-@pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiles:
-    """A table for one GPU, in which the layer is faster by cudnn; its tiles are not the rule's."""
-    tiles = Tiles(*(tile._replace(stages=5) for tile in by_rule(HOPPER)))
-    monkeypatch.setattr(paths, "MEASURED", tmp_path)
-    row = json.loads(Entry("cudnn", tiles).encoded())
-    paths.file_of(H100, tmp_path).write_text(json.dumps({paths.key_of(SHAPE): row}))
-    return tiles
-
-
-def test_what_was_measured_on_this_gpu_comes_before_the_rule(measured: Tiles) -> None:
-    reason = f"the cudnn path was the faster one when measured on {H100}"
-    assert choose_path(HOPPER, H100) == ChosenPath("cudnn", measured, reason)
-    assert choose_path(HOPPER, "NVIDIA A100").name == "fused"
-    assert choose_path(HOPPER, "NVIDIA A100").tiles == by_rule(HOPPER)
-
-
-def test_measured_tiles_that_do_not_fit_the_batch_give_way_to_the_rule_s(measured: Tiles) -> None:
-    small = HOPPER._replace(batch=64)  # a table does not tell batches apart, and its boxes have 128 images
-    tiles = choose_path(small, H100).tiles
-    assert tiles[:2] == by_rule(small)[:2]
-    assert tiles.correlation == measured.correlation
-
-
-def test_what_is_asked_for_comes_before_what_was_measured(measured: Tiles) -> None:
-    assert choose_path(HOPPER, H100, "fused") == ChosenPath("fused", measured, "the caller asks for the fused path")
-    given = Tiles(*(tile._replace(stages=2) for tile in by_rule(HOPPER)))
-    choice = choose_path(HOPPER, H100, Entry("fused", given).encoded())
+def test_what_is_asked_for_comes_before_the_rule() -> None:
+    rules = by_rule(HOPPER)
+    assert choose_path(HOPPER, "cudnn") == ChosenPath("cudnn", rules, "the caller asks for the cudnn path")
+    plain = choose_path(HOPPER, "plain")
+    assert (plain.name, plain.tiles, plain.correlation) == ("cudnn", rules, False)
+    given = Tiles(*(tile._replace(stages=2) for tile in rules))
+    choice = choose_path(HOPPER, Entry("fused", given).encoded())
     assert choice[:2] == ("fused", given)
-    assert choose_path(SHAPE, H100, Entry("fused", given).encoded()).tiles == by_rule(SHAPE)  # not on sm_80
+    assert choice.correlation
 
 
-def test_layers_of_another_precision_have_keys_of_their_own() -> None:
-    exact, tf32 = (SHAPE._replace(itemsize=4, precision=precision) for precision in ("ieee", "tf32"))
-    assert len({paths.key_of(each) for each in (SHAPE, exact, tf32)}) == 3
+def test_given_tiles_that_a_layer_cannot_run_with_give_way_to_the_rule_s() -> None:
+    given = Entry("fused", Tiles(*(tile._replace(stages=2) for tile in by_rule(HOPPER)))).encoded()
+    assert choose_path(SHAPE, given).tiles == by_rule(SHAPE)  # no descriptors on sm_80
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "fused",
+        "[]",
+        '["fused"]',
+        '["fused", {}, {}, {}]',
+        '["quick"' + ENCODED[8:],
+        ENCODED.replace('"stages": 3', '"stages": -3'),
+    ],
+    ids=range(7),
+)
+def test_an_entry_that_describes_no_path_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="describes no path with its tiles"):
+        Entry.decoded(text)
+    assert Entry.decoded(ENCODED).encoded() == ENCODED
 
 
 def test_the_environment_asks(monkeypatch: pytest.MonkeyPatch) -> None:
