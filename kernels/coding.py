@@ -127,6 +127,10 @@ class Iteration:
                 raise ValueError(
                     f"z0 is {self.z0.dtype} on {self.z0.device}; it must be of a floating-point type on {x.device}."
                 )
+        self.check_penalty(coding)
+
+    def check_penalty(self, coding: Coding) -> None:
+        """Raise a ValueError if prox and mu are both given."""
         if self.prox is not None and coding.mu:
             raise ValueError(
                 f"mu is {coding.mu} and prox is given; prox stands for the whole penalty, so mu must be 0."

@@ -5,6 +5,7 @@ from sdnet.attachment import attach
 from sdnet.diagnostics import LayerDiagnostics, Recording, diagnose, record
 from sdnet.inversion import Inversion, invert, invert_layers
 from sdnet.layers import CSCConv2d
+from sdnet.linear import CSCLinear
 from sdnet.models import SDNet, create_model, list_models
 from sdnet.official import load_official_checkpoint
 from sdnet.settings import check_lambda, set_impl, set_lambda
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CSCConv2d",
+    "CSCLinear",
     "Inversion",
     "LayerDiagnostics",
     "Recording",

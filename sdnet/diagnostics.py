@@ -7,7 +7,8 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
-from sdnet.layers import CSCConv2d, Recorder, at_least_single
+from sdnet.layers import CSCConv2d, at_least_single
+from sdnet.recorder import Recorder
 from sdnet.step_size import csc_layers
 
 NORM_FLOOR = 1e-12
@@ -22,6 +23,7 @@ class LayerDiagnostics(NamedTuple):
 
     Attributes:
         objective: lam |z|_1 + mu/2 |z|^2 + 1/2 |x - A z|^2, [N]. Its mean over the batch is a reconstruction loss.
+            NaN for a layer with a `prox`, whose penalty is not known.
         sparsity: the fraction of codes that are zero, in [0, 1], [N].
         residual: |x - A z|^2 / n_dict, the squared error of one reconstruction, [N].
         relative_residual: |x - A z| / |x|, [N]: 0 for an exact reconstruction, 1 for codes of zero.
@@ -116,11 +118,11 @@ def _diagnostics(layer: CSCConv2d, x: Tensor, codes: Tensor, lam: float | Tensor
     with torch.autocast(x.device.type, enabled=False):
         x, codes = at_least_single(x), at_least_single(codes)
         target = repeat(x, "n c h w -> n (d c) h w", d=n_dict)
-        error = target - layer.reconstruct(codes, (x.shape[2], x.shape[3]))
+        error = target - CSCConv2d.reconstruct(layer, codes, (x.shape[2], x.shape[3]))
         squares = reduce(error.square(), "n c h w -> n", "sum")
         norm = reduce(target.square(), "n c h w -> n", "sum").sqrt().clamp_min(NORM_FLOOR)
         return LayerDiagnostics(
-            objective=layer.objective(x, codes, lam),
+            objective=torch.full_like(norm, torch.nan) if layer.prox else CSCConv2d.objective(layer, x, codes, lam),
             sparsity=reduce((codes == 0).to(codes.dtype), "n k h w -> n", "mean"),
             residual=squares / n_dict,
             relative_residual=squares.sqrt() / norm,

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from sdnet.kernels import checks
 from sdnet.layers import CSCConv2d
+from sdnet.linear import CSCLinear
 from sdnet.step_size import csc_layers
 
 Kind = Literal["exact", "approximate", "refused"]
@@ -299,8 +300,8 @@ def _without_bias(layer: CSCConv2d, output: Tensor) -> Tensor:
 
 def _synthesis(layer: CSCConv2d, codes: Tensor, x: Tensor) -> Tensor:
     """Return A z for the size of x; of `n_dict` reconstructions, their mean."""
-    if codes.ndim != 4:
-        return layer.reconstruct(codes)
+    if isinstance(layer, CSCLinear):
+        return layer.reconstruct(codes).unflatten(-1, (layer.coding.n_dict, -1)).mean(-2)
     reconstructions = layer.reconstruct(codes, (x.shape[2], x.shape[3]))
     return reduce(reconstructions, "n (d c) h w -> n c h w", "mean", d=layer.coding.n_dict)
 

@@ -1,7 +1,6 @@
 """`CSCConv2d`: a layer whose output is the convolutional sparse code of its input."""
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -9,30 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdnet.convolution_arguments import refuse_convolution_only
 from sdnet.kernels import checks, reference, step_sizes
-from sdnet.kernels.coding import CODING_FIELDS, Coding, coding_of, takes_coding
-from sdnet.kernels.csc import encode
+from sdnet.kernels.coding import CODING_FIELDS, Callback, Coding, Iteration, Prox, coding_of, takes_coding
+from sdnet.kernels.csc import Solution, encode, solve
 from sdnet.kernels.dictionaries import update_dictionaries
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.step_sizes import DictionaryState
-from sdnet.state import CodingState, checked_lambda, persistent_state
+from sdnet.recorder import Recorder
+from sdnet.state import CodingState, LearnLam, checked_lambda, persistent_state
 
 DEFAULT_INPUT_SIZE = 32
 FIRST_ITERATIONS = 3
 """Estimates at construction: enough for a safe first step size (0.9 leaves room for a low estimate)."""
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-CONVOLUTION_ONLY = {
-    "bias": "codes have no bias, because the shrinkage defines what a code of zero means; "
-    "leave it out, and add a bias after the layer if you need one",
-    "groups": "every atom spans all input channels; use one layer per group of channels instead",
-    "dilation": "the atoms are dense, and the step size is estimated for dense atoms; use a larger kernel_size instead",
-    "padding_mode": "the input is padded with zeros, the only padding whose adjoint is a transposed convolution; "
-    "pad the input before the layer instead",
-}
-"""Arguments of `nn.Conv2d` that `CSCConv2d` does not take, and why."""
 
 
 class CSCConv2d(CodingState):
@@ -60,6 +51,11 @@ class CSCConv2d(CodingState):
         padding: the zero padding on both sides, an int or a pair. None is kernel_size // 2.
         lam: the weight of |z|_1, at least 0.
         adaptive_lam: multiply lam once by numel(x) / numel(z), for inputs of `input_size`.
+        learn_lam: "no", or "layer" or "atom" to learn one lambda for the layer or one per atom. Lambda is then
+            softplus(raw_lam), with the parameter `raw_lam` in the state dict, and starts at `lam`, which must be
+            above 0. Do not let weight decay act on it.
+        prox: takes the place of the proximal operator of lam |z|_1 + mu/2 |z|^2, see `sdnet.kernels.csc_encode`; a
+            function at the top level of a module, if the layer is to be pickled.
         input_size: the height and width of the inputs on which the step size is estimated, an int or a pair. None
             is 32. The forward takes inputs of other sizes with the same step size.
         impl: the implementation that computes the codes, see `sdnet.kernels.csc_encode`.
@@ -78,7 +74,9 @@ class CSCConv2d(CodingState):
         power_vector: the unit vector [1, n_dict C, H, W] of the eigenvalue estimate, always fp32. It is saved in the
             state dict, is as large as one input of the layer (600 kB for a 3-channel input of 224 pixels), and can be
             made again by `sdnet.refresh_step_size`.
-        lam: lambda, 0-d or [N, 1, 1, 1], fp32 or, in a double layer, fp64. It is not saved in the state dict.
+        lam: lambda, 0-d, [N, 1, 1, 1] or [1, K, 1, 1], fp32 or, in a double layer, fp64. It is not saved in the state
+            dict, unless it is learned.
+        prox: the proximal operator in place of P, or None.
         keep_residuals: whether a forward keeps the residuals for the backward pass, see `sdnet.kernels.csc_encode`;
             None, at first, for its default.
 
@@ -105,6 +103,8 @@ class CSCConv2d(CodingState):
         *,
         lam: float = 0.1,
         adaptive_lam: bool = False,
+        learn_lam: LearnLam = "no",
+        prox: Prox | None = None,
         input_size: int | Pair | None = None,
         impl: str = "auto",
         device: torch.device | str | int | None = None,
@@ -112,7 +112,7 @@ class CSCConv2d(CodingState):
         **coding: Any,
     ) -> None:
         super().__init__()
-        refuse_convolution_only(coding)
+        refuse_convolution_only(type(self).__name__, coding)
         self.in_channels = checks.integer("in_channels", in_channels, 1)
         self.out_channels = checks.integer("out_channels", out_channels, 1)
         self.kernel_size, self.stride = checks.pair("kernel_size", kernel_size, 1), checks.pair("stride", stride, 1)
@@ -121,6 +121,8 @@ class CSCConv2d(CodingState):
         self.coding = coding_of(type(self).__init__, coding)
         self.impl = checks.choice("impl", impl, IMPLEMENTATIONS)
         self.keep_residuals: bool | None = None
+        self.prox = prox
+        Iteration(prox=prox).check_penalty(self.coding)
         lam = checks.number("lam", lam)
         if dtype is not None and dtype not in WEIGHT_DTYPES:
             raise ValueError(f"dtype is {checks.shown(dtype)}; it must be one of {', '.join(map(str, WEIGHT_DTYPES))}.")
@@ -138,16 +140,17 @@ class CSCConv2d(CodingState):
         with persistent_state():
             empty = torch.empty(self.out_channels, channels, *self.kernel_size, device=device, dtype=dtype)
             self.weight = nn.Parameter(empty)
-            self.create_state(lam, channels, size)
+            self.create_state(lam, channels, size, learn_lam)
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise the atoms (Kaiming uniform, then unit norm), the power vector and the step size.
 
-        lambda and the options stay as they are. On the meta device nothing can be computed: call this method after
-        `to_empty`, or load a state dict.
+        lambda and the options stay as they are; a lambda that is learned gets its last assigned value. On the meta
+        device nothing can be computed: call this method after `to_empty`, or load a state dict.
         """
         nn.init.kaiming_uniform_(self.weight)
+        self.reset_learned_lambda()
         self.reset_power_vector()
         if not self.weight.is_meta:
             self.update_dictionary(FIRST_ITERATIONS)
@@ -157,8 +160,8 @@ class CSCConv2d(CodingState):
 
         Args:
             x: the input.
-            lam: lambda of this call in place of the layer's own: a number, or a tensor that is 0-d, [N] or
-                [N, 1, 1, 1]. Gradients reach it.
+            lam: lambda of this call in place of the layer's own: a number, or a tensor that is 0-d, [N], [N, 1, 1, 1],
+                [1, K, 1, 1] or [N, K, 1, 1]. Gradients reach it.
 
         Shape:
             - x: [N, C, H, W].
@@ -173,12 +176,48 @@ class CSCConv2d(CodingState):
         self._check_input(x)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._check_upkeep()
-        lam = self._lam if lam is None else lam
+        lam = self.forward_lambda() if lam is None else lam
         options = self.coding, self.stride, self.padding, self.impl, self.keep_residuals
-        codes = encode(x, self.weight, self.step_size, lam, *options)
+        if self.prox is None:
+            codes = encode(x, self.weight, self.step_size, lam, *options)
+        else:
+            codes = solve(x, self.weight, self.step_size, lam, *options, Iteration(prox=self.prox)).codes
         for recorder in self._recorders:
             recorder.keep(x, codes, lam)
         return codes
+
+    def solve(
+        self,
+        x: Tensor,
+        lam: float | Tensor | None = None,
+        *,
+        n_steps: int | None = None,
+        tolerance: float | None = None,
+        z0: Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """Compute codes of x with another number of steps, a stopping rule, a start or a callback.
+
+        Args:
+            x: the input.
+            lam: lambda of this call, as in the forward.
+            n_steps: the most steps; None is the layer's own number.
+            tolerance: see `sdnet.kernels.csc_encode`, as z0 and callback.
+            z0: the codes to start from.
+            callback: called as callback(step, codes) after each step.
+
+        Returns:
+            The codes and the number of steps that were made. Gradients reach x, the weight, lam and z0.
+
+        Raises:
+            ValueError: an argument has a wrong type, shape or value.
+        """
+        self._check_input(x)
+        lam = self.forward_lambda() if lam is None else lam
+        coding = self.coding if n_steps is None else replace(self.coding, n_steps=n_steps)
+        iteration = Iteration(z0, tolerance, callback, self.prox)
+        options = coding, self.stride, self.padding, self.impl, self.keep_residuals, iteration
+        return solve(x, self.weight, self.step_size, lam, *options)
 
     def _check_upkeep(self) -> None:
         """Warn, once in a process, if the weight changed since the last training forward and the step size did not.
@@ -238,21 +277,23 @@ class CSCConv2d(CodingState):
             - Output: [N].
 
         Raises:
-            ValueError: `x`, `codes` or `lam` has a wrong shape.
+            ValueError: `x`, `codes` or `lam` has a wrong shape, or the layer has a `prox`, which gives no penalty.
         """
         self._check_input(x)
+        if self.prox is not None:
+            raise ValueError("prox is given; the layer knows the proximal operator alone and not the penalty.")
         with torch.autocast(x.device.type, enabled=False):
             x, codes = at_least_single(x), at_least_single(codes)
-            reconstruction = self.reconstruct(codes, (x.shape[2], x.shape[3]))
-            lam = self._lam if lam is None else lam
+            reconstruction = CSCConv2d.reconstruct(self, codes, (x.shape[2], x.shape[3]))
+            lam = self.forward_lambda() if lam is None else lam
             lam = lam if isinstance(lam, Tensor) and lam.requires_grad else checked_lambda(lam)
             lam = torch.as_tensor(lam, dtype=codes.dtype, device=codes.device)
-            if lam.ndim and lam.shape[0] != x.shape[0]:
+            lam = lam.reshape(-1, 1, 1, 1) if lam.ndim < 4 else lam
+            if lam.shape[0] not in (1, x.shape[0]) or lam.shape[1] not in (1, self.out_channels):
                 raise ValueError(
-                    f"lam has shape {list(lam.shape)}; for x of shape {list(x.shape)} it must be 0-d or "
-                    f"hold {x.shape[0]} values."
+                    f"lam has shape {list(lam.shape)}; for x of shape {list(x.shape)} it must be 0-d, "
+                    f"hold {x.shape[0]} values or be [1, {self.out_channels}, 1, 1]."
                 )
-            lam = lam.reshape(-1, 1, 1, 1)
             return reference.objective(x, codes, reconstruction, lam, self.coding)
 
     def _check_input(self, x: Tensor) -> None:
@@ -296,39 +337,30 @@ class CSCConv2d(CodingState):
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""
-        lam = self._exact_lam
-        shown = f"per sample [{lam.shape[0]}]" if isinstance(lam, Tensor) and lam.ndim else f"{float(lam):.4g}"
-        coding = ", ".join(f"{name}={value!r}" for name, value in vars(self.coding).items())
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, lam={shown}, {coding}"
+            f"padding={self.padding}, {self.described_coding()}"
         )
 
-    def add_recorder(self, recorder: "Recorder") -> None:
+    def described_coding(self) -> str:
+        """Return lambda and the options of the coding, for `repr`."""
+        lam = self._exact_lam
+        shown = f"of shape {list(lam.shape)}" if isinstance(lam, Tensor) and lam.ndim else f"{float(lam):.4g}"
+        if self.learn_lam != "no":
+            shown = f"learned per {self.learn_lam} from {shown}"
+        return ", ".join([f"lam={shown}", *(f"{name}={value!r}" for name, value in vars(self.coding).items())])
+
+    def add_recorder(self, recorder: Recorder) -> None:
         """Give the input, the codes and lambda of every later call to `recorder`."""
         self._recorders = (*self._recorders, recorder)
 
-    def remove_recorder(self, recorder: "Recorder") -> None:
+    def remove_recorder(self, recorder: Recorder) -> None:
         """End what `add_recorder` began."""
         self._recorders = tuple(other for other in self._recorders if other is not recorder)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes that a copy or a pickle takes over: all but the recordings in progress."""
         return {**self.__dict__, "_recorders": (), "_versions": None}
-
-
-class Recorder:
-    """The input, the codes and lambda of the last call of a layer, as copies.
-
-    Copies, because a later operation may change the tensors in place.
-    """
-
-    def __init__(self) -> None:
-        self.last: tuple[Tensor, Tensor, float | Tensor] | None = None
-
-    def keep(self, x: Tensor, codes: Tensor, lam: float | Tensor) -> None:
-        """Replace what is kept by a copy of these."""
-        self.last = x.clone(), codes.clone(), lam.clone() if isinstance(lam, Tensor) else lam
 
 
 @cache
@@ -340,13 +372,6 @@ def warn_once(text: str) -> None:
 def at_least_single(tensor: Tensor) -> Tensor:
     """Return a floating-point tensor in fp32, or as it is if it has a higher precision."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def refuse_convolution_only(options: Iterable[str]) -> None:
-    """Raise a TypeError if `options` has an argument that only convolutions have."""
-    for name in options:
-        if name in CONVOLUTION_ONLY:
-            raise TypeError(f"CSCConv2d has no argument {name!r}: {CONVOLUTION_ONLY[name]}.")
 
 
 def _coding_attribute(name: str) -> property:

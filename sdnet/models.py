@@ -24,6 +24,7 @@ from sdnet.kernels.coding import Coding, coding_of, takes_coding
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import Pair, codes_size
 from sdnet.layers import CSCConv2d
+from sdnet.state import LearnLam
 
 Stem = Literal["imagenet", "cifar"]
 Convolution = Callable[..., nn.Module]
@@ -66,6 +67,7 @@ def create_model(
     image_size: int | Pair | None = None,
     shortcut: bool = True,
     lam: float = 0.1,
+    learn_lam: LearnLam = "no",
     impl: str = "auto",
     **coding: Any,
 ) -> "SDNet":
@@ -84,6 +86,7 @@ def create_model(
         shortcut: whether the blocks have residual connections. False is allowed for the `_all` models only: their
             layers can then be inverted one by one.
         lam: lambda of every CSC layer, see `CSCConv2d`.
+        learn_lam: "no", or "layer" or "atom" to learn lambda of every CSC layer, see `CSCConv2d`.
         impl: the implementation of every CSC layer, see `sdnet.kernels.csc_encode`.
         **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
 
@@ -116,7 +119,8 @@ def create_model(
 
     options = coding_of(create_model, coding)
     lam, impl = checks.number("lam", lam), checks.choice("impl", impl, IMPLEMENTATIONS)
-    csc = csc_convolution(options, lam, impl)
+    checks.choice("learn_lam", learn_lam, get_args(LearnLam))
+    csc = csc_convolution(options, lam=lam, learn_lam=learn_lam, impl=impl)
     network = SDNet(
         blocks=variant.blocks,
         num_classes=num_classes,
@@ -135,6 +139,7 @@ def create_model(
         "image_size": list(image_size),
         "shortcut": shortcut,
         "lam": lam,
+        "learn_lam": learn_lam,
         **vars(options),
     }
     return network
@@ -148,12 +153,12 @@ def plain_convolution(
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
-def csc_convolution(coding: Coding, lam: float, impl: str) -> Convolution:
-    """Return a function that builds CSC layers with the given options."""
+def csc_convolution(coding: Coding, **options: Any) -> Convolution:
+    """Return a function that builds CSC layers with a coding and other options of `CSCConv2d`."""
 
     def make(in_channels: int, out_channels: int, kernel_size: int, stride: int, input_size: Pair) -> nn.Module:
         return CSCConv2d(
-            in_channels, out_channels, kernel_size, stride, lam=lam, input_size=input_size, impl=impl, **vars(coding)
+            in_channels, out_channels, kernel_size, stride, input_size=input_size, **options, **vars(coding)
         )
 
     return make

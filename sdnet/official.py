@@ -107,11 +107,11 @@ def _state_dict(content: object, source: Path) -> dict[str, Tensor]:
 
 
 def _official_names(target: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the official name of every entry of our state dict, as {official: ours}; power vectors have none."""
+    """Return {official name: our name} of every entry of our state dict that the official code has too."""
     all_layers = any(re.search(r"^stages\..*\.step_size$", key) for key in target)
     names = {}
     for ours in target:
-        if ours.endswith(".power_vector"):
+        if ours.endswith((".power_vector", ".raw_lam")):
             continue
         official = ours
         for pattern, replacement in _RENAMES:

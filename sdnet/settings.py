@@ -25,8 +25,8 @@ def set_lambda(
 
     Args:
         model: a network with CSC layers.
-        lam: a number of at least 0, or a tensor of such numbers: 0-d, or one per sample of the next batches, [N] or
-            [N, 1, 1, 1].
+        lam: a number of at least 0, or a tensor of such numbers: 0-d, one per sample of the next batches, [N] or
+            [N, 1, 1, 1], or one per atom, [1, K, 1, 1].
         layers: "all", or "first" for the CSC layer that the data reach first, which is the stem of an SDNet.
         example: for "first", an input of the model (a tensor, or a tuple of the positional arguments). The first layer
             is then found by one forward in evaluation mode. It is needed where the order of the calls does not follow
@@ -39,8 +39,10 @@ def set_lambda(
     """
     found = _layers_of(model, "lambda")
     checks.choice("layers", layers, get_args(Layers))
-    value = checked_lambda(lam)
-    for layer in found if layers == "all" else [_first_layer(model, example)]:
+    value, chosen = checked_lambda(lam), found if layers == "all" else [_first_layer(model, example)]
+    for layer in chosen:
+        layer.check_assignable(value)
+    for layer in chosen:
         layer.lam = value
 
 

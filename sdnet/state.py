@@ -5,25 +5,32 @@
 | `step_size`    | buffer           | fp32                         | yes               |
 | `power_vector` | tensor attribute | fp32, contiguous             | yes               |
 | `lam`          | tensor attribute | fp32, fp64 in a double layer | no                |
+| `raw_lam`      | parameter        | that of the weight           | yes, if learned   |
 
-All three move with the module (`to`, `cuda`, `share_memory`) and keep their precision under `half()` and `bfloat16()`.
-The power vector and lambda are not registered buffers, because DistributedDataParallel (DDP) broadcasts the registered
-buffers of rank 0 before every forward, and averages of models average them. The power vector is equal on all ranks
-without that and as large as an input of the layer (600 kB at 224 pixels); lambda can hold one value per sample, which
-differs from rank to rank.
+All move with the module (`to`, `cuda`, `share_memory`), and the first three keep their precision under `half()` and
+`bfloat16()`. The power vector and lambda are not registered buffers, because DistributedDataParallel (DDP) broadcasts
+the registered buffers of rank 0 before every forward, and averages of models average them. The power vector is equal on
+all ranks without that and as large as an input of the layer (600 kB at 224 pixels); lambda can hold one value per
+sample, which differs from rank to rank.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdnet.kernels import checks, step_sizes
 from sdnet.kernels.reference import Pair
 
-LAMBDA_SHAPES = "a finite number of at least 0, or a tensor of such numbers that is 0-d, [N] or [N, 1, 1, 1]"
+LearnLam = Literal["no", "layer", "atom"]
+
+LAMBDA_SHAPES = (
+    "a finite number of at least 0, or a tensor of such numbers that is 0-d, [N] or [N, 1, 1, 1], or [1, K, 1, 1] with "
+    "a value per atom"
+)
 
 
 @contextmanager
@@ -34,12 +41,12 @@ def persistent_state() -> Iterator[None]:
 
 
 def checked_lambda(value: Any) -> float | Tensor:
-    """Return a value of lambda as a float, or as a tensor of shape [] or [N, 1, 1, 1] with no gradient.
+    """Return a value of lambda as a float, or as a tensor that is 0-d or has four dimensions, with no gradient.
 
     The numbers of a tensor on a GPU are not checked: that would make the host wait for the device.
 
     Args:
-        value: a number, or a tensor that is 0-d, [N] or [N, 1, 1, 1].
+        value: a number, or a tensor that is 0-d, [N], [N, 1, 1, 1], [1, K, 1, 1] or [N, K, 1, 1].
 
     Raises:
         ValueError: `value` has another type or shape, is negative or not finite, or requires a gradient.
@@ -57,11 +64,11 @@ def checked_lambda(value: Any) -> float | Tensor:
         raise ValueError(f"lam is a tensor of {value.dtype}; it must be {LAMBDA_SHAPES}.")
     if value.is_meta:
         raise ValueError(f"lam is a tensor on the meta device; it must be {LAMBDA_SHAPES}.")
-    if value.ndim and not (value.ndim in (1, 4) and value.numel() == value.shape[0] > 0):
+    if value.ndim and (value.ndim not in (1, 4) or value.numel() == 0 or value.shape[2:].numel() != 1):
         raise ValueError(f"lam has shape {list(value.shape)}; it must be {LAMBDA_SHAPES}.")
     if value.device.type == "cpu" and not bool(((value >= 0) & value.isfinite()).all()):
         raise ValueError(f"lam is {checks.shown(value.squeeze().tolist())}; it must be {LAMBDA_SHAPES}.")
-    return value.reshape(-1, 1, 1, 1) if value.ndim else value
+    return value.reshape(-1, 1, 1, 1) if value.ndim == 1 else value
 
 
 class CodingState(nn.Module):
@@ -75,20 +82,32 @@ class CodingState(nn.Module):
         lam: the weight of |z|_1. Read it as a tensor; assign a number or a tensor.
     """
 
+    out_channels: int
+    learn_lam: LearnLam
     weight: nn.Parameter
+    raw_lam: nn.Parameter | None
     step_size: Tensor
     power_vector: Tensor
     _lam: Tensor
     _exact_lam: float | Tensor
 
-    def create_state(self, lam: float, channels: int, size: Pair) -> None:
+    def create_state(self, lam: float, channels: int, size: Pair, learn_lam: LearnLam = "no") -> None:
         """Create the state beside `weight`, on its device.
 
         Args:
             lam: lambda.
             channels: the channels of the power vector.
             size: the height and width of the inputs on which the step size is estimated.
+            learn_lam: whether lambda is learned, and how many values: "no", "layer" or "atom".
+
+        Raises:
+            ValueError: `learn_lam` is none of these, or lambda is to be learned and is 0.
         """
+        self.learn_lam = checks.choice("learn_lam", learn_lam, get_args(LearnLam))
+        self.register_parameter("raw_lam", None)
+        if learn_lam != "no":  # at least one dimension, which sharding needs
+            values = self.weight.new_empty(1 if learn_lam == "layer" else self.out_channels)
+            self.raw_lam = nn.Parameter(values)
         device = self.weight.device
         self.register_buffer("step_size", torch.full((), float("nan"), dtype=torch.float32, device=device))
         power_vector = torch.empty(1, channels, *size, dtype=torch.float32, device=device)
@@ -110,21 +129,25 @@ class CodingState(nn.Module):
 
     @property
     def lam(self) -> Tensor:
-        """Lambda, 0-d or one value per sample, [N, 1, 1, 1]: a copy, which later assignments do not change.
+        """Lambda, 0-d, per sample [N, 1, 1, 1] or per atom [1, K, 1, 1]: a copy, which assignments do not change.
 
-        Assign a number, or a tensor that is 0-d, [N] or [N, 1, 1, 1]; the next forward uses it, compiled or not. While
+        Assign a number, or a tensor that is 0-d, [N], [N, 1, 1, 1], [1, K, 1, 1] or [N, K, 1, 1]; the next forward
+        uses it, compiled or not. While
         the shape stays the same the assignment writes to the memory that the forward reads, so that a compiled forward
         is not compiled again and a captured CUDA graph uses the new value.
 
         Lambda is a hyperparameter, not state: it is not saved in the state dict, and loading one does not change it.
         Store it with the arguments of your model. A tensor that requires a gradient is refused: give it to the forward.
         The numbers of a tensor on a GPU are not checked; `sdnet.check_lambda(model)` checks them.
+
+        A lambda that is learned (`learn_lam`) is read as softplus(raw_lam), with its gradient, and is saved in the
+        state dict. Assign a number above 0, or a tensor that is 0-d or, if learned per atom, [1, K, 1, 1].
         """
-        return self._lam.clone()
+        return self._lam.clone() if self.raw_lam is None else self.forward_lambda()
 
     @lam.setter
     def lam(self, value: float | Tensor) -> None:
-        lam = checked_lambda(value)
+        lam = self.check_assignable(value)
         with persistent_state():
             self._exact_lam = lam.clone(memory_format=torch.contiguous_format) if isinstance(lam, Tensor) else lam
             shape = lam.shape if isinstance(lam, Tensor) else torch.Size(())
@@ -134,6 +157,45 @@ class CodingState(nn.Module):
                 self._lam.copy_(lam)
             else:
                 self._lam.fill_(lam)
+        self.reset_learned_lambda()
+
+    def check_assignable(self, value: Any) -> float | Tensor:
+        """Return what `checked_lambda` returns for a value that can be assigned to `lam`.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        lam = checked_lambda(value)
+        shape = lam.shape if isinstance(lam, Tensor) else torch.Size(())
+        if shape and shape[1] not in (1, self.out_channels):
+            raise ValueError(
+                f"lam has shape {list(shape)}; this layer has {self.out_channels} atoms, and so a lambda per atom has "
+                f"the shape [1, {self.out_channels}, 1, 1]."
+            )
+        if self.learn_lam == "no":
+            return lam
+        if shape and (self.learn_lam == "layer" or shape[0] != 1):
+            raise ValueError(
+                f"lam has shape {list(shape)}, but it is learned per {self.learn_lam}: assign a number, or give lambda "
+                "to the forward, layer(x, lam=lam)."
+            )
+        if not isinstance(lam, Tensor) and lam == 0:
+            raise ValueError("lam is 0; a lambda that is learned must be above 0, as softplus(raw_lam) is.")
+        return lam
+
+    @torch.no_grad()
+    def reset_learned_lambda(self) -> None:
+        """Set `raw_lam`, if there is one, such that lambda is the last assigned value."""
+        if self.raw_lam is not None and not self.raw_lam.is_meta:
+            lam = torch.as_tensor(self._exact_lam, dtype=torch.float64, device=self.raw_lam.device).flatten()
+            self.raw_lam.copy_(lam + torch.log(-torch.expm1(-lam)))  # the inverse of softplus
+
+    def forward_lambda(self) -> Tensor:
+        """Return the lambda that a forward uses, 0-d or with four dimensions; not a copy."""
+        if self.raw_lam is None:
+            return self._lam
+        raw = self.raw_lam if self.raw_lam.dtype == torch.float64 else self.raw_lam.float()
+        return F.softplus(raw).view(() if self.learn_lam == "layer" else (1, -1, 1, 1))
 
     @torch.no_grad()
     def reset_power_vector(self, size: Pair | None = None) -> None:
@@ -164,6 +226,7 @@ class CodingState(nn.Module):
                 # to_empty() leaves memory as it is. A vector can be made again; a step size cannot without weights, and
                 # NaN shows at once that neither load_state_dict() nor reset_parameters() followed.
                 self.reset_power_vector()
+                self.reset_learned_lambda()
                 self.step_size.fill_(float("nan"))
             moved = fn(lam)
             if moved is not lam:

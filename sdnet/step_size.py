@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sdnet.kernels import checks, step_sizes
 from sdnet.kernels.reference import Pair
-from sdnet.layers import CSCConv2d, Recorder
+from sdnet.layers import CSCConv2d
+from sdnet.recorder import Recorder
 from sdnet.stored_weight import effective_weight, project_layer, refusal
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any] | int
