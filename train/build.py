@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 import sdnet
 from sdnet.kernels import explain
@@ -48,6 +49,8 @@ def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
         )
     if recipe.mixed_precision != "no" and not accelerator.native_amp:  # Accelerate itself would train in fp32
         raise UserError(f"Mixed precision {recipe.mixed_precision} needs a GPU; this run has {accelerator.device}.")
+    if recipe.sync_bn and accelerator.device.type != "cuda":
+        raise UserError(f"sync_bn needs GPUs; this run has {accelerator.device}.")
     if accelerator.gradient_accumulation_steps != recipe.accumulate:
         steps = accelerator.gradient_accumulation_steps
         raise UserError(f"accelerate was launched with {steps} accumulation steps: pass --accumulate {steps} instead.")
@@ -131,6 +134,8 @@ def make_model(recipe: Recipe, num_classes: int, device: torch.device) -> sdnet.
     sdnet.refresh_step_size(model)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if recipe.sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # within the model: the model itself is no batch norm
     if recipe.compile:
-        model.compile()
+        model.compile(mode=recipe.compile_mode)
     return model

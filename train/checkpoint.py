@@ -35,15 +35,29 @@ class TrainState:
         epoch: The number of finished epochs.
         batch: The number of finished batches of the running epoch.
         step: The number of optimiser steps of the whole run.
-        best_top1: The highest validation top-1 accuracy so far, in percent; -1 before the first evaluation.
-        best_epoch: The number of epochs after which it was measured.
+        best_top1: The highest top-1 accuracy so far, in percent, of the images that choose the best weights; -1 before
+            the first evaluation.
+        best_ema_top1: The same of the averaged weights.
+        best_epoch: The number of epochs after which one of these was last raised.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     best_top1: float = -1.0
+    best_ema_top1: float = -1.0
     best_epoch: int = 0
+
+    def note_best(self, scores: Mapping[str, float]) -> dict[str, str]:
+        """Note the scores of an epoch, and return {best file: last file} for the weights that are the best so far."""
+        deciding, copies = "holdout_top1" if "holdout_top1" in scores else "val_top1", {}
+        if scores.get(deciding, -1) > self.best_top1:
+            self.best_top1, self.best_epoch = scores[deciding], self.epoch
+            copies["best"] = "last"
+        if scores.get(f"ema_{deciding}", -1) > self.best_ema_top1:
+            self.best_ema_top1, self.best_epoch = scores[f"ema_{deciding}"], self.epoch
+            copies["best_ema"] = "last_ema"
+        return copies
 
     def state_dict(self) -> State:
         """Return all fields."""
@@ -51,6 +65,7 @@ class TrainState:
 
     def load_state_dict(self, state_dict: State, /) -> None:
         """Set all fields."""
+        state_dict = {"best_ema_top1": -1.0, "best_epoch": 0} | state_dict  # an older version did not store these
         for item in fields(self):
             setattr(self, item.name, type(item.default)(state_dict[item.name]))
 

@@ -31,6 +31,26 @@ def outcome(lines: Sequence[Line]) -> dict[str, Line]:
     return {"best": best_line(evaluated), "best_on_validation": on_validation, "last": evaluated[-1]}
 
 
+def by_weights(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return the scores of an evaluation by the file of the weights that reached them."""
+    averaged = {name.removeprefix("ema_"): value for name, value in scores.items() if name.startswith("ema_")}
+    live = {name: value for name, value in scores.items() if not name.startswith("ema_")}
+    return {"last": live} | ({"last_ema": averaged} if averaged else {})
+
+
+def describe_scores(scores: Mapping[str, float]) -> list[str]:
+    """Return the scores of an evaluation as words; nothing for an epoch without one."""
+    words = []
+    for prefix in ("", "ema_"):
+        for kind in ("val", "holdout"):
+            loss, top1, top5 = (scores.get(f"{prefix}{kind}_{name}") for name in ("loss", "top1", "top5"))
+            if loss is not None:
+                title = {"": "", "ema_": "EMA "}[prefix] + {"val": "", "holdout": "held-out "}[kind]
+                words += [f"{title}{'val ' if kind == 'val' else ''}loss {loss:.3f}", f"{title}top-1 {top1:.2f}%"]
+                words += [f"{title}top-5 {top5:.2f}%"] if kind == "val" and not prefix else []
+    return words
+
+
 def describe_outcome(lines: Sequence[Line]) -> str:
     """Return the validation accuracies of `outcome` as words."""
     found = outcome(lines)
@@ -40,7 +60,10 @@ def describe_outcome(lines: Sequence[Line]) -> str:
     def words(name: str, remark: str = "") -> str:
         return f"{found[name]['val_top1']:.2f}% (epoch {found[name]['epoch']}{remark})"
 
-    if "holdout_top1" not in found["best"]:
-        return f"best top-1 {words('best')}, last {words('last')}"
-    chosen = words("best", ", chosen on held-out images")
-    return f"best top-1 {chosen}, best on validation {words('best_on_validation')}, last {words('last')}"
+    text = f"best top-1 {words('best')}"
+    if "holdout_top1" in found["best"]:
+        chosen = words("best", ", chosen on held-out images")
+        text = f"best top-1 {chosen}, best on validation {words('best_on_validation')}"
+    text += f", last {words('last')}"
+    averaged = found["last"].get("ema_val_top1")
+    return text if averaged is None else f"{text}, last EMA {averaged:.2f}%"

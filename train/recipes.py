@@ -50,21 +50,34 @@ class Recipe:
     mixup: float = setting(0.0, "images", "alpha of Mixup, 0 for none", most=1000)
     cutmix: float = setting(0.0, "images", "alpha of CutMix, 0 for none", most=1000)
 
+    random_erasing: float = setting(0.0, "images", "probability that an image loses a rectangle", most=1)
+
     epochs: int = setting(100, "optimisation", "passes over the training set", least=1)
     batch: int = setting(512, "optimisation", "images of one step, over all processes and accumulated batches", least=1)
     accumulate: int = setting(1, "optimisation", "batches whose gradients make one step", least=1)
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "optimisation", "SGD with momentum, or AdamW")
     lr: float = setting(0.1, "optimisation", "highest learning rate")
-    schedule: Literal["step", "cosine"] = setting("step", "optimisation", "x gamma at milestones, or cosine to lr_min")
+    schedule: Literal["step", "cosine", "onecycle"] = setting(
+        "step", "optimisation", "x gamma at milestones, cosine to lr_min, or a straight line to lr_min"
+    )
     milestones: tuple[int, ...] = setting(
         (30, 60, 90), "optimisation", "epochs at which step changes the rate", least=1
     )
     gamma: float = setting(0.1, "optimisation", "factor of the rate at a milestone", most=1)
-    lr_min: float = setting(0.0, "optimisation", "learning rate at the end of cosine")
+    lr_min: float = setting(0.0, "optimisation", "learning rate at the end of cosine and onecycle")
     warmup_epochs: float = setting(0.0, "optimisation", "epochs of linear rise from zero, part of the epochs")
-    momentum: float = setting(0.9, "optimisation", "momentum of SGD", most=1)
+    momentum: float = setting(0.9, "optimisation", "momentum of SGD, beta1 of AdamW", most=1)
+    beta2: float = setting(0.999, "optimisation", "beta2 of AdamW", most=1)
     nesterov: bool = setting(False, "optimisation", "Nesterov momentum")
-    weight_decay: float = setting(1e-4, "optimisation", "weight decay of all parameters")
+    weight_decay: float = setting(1e-4, "optimisation", "weight decay")
+    decay_norms: bool = setting(True, "optimisation", "weight decay of batch norms and biases too")
+    decay_atoms: bool = setting(True, "optimisation", "weight decay of the atoms of CSC layers too")
+    clip_norm: float = setting(0.0, "optimisation", "largest norm of the gradient, 0 for any")
     label_smoothing: float = setting(0.0, "optimisation", "share of the target spread over all classes", most=1)
+
+    ema: float = setting(0.0, "optimisation", "decay of the averaged weights (EMA), such as 0.9999; 0 for none", most=1)
+    eval_every: int = setting(1, "optimisation", "epochs between two evaluations; the last epoch has one too", least=1)
+    early_stop: int = setting(0, "optimisation", "epochs without a better top-1 after which training ends, 0 for never")
 
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "execution", "autocast type; fp16 needs a GPU")
     input_dtype: Literal["fp32", "fp16", "bf16"] = setting(
@@ -72,6 +85,13 @@ class Recipe:
     )
     channels_last: bool = setting(False, "execution", "NHWC memory format")
     compile: bool = setting(False, "execution", "torch.compile the model")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = setting(
+        "default", "execution", "mode of torch.compile"
+    )
+    sync_bn: bool = setting(False, "execution", "batch norm over the images of all GPUs")
+    tf32: bool = setting(True, "execution", "TF32 products of fp32 convolutions and matrices; GPUs only")
+    cudnn_benchmark: bool = setting(True, "execution", "let cuDNN time its algorithms; not with deterministic")
+    deterministic: bool = setting(False, "execution", "deterministic algorithms, where PyTorch has one")
     seed: int = setting(0, "execution", "seed of weights, order and augmentation", most=2**63 - 1)
 
     def __post_init__(self) -> None:
@@ -88,10 +108,20 @@ class Recipe:
             raise UserError(f"milestones is {' '.join(map(str, self.milestones))}; the epochs must rise.")
         if self.warmup_epochs > self.epochs:
             raise UserError(f"warmup_epochs is {self.warmup_epochs}, more than epochs, {self.epochs}.")
-        if self.schedule == "cosine" and self.lr_min > self.lr:
+        if self.schedule != "step" and self.lr_min > self.lr:
             raise UserError(f"lr_min is {self.lr_min}, more than lr, {self.lr}.")
-        if self.momentum == 1:
-            raise UserError("momentum is 1; it must be less than 1.")
+        for name in ("momentum", "beta2", "ema"):
+            if getattr(self, name) == 1:
+                raise UserError(f"{name} is 1; it must be less than 1.")
+        if self.nesterov and self.optimizer != "sgd":
+            raise UserError(f"nesterov is for sgd; optimizer is {self.optimizer}.")
+        if self.compile_mode != "default" and not self.compile:
+            raise UserError(f"compile_mode {self.compile_mode} needs compile.")
+        if self.early_stop % self.eval_every:
+            raise UserError(
+                f"early_stop is {self.early_stop}; it must be a multiple of eval_every, {self.eval_every}: only "
+                "evaluated epochs can be better."
+            )
         if self.nesterov and self.momentum == 0:
             raise UserError("nesterov needs a momentum above 0; momentum is 0.")
 

@@ -9,6 +9,7 @@ tensorboard/       the same, and the training loss within epochs
 left_out.tsv       files of the data that are not used, and why; special characters of names are escaped
 best.safetensors   weights of the epoch with the highest validation top-1
 last.safetensors   weights of the last checkpoint
+best_ema.safetensors, last_ema.safetensors   the same of the averaged weights, with --ema
 last.pt            all that a resume needs, in one file (see sdnet.train.checkpoint)
 previous.pt        the checkpoint before, which a resume takes if last.pt is damaged
 epoch-0030.*       checkpoint and weights of an epoch that --keep-every keeps
@@ -212,7 +213,8 @@ class RunFolder:
         for number, text in enumerate(_read_text(self.metrics_file).split("\n")[:-1], 1):
             try:
                 lines.append(json.loads(text))
-                whole = all(isinstance(lines[-1][name], int | float) for name in ("epoch", *CURVES))
+                curves = CURVES if "val_loss" in lines[-1] else ("train_loss",)  # an epoch without an evaluation
+                whole = all(isinstance(lines[-1][name], int | float) for name in ("epoch", *curves))
             except (ValueError, TypeError, KeyError, RecursionError):
                 whole = False
             if not whole:
@@ -255,15 +257,19 @@ class RunFolder:
         from matplotlib.figure import Figure
 
         lines = self.metrics()
-        epochs = [line["epoch"] for line in lines]
         figure = Figure(figsize=(7, 4), layout="constrained")
         losses, accuracies = figure.subplots(1, 2)
-        losses.plot(epochs, [line["train_loss"] for line in lines], label="train")
-        losses.plot(epochs, [line["val_loss"] for line in lines], label="val")
+        plots = {
+            losses: {"train_loss": "train", "val_loss": "val", "ema_val_loss": "val, EMA"},
+            accuracies: {"val_top1": "top-1", "val_top5": "top-5", "ema_val_top1": "top-1, EMA"},
+        }
+        for axes, curves in plots.items():
+            for name, label in curves.items():
+                points = [(line["epoch"], line[name]) for line in lines if name in line]
+                if points or name in CURVES:
+                    axes.plot(*zip(*points, strict=True) if points else ((), ()), label=label)
         losses.set(xlabel="epoch", ylabel="cross-entropy")
         losses.legend()
-        accuracies.plot(epochs, [line["val_top1"] for line in lines], label="top-1")
-        accuracies.plot(epochs, [line["val_top5"] for line in lines], label="top-5")
         accuracies.set(xlabel="epoch", ylabel="val accuracy, %", ylim=(0, 100))
         accuracies.legend()
         write_atomically(self.curve_file, lambda path: figure.savefig(path, format="png", dpi=120))

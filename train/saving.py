@@ -1,8 +1,8 @@
 """When a run writes its state, and in which order: first what a resume needs, then the weights for others."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from accelerate import Accelerator
@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from sdnet.train.checkpoint import Checkpoint, State, Stateful, TrainState, states_of
+from sdnet.train.ema import Ema
 from sdnet.train.errors import UserError
 from sdnet.train.job import Job
 from sdnet.train.step_sizes import converged_step_sizes
@@ -38,7 +39,7 @@ class Saver:
     Attributes:
         shared: The parts that a checkpoint stores once for all processes, by name.
         own: The parts that it stores for each process, by name.
-        models: The models whose weights are exported, by the name of the file without `.safetensors`.
+        models: The models or averages whose weights are exported, by the name of the file without `.safetensors`.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Saver:
         self.digests, self.facts = digests, dict(facts)
         self.shared: dict[str, Stateful] = {"state": state, "exports": self}
         self.own: dict[str, Stateful] = {}
-        self.models: dict[str, nn.Module] = {}
+        self.models: dict[str, nn.Module | Ema] = {}
         self._scores: dict[str, dict[str, float]] = {}
         self._copies: dict[str, str] = {}
         self._written, self._asked = time.monotonic(), False
@@ -116,11 +117,22 @@ class Saver:
             raise UserError(sentence)
 
     def _export(self) -> None:
-        within_epoch = self.state.batch > 0  # else the step sizes have converged already
         place = {"epoch": str(self.state.epoch), "step": str(self.state.step)}
         for name, model in self.models.items():
             reached = {key: f"{value:.4f}" for key, value in self._scores.get(name, {}).items()}
-            with converged_step_sizes(model) if within_epoch else nullcontext():
-                self.run.save_weights(name, model.state_dict(), self.facts | place | reached)
+            with self._ready(model) as ready:
+                self.run.save_weights(name, ready.state_dict(), self.facts | place | reached)
         for name, source in self._copies.items():
             self.run.copy_weights(source, name)
+
+    @contextmanager
+    def _ready(self, model: nn.Module | Ema) -> Iterator[nn.Module]:
+        """Yield a model with converged step sizes; an average with atoms of unit norm too."""
+        if isinstance(model, Ema):
+            with model.projected() as averaged:
+                yield averaged
+        elif self.state.batch:
+            with converged_step_sizes(model):
+                yield model
+        else:  # after an epoch the step sizes have converged already
+            yield model

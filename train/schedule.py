@@ -12,6 +12,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
         warm-up, e < W:  lr (step + 1) / (W steps_per_epoch)
         "step":          lr gamma^(number of milestones <= e)
         "cosine":        lr_min + (lr - lr_min) (1 + cos(pi (e - W) / (E - W))) / 2
+        "onecycle":      lr_min + (lr - lr_min) (1 - (e - W) / (E - W))
 
     Args:
         recipe: The recipe.
@@ -24,4 +25,5 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     if recipe.schedule == "step":
         return recipe.lr * recipe.gamma ** sum(epoch >= milestone for milestone in recipe.milestones)
     progress = (epoch - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
-    return recipe.lr_min + (recipe.lr - recipe.lr_min) * (1 + math.cos(math.pi * progress)) / 2
+    share = 1 - progress if recipe.schedule == "onecycle" else (1 + math.cos(math.pi * progress)) / 2
+    return recipe.lr_min + (recipe.lr - recipe.lr_min) * share

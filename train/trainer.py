@@ -5,22 +5,27 @@ import math
 import sys
 from collections.abc import Callable
 from itertools import islice
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast, gather_object
+from torch import Tensor, nn
 
 import sdnet
 from sdnet.step_size import csc_layers
 from sdnet.train.build import check_recipe, make_accelerator, make_model
 from sdnet.train.checkpoint import RandomState, State, TrainState, restore
 from sdnet.train.data.loader import Data, Loader, Rank
+from sdnet.train.ema import Ema
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import NonFiniteLossError, UserError
+from sdnet.train.execution import execution
 from sdnet.train.interrupt import Interrupt
 from sdnet.train.job import Job
 from sdnet.train.metrics import LossMeter, LossReading, evaluate
-from sdnet.train.outcome import describe_outcome
+from sdnet.train.optimizer import make_optimizer
+from sdnet.train.outcome import by_weights, describe_outcome, describe_scores
 from sdnet.train.progress import Display, Stopwatch, peak_memory
 from sdnet.train.saving import Digests, Saver
 from sdnet.train.schedule import learning_rate
@@ -65,22 +70,21 @@ class Trainer:
         if not self.steps_per_epoch:
             raise UserError(f"The training set is smaller than one batch of {recipe.batch}.")
 
-        self.model = make_model(recipe, len(self.data.classes), device)
-        optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-        )
+        with execution(recipe):
+            self.model = make_model(recipe, len(self.data.classes), device)
+        self.ema = Ema(self.model, recipe.ema) if recipe.ema else None
+        optimizer = make_optimizer(recipe, self.model)
         if csc_layers(self.model):
             sdnet.attach(self.model, optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.gradient_norm = torch.zeros((), device=device)
         self.meter, self.state = LossMeter(device), TrainState()
         facts = model_facts(self.model.config, self.data.classes) | {"recipe": json.dumps(recipe.to_json())}
         self.saver = Saver(job, self.accelerator, self.state, digests, facts)
         self.saver.models["last"] = self.model
         self.saver.shared |= {"model": self.model, "optimizer": self.optimizer}
+        if self.ema:
+            self.saver.models["last_ema"] = self.saver.shared["ema"] = self.ema
         if self.accelerator.scaler:
             self.saver.shared["scaler"] = self.accelerator.scaler
         self.saver.own |= {
@@ -110,15 +114,25 @@ class Trainer:
             SystemExit: After one of `interrupt.SIGNALS`, with a checkpoint written; the code is 128 + the signal.
         """
         self._open_run()
-        with self.interrupt, self.display:
+        with self.interrupt, self.display, execution(self.job.recipe, self.display.say):
             for note in self.notes:
                 self.display.say(note)
-            while self.state.epoch < self.job.recipe.epochs:
+            while not self._finished():
                 self._train_epoch()
                 self._finish_epoch()
+            if self.state.epoch < self.job.recipe.epochs:
+                self.display.say(
+                    f"Training ended after epoch {self.state.epoch}: {self.job.recipe.early_stop} epochs without a "
+                    "better top-1."
+                )
             if self.accelerator.is_main_process:
                 self.display.say(f"Done: {describe_outcome(self.run.metrics())}; the run folder is {self.run.path}")
         self.accelerator.end_training()
+
+    def _finished(self) -> bool:
+        """Return whether all epochs are done, or too many went by without a better top-1."""
+        state, recipe = self.state, self.job.recipe
+        return state.epoch >= recipe.epochs or 0 < recipe.early_stop <= state.epoch - state.best_epoch
 
     def _train_epoch(self) -> None:
         """Train on the batches of the epoch that are left."""
@@ -132,11 +146,15 @@ class Trainer:
             with accelerator.accumulate(self.wrapped):
                 loss = F.cross_entropy(self.wrapped(images), labels, label_smoothing=recipe.label_smoothing)
                 accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    self._treat_gradients()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.meter.update(loss.detach(), len(labels), state.step)
             state.batch += 1
             if accelerator.sync_gradients:
+                if self.ema:
+                    self.ema.update(state.step)
                 state.step += 1
                 if state.step % self.job.log_every == 0:
                     self._report()
@@ -146,16 +164,29 @@ class Trainer:
                 if due and state.batch < self.steps_per_epoch * recipe.accumulate:
                     self._checkpoint()
 
+    def _treat_gradients(self) -> None:
+        """Clip the gradients of a step; note their norm, on the device, where the recipe clips or a report follows."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        if self.job.recipe.clip_norm:
+            norm = self.accelerator.clip_grad_norm_(parameters, self.job.recipe.clip_norm)
+        elif (self.state.step + 1) % self.job.log_every == 0:
+            self.accelerator.unscale_gradients(self.optimizer)
+            norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+        else:
+            return
+        self.gradient_norm = cast(Tensor, norm).detach()
+
     def _finish_epoch(self) -> None:
         """Converge the step sizes, evaluate, save, and prepare the next epoch."""
-        state, epochs = self.state, self.job.recipe.epochs
+        state, recipe = self.state, self.job.recipe
         loss = self._read_loss().epoch
         speed, wait = self._speed(), self.watch.wait_share
         self._check_weights()
         margin = self._check_margins(converge_step_sizes(self.model))
-        if self.accelerator.num_processes > 1:
-            broadcast(list(self.model.buffers()))  # batch norm's statistics differ between ranks: those of rank 0 count
-        scores = self._evaluate()
+        if self.accelerator.num_processes > 1:  # batch norm's statistics differ between ranks: those of rank 0 count
+            broadcast([*self.model.buffers(), *(self.ema.model.buffers() if self.ema else ())])
+        evaluated = (state.epoch + 1) % recipe.eval_every == 0 or state.epoch + 1 == recipe.epochs
+        scores = self._evaluate() if evaluated else {}
         state.epoch, state.batch = state.epoch + 1, 0
         self.meter.reset()
         self.data.train.set_epoch(state.epoch)
@@ -166,29 +197,34 @@ class Trainer:
             facts |= {"images_per_second": speed, "data_wait": wait}
             with self.run.writing():
                 self.run.add_metrics({"epoch": state.epoch, "step": state.step, "lr": rate, **facts})
-        self.display.say(
-            f"epoch {state.epoch}/{epochs}  train loss {loss:.3f}  val loss {scores['val_loss']:.3f}  "
-            f"top-1 {scores['val_top1']:.2f}%  top-5 {scores['val_top5']:.2f}%  {speed:.0f} images/s"
-        )
-        deciding = scores["holdout_top1" if self.data.holdout else "val_top1"]
-        if best := deciding > state.best_top1:
-            state.best_top1, state.best_epoch = deciding, state.epoch
+        words = [f"epoch {state.epoch}/{recipe.epochs}", f"train loss {loss:.3f}", *describe_scores(scores)]
+        self.display.say("  ".join([*words, f"{speed:.0f} images/s"]))
         keep = self.job.keep_every > 0 and state.epoch % self.job.keep_every == 0
-        self.saver.save({"last": scores}, {"best": "last"} if best else {}, keep)
-        if state.epoch < epochs and (signal := self.agreement.now(self.interrupt.signal)):
+        self.saver.save(by_weights(scores), state.note_best(scores), keep)
+        if state.epoch < recipe.epochs and (signal := self.agreement.now(self.interrupt.signal)):
             self._stop(signal, saved=True)
 
     def _evaluate(self) -> dict[str, float]:
         """Return the scores of the validation set and of the held-out images, if there are any.
 
+        Those of the averaged weights begin with `ema_`.
+
         Raises:
             NonFiniteLossError: A loss is not finite.
         """
+        scores = self._scores_of(self.model)
+        if self.ema:
+            with self.ema.projected() as averaged:
+                scores |= {f"ema_{name}": value for name, value in self._scores_of(averaged).items()}
+        return scores
+
+    def _scores_of(self, model: nn.Module) -> dict[str, float]:
         data, device = self.data, self.accelerator.device
-        scores = evaluate(self.model, data.val, data.val_size, device)
-        if data.holdout:
-            held = evaluate(self.model, data.holdout, data.holdout_size, device)
-            scores |= {name.replace("val_", "holdout_"): value for name, value in held.items()}
+        with self.accelerator.autocast():
+            scores = evaluate(model, data.val, data.val_size, device)
+            if data.holdout:
+                held = evaluate(model, data.holdout, data.holdout_size, device)
+                scores |= {name.replace("val_", "holdout_"): value for name, value in held.items()}
         for name, value in scores.items():
             if not math.isfinite(value):
                 what = "The validation loss" if name == "val_loss" else "The loss of the held-out images"

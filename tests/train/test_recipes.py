@@ -84,6 +84,21 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"milestones": (60, 30)}, "milestones is 60 30; the epochs must rise."),
     ({"warmup_epochs": 101.0}, "warmup_epochs is 101.0, more than epochs, 100."),
     ({"schedule": "cosine", "lr_min": 0.2}, "lr_min is 0.2, more than lr, 0.1."),
+    ({"schedule": "onecycle", "lr_min": 0.2}, "lr_min is 0.2, more than lr, 0.1."),
+    ({"ema": 1.0}, "ema is 1; it must be less than 1."),
+    ({"beta2": 1.0}, "beta2 is 1; it must be less than 1."),
+    ({"optimizer": "adam"}, "optimizer is 'adam'; it must be one of sgd, adamw."),
+    ({"optimizer": "adamw", "nesterov": True}, "nesterov is for sgd; optimizer is adamw."),
+    ({"clip_norm": -1.0}, "clip_norm is -1.0; it must be a finite number of at least 0."),
+    ({"random_erasing": 1.5}, "random_erasing is 1.5; it must be at most 1."),
+    ({"holdout": -1}, "holdout is -1; it must be an int of at least 0."),
+    ({"width": 0}, "width is 0; it must be an int of at least 1."),
+    ({"eval_every": 0}, "eval_every is 0; it must be an int of at least 1."),
+    ({"compile_mode": "max-autotune"}, "compile_mode max-autotune needs compile."),
+    (
+        {"early_stop": 3, "eval_every": 2},
+        "early_stop is 3; it must be a multiple of eval_every, 2: only evaluated epochs can be better.",
+    ),
     ({"seed": 2**63}, f"seed is {2**63}; it must be at most {2**63 - 1}."),
 ]
 
@@ -126,6 +141,12 @@ def test_cosine_rate_rises_linearly_then_agrees_with_torch() -> None:
         scheduler.step()
 
 
+def test_onecycle_rises_and_falls_in_straight_lines() -> None:
+    recipe = replace(demo(), lr=0.4, epochs=5, warmup_epochs=1.0, schedule="onecycle", lr_min=0.08)
+    rates = [learning_rate(recipe, step, 4) for step in (0, 3, 4, 8, 12, 16, 20)]
+    assert rates == pytest.approx([0.1, 0.4, 0.4, 0.32, 0.24, 0.16, 0.08])
+
+
 def test_every_field_can_be_overridden() -> None:
     options = ("--epochs", "3", "--lam=0.2", "--no-shortcut", "--milestones", "1", "2", "--n-steps", "4")
     job = parse("--recipe", "demo", *options)
@@ -138,12 +159,13 @@ def test_every_setting_has_a_flag() -> None:
     """Each flag sets its own field: all settings are changed at once, each to another value."""
     wanted: dict[str, Any] = {"name": "mine", "model": "sdnet18_all", "stem": "cifar", "impl": "torch"}
     wanted |= {"solver": "ista", "data_term": "norm", "extras": "rand", "schedule": "step", "milestones": (2, 5)}
-    wanted |= {"mixed_precision": "bf16", "input_dtype": "bf16", "momentum": 0.5}
+    wanted |= {"mixed_precision": "bf16", "input_dtype": "bf16", "momentum": 0.5, "optimizer": "sgd"}
+    wanted |= {"compile_mode": "max-autotune", "eval_every": 2, "early_stop": 6}
     for number, (name, value) in enumerate(demo().to_json().items(), 1):
         if isinstance(value, bool):
             wanted[name] = not value
         elif isinstance(value, int):
-            wanted[name] = value + number
+            wanted.setdefault(name, value + number)
         elif isinstance(value, float):
             wanted.setdefault(name, number / 128)
     options: list[str] = []

@@ -77,6 +77,7 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
             augment=True,
             padding=recipe.crop_padding,
             mixing=mixing_of(recipe, len(found.classes)),
+            erasing=recipe.random_erasing,
             **options,
         ),
         val=evaluated(found.val, val_name),

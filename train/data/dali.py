@@ -56,7 +56,9 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     mixing = mixing_of(recipe, len(train.classes))
     evaluation: dict[str, Any] = {"augment": False, "resize": recipe.eval_resize, **options}
     return Data(
-        train=DaliLoader(train, augment=True, extras=recipe.extras, mixing=mixing, **options),
+        train=DaliLoader(
+            train, augment=True, extras=recipe.extras, mixing=mixing, erasing=recipe.random_erasing, **options
+        ),
         val=DaliLoader(val, **evaluation),
         val_size=len(val),
         classes=train.classes,
@@ -86,6 +88,7 @@ class DaliLoader(EpochLoader):
         prefetch: Batches that DALI prepares in advance.
         hw_decoder_load: Share of a batch for the GPU's JPEG unit, where it has one.
         mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
+        erasing: The probability that an image loses a rectangle; training only.
         options: Rank, device (a CUDA device decodes too), seed, channels_last and dtype; see `EpochLoader`.
 
     Raises:
@@ -105,11 +108,19 @@ class DaliLoader(EpochLoader):
         prefetch: int = 2,
         hw_decoder_load: float = 0.65,
         mixing: Mixing | None = None,
+        erasing: float = 0.0,
         **options: Unpack[LoaderOptions],
     ) -> None:
         name, digest = printable(images.root), images.digest()
         super().__init__(
-            total=len(images), name=name, digest=digest, batch=batch, augment=augment, mixing=mixing, **options
+            total=len(images),
+            name=name,
+            digest=digest,
+            batch=batch,
+            augment=augment,
+            mixing=mixing,
+            erasing=erasing,
+            **options,
         )
         if not augment and resize < size:
             raise UserError(f"resize is {resize}; it must be at least size, {size}, for a centre crop.")

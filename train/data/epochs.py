@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdnet.train.data.erasing import erase
 from sdnet.train.data.loader import Rank
 from sdnet.train.data.mixing import Mixing
 from sdnet.train.data.position import pack, unpack
 from sdnet.train.errors import UserError
 from sdnet.train.job import Job
 
+ERASING = 1  # the stream of random numbers of erasing, beside that of mixing
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,6 +58,7 @@ class EpochLoader(ABC):
         batch: Images of one batch of one rank.
         augment: True for training, False for evaluation.
         mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
+        erasing: The probability that an image loses a rectangle; training only.
         rank: The rank that this loader feeds.
         device: Where batches come out.
         seed: The seed of order and augmentation.
@@ -75,13 +78,14 @@ class EpochLoader(ABC):
         batch: int,
         augment: bool,
         mixing: Mixing | None = None,
+        erasing: float = 0.0,
         rank: Rank | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.total, self.batch, self.augment, self.mixing = total, batch, augment, mixing
+        self.total, self.batch, self.augment, self.mixing, self.erasing = total, batch, augment, mixing, erasing
         self.rank, self.device = rank or Rank(), torch.device(device)
         self.seed, self.epoch, self.dtype, self.channels_last = seed, 0, dtype, channels_last
         self._digest, self._step, self._restored = digest, 0, b""
@@ -157,8 +161,10 @@ class EpochLoader(ABC):
         return [batch for batch in np.array_split(own, -(-largest // self.batch)) if len(batch)]
 
     def _mixed(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Return the batch of a step after Mixup and CutMix, where they are asked for."""
-        if not self.mixing:
-            return images, labels
-        generator = np.random.default_rng((self.seed, self.epoch, self.rank.index, step))
-        return self.mixing(images, labels, generator)
+        """Return the batch of a step after random erasing, Mixup and CutMix, where they are asked for."""
+        place = (self.seed, self.epoch, self.rank.index, step)
+        if self.erasing:
+            images = erase(images, self.erasing, np.random.default_rng((*place, ERASING)))
+        if self.mixing:
+            return self.mixing(images, labels, np.random.default_rng(place))
+        return images, labels

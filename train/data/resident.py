@@ -31,6 +31,7 @@ class ResidentLoader(EpochLoader):
         augment: True for training, False for evaluation.
         padding: Margin on every side, in pixels; training only.
         mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
+        erasing: The probability that an image loses a rectangle; training only.
         options: Rank, device, seed, channels_last and dtype; see `EpochLoader`.
 
     Raises:
@@ -48,10 +49,18 @@ class ResidentLoader(EpochLoader):
         augment: bool,
         padding: int = 4,
         mixing: Mixing | None = None,
+        erasing: float = 0.0,
         **options: Unpack[LoaderOptions],
     ) -> None:
         super().__init__(
-            total=len(images), name=name, digest=digest, batch=batch, augment=augment, mixing=mixing, **options
+            total=len(images),
+            name=name,
+            digest=digest,
+            batch=batch,
+            augment=augment,
+            mixing=mixing,
+            erasing=erasing,
+            **options,
         )
         self._margin = padding if augment else 0
         # Images lie in memory as batches will, CHW or HWC: a crop then moves whole rows and needs no transpose.
