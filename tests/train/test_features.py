@@ -46,7 +46,7 @@ def train(data: Path, run: Path, recipe: Recipe, resume: bool = False) -> Traine
     return trainer
 
 
-def small_model() -> sdnet.SDNet:
+def small_model() -> Any:
     torch.manual_seed(0)
     return sdnet.create_model("sdnet18", 2, stem="cifar", image_size=8, width=4)
 
@@ -81,11 +81,12 @@ def test_the_average_is_projected_for_use_and_left_as_it_was() -> None:
         model.stem.conv.weight.copy_(-model.stem.conv.weight.roll(1, 0))
     ema.update(1000)
     raw = {name: value.clone() for name, value in ema.state_dict().items()}
-    norms = ema.model.stem.conv.weight.flatten(1).norm(dim=1)
+    inner: Any = ema.model
+    norms = inner.stem.conv.weight.flatten(1).norm(dim=1)
     assert (norms < 0.99).all()
-    with ema.projected() as averaged:
-        torch.testing.assert_close(averaged.stem.conv.weight.flatten(1).norm(dim=1), torch.ones(4))
-        assert sdnet.step_margins(averaged)["stem.conv"] == pytest.approx(0.9, rel=1e-3)
+    with ema.projected():
+        torch.testing.assert_close(inner.stem.conv.weight.flatten(1).norm(dim=1), torch.ones(4))
+        assert sdnet.step_margins(inner)["stem.conv"] == pytest.approx(0.9, rel=1e-3)
     for name, value in ema.state_dict().items():
         assert torch.equal(value, raw[name]), name
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())
@@ -103,7 +104,7 @@ def test_the_average_is_evaluated_and_exported_beside_the_live_weights(averaged:
     kinds = {f"{prefix}{kind}_top1" for prefix in ("", "ema_") for kind in ("val", "holdout")}
     assert all(kinds <= line.keys() for line in lines)
     assert lines[-1]["val_loss"] != lines[-1]["ema_val_loss"]
-    model = sdnet.create_model("sdnet18", 2, image_size=32, width=4)
+    model: Any = sdnet.create_model("sdnet18", 2, image_size=32, width=4)
     for name in ("last_ema", "best_ema"):
         model.load_state_dict(load_file(averaged / f"{name}.safetensors"))
         torch.testing.assert_close(model.stem.conv.weight.flatten(1).norm(dim=1), torch.ones(4))
@@ -247,7 +248,7 @@ def test_synchronised_batch_norm_needs_gpus_and_keeps_the_names_of_the_weights(t
 
 
 def test_execution_settings_hold_within_a_run_only() -> None:
-    def state() -> tuple[bool, ...]:
+    def state() -> tuple[Any, ...]:
         cudnn: Any = torch.backends.cudnn
         matmul = torch.backends.cuda.matmul
         return (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
