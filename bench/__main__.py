@@ -14,6 +14,8 @@ COMMANDS = {
     "load": ("measure_loading", "images per second of the loaders, and the CPU time of an image"),
     "profile": ("profile_steps", "operators, launches and host syncs of a recipe's training steps"),
     "margins": ("measure_margins", "how far step sizes are from divergence while networks learn"),
+    "robustness": ("robustness.sweep", "accuracy of a checkpoint over lambda and severity"),
+    "reproduce": ("reproduce.command", "the paper's claims: training, rules for lambda, attacks, and cards of results"),
     "report": ("report", "tables and plots from the ledger"),
     "gpu-check": ("gpu_check", "tests that need a GPU, then kernels and train, in ten minutes"),
 }

@@ -1,0 +1,1 @@
+"""The paper's claims by one command: training, evaluation, and a card of results for each network."""

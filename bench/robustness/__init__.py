@@ -1,0 +1,1 @@
+"""Robustness measured: accuracy over lambda and severity, rules for lambda, and adversaries."""

@@ -1,0 +1,72 @@
+"""Networks from run folders and weights files."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import sdnet
+from sdnet.train.build import create_model
+from sdnet.train.errors import UserError
+from sdnet.train.recipes import Recipe
+from sdnet.train.run_folder import RunFolder
+from sdnet.weights import load_tensors, read_weights
+
+
+def load_run(path: Path, weights: str, classes: int, device: torch.device) -> tuple[sdnet.SDNet, Recipe]:
+    """Build the network of a run folder and load its weights.
+
+    Args:
+        path: the run folder.
+        weights: "last" or "best".
+        classes: the number of classes of the data.
+        device: the device of the network.
+
+    Returns:
+        The network in evaluation mode, and its recipe.
+
+    Raises:
+        UserError: the folder holds no run with such weights, or they do not fit the recipe or the classes.
+    """
+    recipe = RunFolder(path).recipe()
+    file = path / f"{weights}.safetensors"
+    if not file.is_file():
+        raise UserError(f"{path} holds no {file.name}.")
+    model = create_model(recipe, classes)
+    try:
+        load_tensors(model, load_file(file), file)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return placed(model, device, recipe.channels_last), recipe
+
+
+def load_checkpoint(path: Path, weights: str, device: torch.device) -> sdnet.SDNet:
+    """Build the network of a weights file, or of a run folder or a folder of the hub, and load its weights.
+
+    Args:
+        path: the file or the folder.
+        weights: "last" or "best", for a run folder.
+        device: the device of the network.
+
+    Returns:
+        The network in evaluation mode, in the channels-last memory format.
+
+    Raises:
+        UserError: there is no such file, or it does not say its network, or holds weights of another one.
+    """
+    of_run = path / f"{weights}.safetensors"
+    file = of_run if of_run.is_file() else path
+    try:
+        if not read_weights(file).model and file == of_run:  # from before weights files said their network
+            return load_run(path, weights, load_file(file)["linear.bias"].shape[0], device)[0]
+        return placed(sdnet.load_model(file), device, channels_last=True)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        raise UserError(str(error)) from error
+
+
+def placed(model: sdnet.SDNet, device: torch.device, channels_last: bool) -> sdnet.SDNet:
+    """Return a network on a device, in evaluation mode."""
+    model = model.to(device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return model.eval()

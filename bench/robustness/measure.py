@@ -1,0 +1,90 @@
+"""What robustness tables are made of: which pictures a model classifies rightly, and what the first layer does."""
+
+import hashlib
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from sdnet.bench.robustness.pictures import PIXEL_MEAN, PIXEL_STD
+from sdnet.layers import CSCConv2d
+from sdnet.robustness.fitting import PixelModel
+from sdnet.robustness.model import RobustModel
+from sdnet.robustness.rules import Rule, residual_of
+
+BATCH = 200
+
+PIXEL_NORMS = {
+    "cifar": (PIXEL_MEAN, PIXEL_STD),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Mean and deviation by which the training programs normalise pixels in [0, 1], by the stem of the network."""
+
+
+def pixel_model(model: nn.Module) -> PixelModel:
+    """Return a model of pixels that normalises as the training program does, in evaluation mode."""
+    device = next(model.parameters()).device
+    return PixelModel(model, PIXEL_MEAN, PIXEL_STD).to(device).eval()
+
+
+@torch.no_grad()
+def correct(model: nn.Module, pixels: Tensor, labels: Tensor, batch: int = BATCH) -> Tensor:
+    """Return which pictures a model of pixels classifies rightly, [N] bool."""
+    parts = [model(pixels[at : at + batch]).argmax(1) == labels[at : at + batch] for at in range(0, len(pixels), batch)]
+    return torch.cat(parts)
+
+
+def percent(flags: Tensor) -> float:
+    """Return the share of true flags in percent, rounded to 4 digits."""
+    return round(100 * float(flags.double().mean()), 4)
+
+
+@torch.no_grad()
+def mean_lambda(robust: RobustModel, pixels: Tensor, batch: int = BATCH) -> float:
+    """Return the mean lambda that the rule of a robust model chooses."""
+    normalise = pixel_model(robust).normalise
+    parts = [
+        torch.as_tensor(robust.lam_of(normalise(pixels[at : at + batch]))).float().mean()
+        for at in range(0, len(pixels), batch)
+    ]
+    return float(torch.stack(parts).mean())
+
+
+@torch.no_grad()
+def first_layer_facts(layer: CSCConv2d, x: Tensor, lam: float, batch: int = BATCH) -> dict[str, float]:
+    """Return the mean residual |x - A z|² / n_dict, relative residual and sparsity of a layer at one lambda."""
+    residuals, relative, zeros = [], [], []
+    for at in range(0, len(x), batch):
+        part = x[at : at + batch]
+        residual = residual_of(layer, part, lam)
+        residuals.append(residual)
+        relative.append((residual / part.square().sum((1, 2, 3)).clamp_min(1e-12)).sqrt())
+        zeros.append((layer(part, lam) == 0).float().mean((1, 2, 3)))
+    return {
+        "residual": float(torch.cat(residuals).mean()),
+        "relative_residual": float(torch.cat(relative).mean()),
+        "sparsity": float(torch.cat(zeros).mean()),
+    }
+
+
+@torch.no_grad()
+def cost_of(model: nn.Module, rules: dict[str, Rule], x: Tensor, repeats: int = 15) -> dict[str, float]:
+    """Return the time of a robust model over that of the model itself, for every rule: medians of interleaved calls."""
+    calls: dict[str, nn.Module] = {"plain": model} | {name: RobustModel(model, rule) for name, rule in rules.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            begin = perf_counter()
+            call(x)
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            times[name].append(perf_counter() - begin)
+    plain = median(times["plain"][1:])
+    return {name: round(median(times[name][1:]) / plain, 3) for name in rules}
+
+
+def digest_of(file: Path) -> str:
+    """Return the SHA-256 sum of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()

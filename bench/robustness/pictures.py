@@ -1,0 +1,132 @@
+"""The pictures that robustness is measured on: test pictures, and held-out training pictures to fit the rules."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdnet.robustness.corruptions import NOISES, Noise, Scale, as_pixels, corrupt
+from sdnet.train.data.cifar import read_small_pictures
+from sdnet.train.data.cifar_files import Arrays
+from sdnet.train.data.holdout import divide
+from sdnet.train.data.resident import MEAN, STD
+from sdnet.train.errors import UserError
+
+PIXEL_MEAN = tuple(value / 255 for value in MEAN)
+PIXEL_STD = tuple(value / 255 for value in STD)
+"""Mean and deviation by which the training program normalises pixels in [0, 1]."""
+
+SEED = 2026
+"""Decides which pictures a part of a set holds, and the noise."""
+
+Group = tuple[Noise, int]
+"""A noise and its severity; severity 0 is the clean picture."""
+
+CLEAN: Group = ("gaussian", 0)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures with their labels.
+
+    Attributes:
+        images: [N, 3, H, W] uint8, on the device.
+        labels: [N] int64, on the device.
+        seed: decides the noise; test and held-out pictures have different ones.
+    """
+
+    images: Tensor
+    labels: Tensor
+    seed: int
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.images)
+
+    def first(self, count: int) -> "Pictures":
+        """Return the first `count` pictures."""
+        return Pictures(self.images[:count], self.labels[:count], self.seed)
+
+    def corrupted(self, group: Group, scale: Scale = "cifar10-c") -> Tensor:
+        """Return the pixels in [0, 1] under a noise, as read back from uint8 files.
+
+        The noise of a picture depends on the size of the set too: cut parts from the result, not from the set.
+        """
+        noise, severity = group
+        if not severity:
+            return as_pixels(self.images)
+        seed = self.seed + 100 * NOISES.index(noise) + severity
+        return as_pixels(corrupt(self.images, noise, severity, scale=scale, generator=seed, as_uint8=True))
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Test pictures and held-out training pictures of one data set.
+
+    Attributes:
+        test: the pictures on which results are reported.
+        held: training pictures that the network was not trained on, to fit the rules.
+        classes: the names of the classes.
+        digest: a fingerprint of both.
+    """
+
+    test: Pictures
+    held: Pictures
+    classes: tuple[str, ...]
+    digest: str
+
+
+def open_sets(data: Path, holdout: int, test: int, held: int, device: torch.device) -> Sets:
+    """Read test and held-out pictures.
+
+    Args:
+        data: a folder of CIFAR or other small pictures, as train/cifar.py takes it.
+        holdout: how many training pictures the run held out; the same ones are used.
+        test: how many test pictures are used, a seeded choice of all; 0 for all.
+        held: how many held-out pictures are used; 0 for all.
+        device: the device of the pictures.
+
+    Raises:
+        UserError: there are no such data, or too few pictures, or the run held out none.
+    """
+    if not holdout:
+        raise UserError("The run held out no training pictures to fit the rules on; train with --holdout 5000.")
+    found = read_small_pictures(data)
+    _, positions = divide(found.train.labels, holdout, f"The training set in {data}")
+    arrays = chosen(found.val, test, "test"), chosen(found.train.select(positions), held, "held-out")
+    digest = hashlib.sha256("".join(part.digest() for part in arrays).encode()).hexdigest()
+    parts = [
+        Pictures(torch.from_numpy(part.images).to(device), torch.from_numpy(part.labels).long().to(device), seed)
+        for part, seed in zip(arrays, (SEED, SEED + 10_000), strict=True)
+    ]
+    return Sets(parts[0], parts[1], found.classes, digest)
+
+
+def test_pictures(data: Path, count: int, device: torch.device) -> tuple[Pictures, str]:
+    """Read test pictures.
+
+    Args:
+        data: a folder of CIFAR or other small pictures, as train/cifar.py takes it.
+        count: how many are used, a seeded choice of all; 0 for all.
+        device: the device of the pictures.
+
+    Returns:
+        The pictures, and a fingerprint of them.
+
+    Raises:
+        UserError: there are no such data, or too few pictures.
+    """
+    arrays = chosen(read_small_pictures(data).val, count, "test")
+    images, labels = torch.from_numpy(arrays.images).to(device), torch.from_numpy(arrays.labels).long().to(device)
+    return Pictures(images, labels, SEED), arrays.digest()
+
+
+def chosen(arrays: Arrays, count: int, name: str) -> Arrays:
+    """Return a seeded choice of `count` pictures, or all of them in a seeded order for 0."""
+    total = len(arrays.labels)
+    if count > total:
+        raise UserError(f"{count} {name} pictures were asked for; there are {total}.")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(SEED))
+    return arrays.select(order[: count or total].numpy())

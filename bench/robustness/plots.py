@@ -1,0 +1,74 @@
+"""Plots of a sweep: accuracy over lambda per severity, the best lambda over the residual, and rebuilt pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sdnet.robustness.rules import line_through
+
+
+def accuracy_plot(path: Path, lambdas: Sequence[float], scores: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
+    """Draw the accuracy over lambda: an axis for each noise, a line for each severity.
+
+    Args:
+        path: the PNG file.
+        lambdas: the grid.
+        scores: the accuracies over the grid, by noise and severity.
+    """
+    figure = Figure(figsize=(3 * len(scores), 3), layout="constrained")
+    axes = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for axis, (noise, by_severity) in zip(axes, scores.items(), strict=True):
+        for severity, values in sorted(by_severity.items()):
+            axis.plot(lambdas, values, marker=".", label=f"severity {severity}" if severity else "clean")
+        axis.set(title=noise, xlabel="lambda")
+    axes[0].set_ylabel("accuracy, %")
+    axes[-1].legend(fontsize="small")
+    write(figure, path)
+
+
+def line_plot(path: Path, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draw the best lambda over the mean residual, with the least-squares line through all points.
+
+    Args:
+        path: the PNG file.
+        points: (residual, best lambda) of every severity, by noise.
+    """
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axis = figure.subplots()
+    every = [point for of_noise in points.values() for point in of_noise]
+    for noise, of_noise in points.items():
+        axis.plot([r for r, _ in of_noise], [lam for _, lam in of_noise], "o", label=noise)
+    residuals = [r for r, _ in every]
+    if len(set(residuals)) > 1:
+        slope, intercept = line_through(residuals, [lam for _, lam in every])
+        ends = [min(residuals), max(residuals)]
+        axis.plot(ends, [slope * r + intercept for r in ends], "k-", label=f"{slope:.3g} r + {intercept:.3g}")
+    axis.set(xlabel="mean residual r at the training lambda", ylabel="lambda with the highest accuracy")
+    axis.legend(fontsize="small")
+    write(figure, path)
+
+
+def pictures_plot(path: Path, columns: Mapping[str, Tensor]) -> None:
+    """Draw pictures: a row for each picture, a column for each version.
+
+    Args:
+        path: the PNG file.
+        columns: pixels in [0, 1], [N, 3, H, W], by title.
+    """
+    count = len(next(iter(columns.values())))
+    figure = Figure(figsize=(2 * len(columns), 2 * count), layout="constrained")
+    axes = figure.subplots(count, len(columns), squeeze=False)
+    for column, (title, pixels) in enumerate(columns.items()):
+        axes[0][column].set_title(title, fontsize="small")
+        for row in range(count):
+            axes[row][column].imshow(pixels[row].clamp(0, 1).permute(1, 2, 0).cpu().numpy())
+            axes[row][column].set_axis_off()
+    write(figure, path)
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Write a PNG file without a date in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,0 +1,235 @@
+"""`robustness`: the accuracy of a network over lambda and severity, without a change of its weights.
+
+    python -m sdnet.bench robustness --checkpoint RUN --data DIR --out DIR
+
+For every noise, severity and lambda it measures the accuracy, the residual |x - A z|² of the first layer and its
+sparsity. In --out: results.json, table.md, accuracy.png (accuracy over lambda for every severity), line.png (the best
+lambda over the residual, with the line) and pictures.png (clean, noisy, and rebuilt from the codes of the first layer).
+The same command goes on after an interruption.
+
+The pictures are --data, a folder of CIFAR as train/cifar.py takes it, with noise made here; or --published, a folder of
+CIFAR-10-C, CIFAR-100-C or ImageNet-C. With --holdout N, the number that the run held out, the held-out training
+pictures are used in place of the test pictures: a lambda that is chosen for use has to be chosen there.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sdnet
+from sdnet.bench.common_options import at_least, choose_device
+from sdnet.bench.ledger import writable_folder
+from sdnet.bench.robustness import plots
+from sdnet.bench.robustness.checkpoints import load_checkpoint
+from sdnet.bench.robustness.measure import BATCH, PIXEL_NORMS, correct, digest_of, first_layer_facts, percent
+from sdnet.bench.robustness.pictures import Pictures, open_sets, test_pictures
+from sdnet.bench.robustness.published import published_source
+from sdnet.bench.robustness.rule_table import OFFICIAL_LAMBDAS, name_of
+from sdnet.bench.robustness.stored import StoredResults
+from sdnet.bench.tables import markdown
+from sdnet.robustness.corruptions import NOISES, SCALES, SEVERITIES
+from sdnet.robustness.fitting import PixelModel, best_of
+from sdnet.robustness.model import RobustModel, first_layer
+from sdnet.step_size import csc_layers
+from sdnet.train.errors import UserError
+from sdnet.weights import weights_file
+
+Group = tuple[str, int]
+Source = Callable[[Group], tuple[Tensor, Tensor]]
+"""Returns the pixels in [0, 1] and the labels of a noise at a severity."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder or a weights file")
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="of a run folder; default last")
+    parser.add_argument("--data", type=Path, help="a folder of CIFAR or other small pictures")
+    parser.add_argument("--published", type=Path, help="a folder of CIFAR-10-C, CIFAR-100-C or ImageNet-C")
+    parser.add_argument("--holdout", type=at_least(1), help="use the training pictures that a run held out")
+    parser.add_argument("--scale", choices=SCALES, default="cifar10-c", help="whose severities; default cifar10-c")
+    parser.add_argument("--noises", nargs="+", metavar="NOISE", help="default: gaussian shot impulse speckle, or all")
+    parser.add_argument("--severities", nargs="+", type=at_least(1), metavar="N", help="default all of the scale")
+    parser.add_argument("--lambdas", nargs="+", type=lam, default=list(OFFICIAL_LAMBDAS), help="default 0.1 ... 1.4")
+    parser.add_argument("--layers", choices=["first", "all"], default="first", help="whose lambda; default first")
+    parser.add_argument("--pictures", type=at_least(1), help="how many pictures, a seeded choice; default all")
+    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the results")
+
+
+def lam(text: str) -> float:
+    """Return the value of an option that takes values of lambda."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, and write the results, the table and the plots."""
+    if (options.data is None) == (options.published is None):
+        raise UserError("One of --data and --published is needed, and not both.")
+    device = choose_device(options.device)
+    model = load_checkpoint(options.checkpoint, options.weights, device)
+    if not csc_layers(model):
+        raise UserError(f"{options.checkpoint} holds a network without CSC layers, so it has no lambda.")
+    writable_folder(options.out)
+    source, groups, digest = source_of(options, model, device)
+    weights = options.checkpoint / f"{options.weights}.safetensors"
+    conditions = {
+        "weights": digest_of(weights if weights.is_file() else weights_file(options.checkpoint)),
+        "pictures": digest,
+        "scale": options.scale,
+        "layers": options.layers,
+    }
+    results = StoredResults(options.out / "results.json", conditions)
+    for group in groups:
+        measure(model, source, group, options.lambdas, options.layers, results)
+    write(options.out, options.lambdas, groups, results)
+    if options.data is not None:
+        write_pictures(options.out / "pictures.png", model, source, groups, options.lambdas, results)
+    print((options.out / "table.md").read_text())
+    return 0
+
+
+def source_of(options: argparse.Namespace, model: sdnet.SDNet, device: torch.device) -> tuple[Source, list[Group], str]:
+    """Return where pictures come from, the noises and severities, and a fingerprint of the pictures."""
+    if options.published is not None:
+        return published_source(options.published, options.noises, options.severities, options.pictures, device)
+    names = options.noises or list(NOISES)
+    if unknown := sorted(set(names) - set(NOISES)):
+        raise UserError(f"--noises has {unknown[0]}; they must be among {', '.join(NOISES)}.")
+    if model.config.get("stem") == "imagenet":
+        raise UserError("--data takes small pictures; for a network with the ImageNet stem give --published.")
+    most = SEVERITIES[options.scale]
+    groups: list[Group] = [("gaussian", 0)]
+    for noise in names:
+        strengths = len(most[noise])
+        if wrong := [n for n in options.severities or () if n > strengths]:
+            raise UserError(f"--severities has {wrong[0]}; {noise} of scale {options.scale} has {strengths}.")
+        groups += [(noise, severity) for severity in options.severities or range(1, strengths + 1)]
+    count = options.pictures or 0
+    if options.holdout:
+        sets = open_sets(options.data, options.holdout, 1, count, device)
+        pictures, digest = sets.held, sets.digest
+    else:
+        pictures, digest = test_pictures(options.data, count, device)
+    return lambda group: noisy(pictures, group, options.scale), groups, digest
+
+
+def noisy(pictures: Pictures, group: Group, scale: Any) -> tuple[Tensor, Tensor]:
+    """Return the pixels of a noise and severity, and the labels."""
+    noise: Any = group[0]
+    return pictures.corrupted((noise, group[1]), scale), pictures.labels
+
+
+def measure(
+    model: sdnet.SDNet, source: Source, group: Group, lambdas: Sequence[float], layers: str, results: StoredResults
+) -> None:
+    """Measure one noise and severity at every lambda."""
+    pictures: list[tuple[Tensor, Tensor]] = []
+
+    def loaded() -> tuple[Tensor, Tensor]:
+        if not pictures:
+            pictures.append(source(group))
+        return pictures[0]
+
+    layer, mean, std = first_layer(model), *PIXEL_NORMS[model.config["stem"]]
+    for value in lambdas:
+
+        def compute(value: float = value) -> dict[str, float]:
+            pixels, labels = loaded()
+            wrapped = PixelModel(with_lambda(model, value, layers), mean, std).to(pixels.device).eval()
+            facts = first_layer_facts(layer, wrapped.normalise(pixels), value)
+            score = percent(correct(wrapped, pixels, labels, BATCH))
+            return {"accuracy": score, **facts}
+
+        found = results.get(key(group, value), compute)
+        print(f"{name_of_group(group)}, lambda {value:g}: {found['accuracy']:.2f} %", flush=True)
+    training = float(layer.lam)
+
+    def residual() -> float:
+        normalise = PixelModel(model, mean, std).to(layer.weight.device).normalise
+        return first_layer_facts(layer, normalise(loaded()[0]), training)["residual"]
+
+    results.get(f"residual at the training lambda, {name_of_group(group)}", residual)
+
+
+def with_lambda(model: sdnet.SDNet, value: float, layers: str) -> nn.Module:
+    """Return a network with lambda of its first layer, or of all, set to a value; the network itself is unchanged."""
+    if layers == "first":
+        return RobustModel(model, value)
+    network = copy.deepcopy(model)
+    sdnet.set_lambda(network, value)
+    return network
+
+
+def key(group: Group, value: float) -> str:
+    """Return the name of a value of the sweep."""
+    return f"{name_of_group(group)}, lambda {value:g}"
+
+
+def name_of_group(group: Group) -> str:
+    """Return a noise and severity in words."""
+    noise: Any = group[0]
+    return name_of((noise, group[1]))
+
+
+def scores_of(group: Group, lambdas: Sequence[float], results: StoredResults) -> list[float]:
+    """Return the accuracies of a noise and severity over the grid."""
+    return [results.values[key(group, value)]["accuracy"] for value in lambdas]
+
+
+def write(out: Path, lambdas: Sequence[float], groups: Sequence[Group], results: StoredResults) -> None:
+    """Write the table and the plots."""
+    header = ["noise, severity", *(f"{value:g}" for value in lambdas), "best lambda", "residual", "sparsity"]
+    lines, points, curves = [], {}, {}
+    noises = list(dict.fromkeys(noise for noise, severity in groups if severity)) or ["gaussian"]
+    for group in groups:
+        scores = scores_of(group, lambdas, results)
+        best = best_of(lambdas, scores)
+        residual = results.values[f"residual at the training lambda, {name_of_group(group)}"]
+        sparsity = results.values[key(group, best)]["sparsity"]
+        words = [f"{best:g}", f"{residual:.1f}", f"{sparsity:.2f}"]
+        lines.append([name_of_group(group), *(f"{score:.2f}" for score in scores), *words])
+        for noise in [group[0]] if group[1] else noises:
+            curves.setdefault(noise, {})[group[1]] = scores
+            points.setdefault(noise if group[1] else "clean", []).append((residual, best))
+    text = (
+        "Accuracy in percent over lambda; residual: mean |x - A z|² of the first layer at the training lambda; "
+        "sparsity: share of zero codes at the best lambda.\n\n"
+    )
+    (out / "table.md").write_text(text + markdown(header, lines) + "\n", encoding="utf-8")
+    plots.accuracy_plot(out / "accuracy.png", lambdas, curves)
+    plots.line_plot(out / "line.png", points)
+
+
+@torch.no_grad()
+def write_pictures(
+    path: Path,
+    model: sdnet.SDNet,
+    source: Source,
+    groups: Sequence[Group],
+    lambdas: Sequence[float],
+    results: StoredResults,
+    count: int = 4,
+) -> None:
+    """Draw clean and noisy pictures, and those rebuilt from the codes at the training lambda and at the best one."""
+    layer, mean, std = first_layer(model), *PIXEL_NORMS[model.config["stem"]]
+    wrapped = PixelModel(model, mean, std).to(layer.weight.device)
+    noisy_group = groups[-1]
+    clean, dirty = source(groups[0])[0][:count], source(noisy_group)[0][:count]
+    best = best_of(lambdas, scores_of(noisy_group, lambdas, results))
+    columns = {"clean": clean, name_of_group(noisy_group): dirty}
+    for value in dict.fromkeys((float(layer.lam), best)):
+        x = wrapped.normalise(dirty)
+        rebuilt = layer.reconstruct(layer(x, value), (x.shape[2], x.shape[3]))[:, : x.shape[1]]
+        columns[f"rebuilt, lambda {value:g}"] = rebuilt * wrapped.std + wrapped.mean
+    plots.pictures_plot(path, columns)

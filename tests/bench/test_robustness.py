@@ -1,0 +1,99 @@
+"""The sweep over lambda measures what a direct computation gives, for noise made here and for published sets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sdnet
+from sdnet.bench.__main__ import main
+from sdnet.bench.robustness.pictures import PIXEL_MEAN, PIXEL_STD
+from sdnet.robustness import PixelModel, RobustModel, accuracy
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    sdnet.save_model(file, sdnet.create_model("sdnet18", 4, stem="cifar", width=2))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(scope="module")
+def cifar_c(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, generator = tmp_path_factory.mktemp("CIFAR-10-C"), np.random.default_rng(0)
+    np.save(folder / "fog.npy", generator.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8))
+    np.save(folder / "labels.npy", np.tile(np.arange(6) % 4, 5))
+    return folder
+
+
+def swept(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["robustness", "--device", "cpu", *command]) == 0, capfd.readouterr().err
+
+
+def test_a_published_set_is_swept(
+    checkpoint: Path, cifar_c: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--checkpoint", str(checkpoint), "--published", str(cifar_c), "--out", str(tmp_path)]
+    swept([*command, "--severities", "2", "4", "--lambdas", "0.1", "0.8"], capfd)
+    values: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())["values"]
+    images, labels = sdnet.robustness.read_cifar_c(cifar_c, "fog", 4)
+    model = sdnet.load_model(checkpoint)
+    direct = accuracy(PixelModel(RobustModel(model, 0.8), PIXEL_MEAN, PIXEL_STD).eval(), images / 255, labels)
+    assert values["fog 4, lambda 0.8"]["accuracy"] == pytest.approx(direct, abs=1e-4)
+    assert 0 < values["fog 4, lambda 0.1"]["sparsity"] < values["fog 4, lambda 0.8"]["sparsity"] < 1
+    assert values["fog 4, lambda 0.1"]["residual"] < values["fog 4, lambda 0.8"]["residual"]
+    assert "| fog 2 |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000
+    assert (tmp_path / "line.png").stat().st_size > 1000
+
+
+def test_noise_on_pictures_is_swept_over_all_layers(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, generator = tmp_path / "data", np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in "abcd":
+            (data / split / name).mkdir(parents=True)
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data / split / name / "0.png")
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(checkpoint), "--data", str(data), "--out", str(out), "--layers", "all"]
+    swept([*command, "--noises", "impulse", "--severities", "9", "--scale", "official", "--lambdas", "0.2"], capfd)
+    values = json.loads((out / "results.json").read_text())["values"]
+    assert {"clean, lambda 0.2", "impulse 9, lambda 0.2"} <= set(values)
+    assert (out / "pictures.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "One of --data and --published is needed, and not both."),
+        (["--published", "/nowhere"], "There is no folder /nowhere."),
+        (["--data", "/nowhere", "--noises", "rain"], "--noises has rain; they must be among gaussian, shot"),
+        (["--data", "/nowhere", "--severities", "6"], "--severities has 6; gaussian of scale cifar10-c has 5."),
+    ],
+)
+def test_bad_options_are_refused(
+    checkpoint: Path, tmp_path: Path, extra: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["robustness", "--device", "cpu", "--checkpoint", str(checkpoint), "--out", str(tmp_path), *extra]
+    assert main(command) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_a_network_without_lambda_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.safetensors"
+    sdnet.save_model(file, sdnet.create_model("resnet18", 4, stem="cifar", width=2))
+    command = ["robustness", "--device", "cpu", "--checkpoint", str(file), "--out", str(tmp_path)]
+    assert main([*command, "--published", "/nowhere"]) == 2
+    assert "holds a network without CSC layers, so it has no lambda" in capfd.readouterr().err
