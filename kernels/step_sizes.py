@@ -56,7 +56,7 @@ PATTERN_ROUNDS = 6
 """Power iterations for the channel pattern of the constant image."""
 
 RANDOM_SHARE = 0.1
-"""The weight of the seeded random vector in what `largest_eigenvalue` starts from."""
+"""The weight of the seeded random vector in `krylov_start`."""
 
 RESIDUAL_SHARE, RESIDUAL_KNEE = 0.75, 0.03
 """The estimate adds this share of a large residual to the eigenvalue, and less below this share of the eigenvalue."""
@@ -140,6 +140,14 @@ def append_direction(basis: Tensor, image: Tensor) -> Tensor:
     return torch.cat([basis, torch.where(kept, normalize(rest), 0).view(1, -1)])
 
 
+def overlaps(basis: Tensor, images: list[Tensor]) -> Tensor:
+    """Compute the matrix [n, m] of the inner products of n directions [n, p] with m images [p].
+
+    A sum in pairs: the running sums of a matrix product have several times the rounding error.
+    """
+    return torch.stack([(basis * image).sum(1) for image in images], 1)
+
+
 def top_eigenvector(matrix: Tensor) -> Tensor:
     """Compute the unit eigenvector of the largest eigenvalue of a small positive semidefinite matrix [n, n].
 
@@ -180,13 +188,13 @@ def estimate_eigenvalue(
     for _ in range(iterations):
         basis = first_directions(weight, power_vector)
         images = [gram(weight, direction.view(shape), stride, padding).flatten() for direction in basis]
-        shares = top_eigenvector(basis @ torch.stack(images, 1))
+        shares = top_eigenvector(overlaps(basis, images))
         image = (sign(shares) * shares.abs().clamp_min(LEAST_SHARE)) @ torch.stack(images)
         while len(basis) < DIRECTIONS:
             basis = append_direction(basis, image)
             image = gram(weight, basis[-1].view(shape), stride, padding).flatten()
             images.append(image)
-        mixture = top_eigenvector(basis @ torch.stack(images, 1))
+        mixture = top_eigenvector(overlaps(basis, images))
         ritz, image = mixture @ basis, mixture @ torch.stack(images)
         theta = ritz @ image
         residual = torch.linalg.vector_norm(image - theta * ritz)
@@ -208,43 +216,48 @@ def largest_eigenvalue(
 ) -> tuple[Tensor, Tensor]:
     """Converge to the largest eigenvalue of A'A, 0-d, and its unit vector [1, C, H, W], from a vector to start from.
 
-    Rayleigh-Ritz on the Krylov space of `subspace` products, restarted from its best vector until a restart raises the
-    eigenvalue by less than `tolerance` of it: some ten times fewer products than power iteration alone needs. The start
-    contains a constant image and a share of the seeded random vector, so that a power vector which has converged on
-    other weights does not hide the largest eigenvalue. Waits for the device once in a restart.
+    `krylov_estimate`, restarted from its vector until a restart raises the eigenvalue by less than `tolerance` of it:
+    some ten times fewer products than power iteration alone needs. Waits for the device once in a restart.
 
     Raises:
         ValueError: the dictionary holds NaN or infinite values.
     """
-    shape, basis_size = power_vector.shape, min(subspace, power_vector.numel())
     if not weight.isfinite().all():
         raise ValueError("weight holds NaN or infinite values; the largest eigenvalue needs finite ones.")
-    random = initial_power_vector(tuple(shape)).to(power_vector)
-    candidate = first_directions(weight, power_vector).sum(0) + RANDOM_SHARE * random.flatten()
-    previous = 0.0
-    eigenvalue = power_vector.new_zeros(())
-    for _ in range(max_restarts):
-        basis: list[Tensor] = []
-        images: list[Tensor] = []
-        for _ in range(basis_size):
-            for _ in range(2):  # the second pass removes what rounding leaves of the first
-                for q in basis:
-                    candidate = candidate - (q @ candidate) * q
-            candidate = candidate / torch.linalg.vector_norm(candidate).clamp_min(FLOOR)
-            basis.append(candidate)
-            images.append(gram(weight, candidate.view(shape), stride, padding).flatten())
-            candidate = images[-1]
-        q = torch.stack(basis)
-        projected = q @ torch.stack(images).mT
-        eigenvalues, mixtures = torch.linalg.eigh((projected + projected.mT) / 2)
-        eigenvalue = eigenvalues[-1]
-        candidate = mixtures[:, -1] @ q
-        power_vector = normalize(candidate).view(shape)
-        current = float(eigenvalue)
-        if current - previous <= tolerance * current:
+    power_vector, eigenvalue = krylov_estimate(weight, krylov_start(weight, power_vector), stride, padding, subspace)
+    for _ in range(max_restarts - 1):
+        previous = float(eigenvalue)
+        power_vector, eigenvalue = krylov_estimate(weight, power_vector, stride, padding, subspace)
+        if float(eigenvalue) - previous <= tolerance * float(eigenvalue):
             break
-        previous = current
     return power_vector, eigenvalue
+
+
+def krylov_start(weight: Tensor, power_vector: Tensor) -> Tensor:
+    """Return the power vector [1, C, H, W] plus a constant image and a share of the seeded random vector.
+
+    With them, a power vector which has converged on other weights does not hide the largest eigenvalue.
+    """
+    random = initial_power_vector(tuple(power_vector.shape)).to(power_vector)
+    return first_directions(weight, power_vector).sum(0).view_as(power_vector) + RANDOM_SHARE * random
+
+
+def krylov_estimate(
+    weight: Tensor, start: Tensor, stride: Pair, padding: Pair, products: int
+) -> tuple[Tensor, Tensor]:
+    """Estimate the largest eigenvalue of A'A from below by Rayleigh-Ritz on the Krylov space of `start`.
+
+    Returns:
+        The unit vector of the estimate, of the shape of `start`, [1, C, H, W], and the estimate, 0-d.
+    """
+    image, basis, images = start.flatten(), start.new_zeros(0, start.numel()), []
+    for _ in range(min(products, start.numel())):
+        basis = append_direction(basis, image)
+        image = gram(weight, basis[-1].view(start.shape), stride, padding).flatten()
+        images.append(image)
+    projected = basis @ torch.stack(images, 1)
+    eigenvalues, mixtures = torch.linalg.eigh((projected + projected.mT) / 2)
+    return normalize(mixtures[:, -1] @ basis).view(start.shape), eigenvalues[-1]
 
 
 def step_size_of(eigenvalue: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from sdnet.recorder import Recorder
 from sdnet.state import CodingState, LearnLam, checked_lambda, persistent_state
 
 DEFAULT_INPUT_SIZE = 32
-FIRST_ITERATIONS = 3
-"""Estimates at construction: enough for a safe first step size (0.9 leaves room for a low estimate)."""
+FIRST_PRODUCTS = 11
+"""Products with AA' for the first step size, which exceeds 0.9 / (largest eigenvalue) by some percent at most."""
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -153,7 +153,18 @@ class CSCConv2d(CodingState):
         self.reset_learned_lambda()
         self.reset_power_vector()
         if not self.weight.is_meta:
-            self.update_dictionary(FIRST_ITERATIONS)
+            self._estimate_first_step_size()
+
+    @torch.no_grad()
+    def _estimate_first_step_size(self) -> None:
+        """Project the atoms and compute the step size from weights that no power vector is known for."""
+        step_sizes.project_atoms(self.weight)
+        start = step_sizes.krylov_start(self.weight, self.power_vector)
+        power_vector, eigenvalue = step_sizes.krylov_estimate(
+            self.weight, start, self.stride, self.padding, FIRST_PRODUCTS
+        )
+        self.power_vector.copy_(power_vector)
+        self.step_size.copy_(step_sizes.step_size_of(eigenvalue))
 
     def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
         """Compute the codes of x.
@@ -318,22 +329,6 @@ class CSCConv2d(CodingState):
             iterations: how often `sdnet.kernels.step_sizes.estimate_eigenvalue` runs.
         """
         update_dictionaries([self.dictionary], iterations, [self.impl])
-
-    @torch.no_grad()
-    def converge_power_vector(self, tolerance: float = 1e-5) -> Tensor:
-        """Converge the power vector; leave the step size as it is.
-
-        Args:
-            tolerance: the relative error of the eigenvalue.
-
-        Returns:
-            The largest eigenvalue of A'A, 0-d.
-        """
-        power_vector, eigenvalue = step_sizes.largest_eigenvalue(
-            self.weight, self.power_vector, self.stride, self.padding, tolerance
-        )
-        self.power_vector.copy_(power_vector)
-        return eigenvalue
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""

@@ -62,7 +62,7 @@ def test_agrees_with_double_precision(implementation: str, iterations: int) -> N
             step_sizes.update_dictionary(dictionary, iterations)
     for actual, right in zip(dictionaries, expected, strict=True):
         assert error(actual.weight, right.weight) <= 2e-6
-        assert error(actual.power_vector, right.power_vector) <= 1e-5
+        assert error(actual.power_vector, right.power_vector) <= 2e-6
         assert error(actual.step_size, right.step_size) <= 2e-6
 
 
@@ -79,7 +79,7 @@ def test_the_memory_format_of_the_power_vector_does_not_change_the_result() -> N
 @needs_interpreter
 @pytest.mark.parametrize("precision", ["tf32", "ieee"], indirect=True)
 def test_multiplies_in_tf32_where_cudnn_may(precision: str) -> None:
-    names = ("picture", "strided")
+    names = tuple(SHAPES)
     ours, theirs = ([dictionary_of(name) for name in names] for _ in range(2))
     with faithful():
         triton_step_sizes.update_dictionaries(ours)
@@ -90,9 +90,10 @@ def test_multiplies_in_tf32_where_cudnn_may(precision: str) -> None:
     for name, mine, other, right in zip(names, ours, theirs, expected, strict=True):
         for part in ("power_vector", "step_size"):
             actual, torch_s, exact = (getattr(each, part) for each in (mine, other, right))
-            floor = 2e-4 if precision == "tf32" else 1e-5
+            floor = 2e-4 if precision == "tf32" else 2e-6
             assert error(actual, exact) <= max(2 * error(torch_s, exact), floor), f"{part} of {name}"
-        assert (error(mine.power_vector, right.power_vector) > 5e-5) == (precision == "tf32")
+        if name != "one":  # a vector of one element is 1 in any precision
+            assert (error(mine.power_vector, right.power_vector) > 5e-5) == (precision == "tf32")
 
 
 def test_dictionaries_on_a_gpu_take_triton_in_either_memory_format() -> None:
@@ -133,7 +134,7 @@ def test_a_power_vector_without_use_is_replaced(implementation: str, value: floa
     expected = expected_of(expected)
     dictionary.power_vector.fill_(value)
     module.update_dictionaries([dictionary])
-    assert error(dictionary.power_vector, expected.power_vector) <= 1e-5
+    assert error(dictionary.power_vector, expected.power_vector) <= 2e-6
     assert error(dictionary.step_size, expected.step_size) <= 2e-6
 
 
