@@ -242,9 +242,7 @@ def krylov_start(weight: Tensor, power_vector: Tensor) -> Tensor:
     return first_directions(weight, power_vector).sum(0).view_as(power_vector) + RANDOM_SHARE * random
 
 
-def krylov_estimate(
-    weight: Tensor, start: Tensor, stride: Pair, padding: Pair, products: int
-) -> tuple[Tensor, Tensor]:
+def krylov_estimate(weight: Tensor, start: Tensor, stride: Pair, padding: Pair, products: int) -> tuple[Tensor, Tensor]:
     """Estimate the largest eigenvalue of A'A from below by Rayleigh-Ritz on the Krylov space of `start`.
 
     Returns:
