@@ -18,7 +18,7 @@ p = y (Beck and Teboulle 2009); "sdnet" is the official loop with p = z. For two
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor
 
 from sdnet.kernels.coding import PLAIN_ITERATION, Coding, DataTerm, Iteration, Solver
@@ -78,6 +78,11 @@ def momentum(n_steps: int, solver: Solver) -> list[float]:
     return betas
 
 
+def copies_of(x: Tensor, n_dict: int) -> Tensor:
+    """Return x [N, C, H, W] repeated for each dictionary, [N, n_dict C, H, W]."""
+    return x if n_dict == 1 else torch.cat([x] * n_dict, dim=1)
+
+
 def residual_scale(residual: Tensor, data_term: DataTerm) -> Tensor | None:
     """Return what the data term multiplies a residual by: None (one), or 1/2 / |r| of each sample for the norm.
 
@@ -126,7 +131,7 @@ def solve(
     """
     step_size = step_size.detach().to(x.dtype)
     lam = lam.to(x.dtype)
-    target = repeat(x, "n c h w -> n (d c) h w", d=coding.n_dict)
+    target = copies_of(x, coding.n_dict)
     size = (x.shape[2], x.shape[3])
     codes = previous = None if iteration.z0 is None else iteration.z0.to(x.dtype)
     step = 0
@@ -185,7 +190,7 @@ def objective(x: Tensor, codes: Tensor, reconstruction: Tensor, lam: Tensor, cod
     quite this one.
     """
     dtype = torch.promote_types(codes.dtype, torch.float32)
-    target = repeat(x, "n c h w -> n (d c) h w", d=coding.n_dict)
+    target = copies_of(x, coding.n_dict)
     codes, lam = codes.to(dtype), lam.to(dtype)
     squares = reduce((target.to(dtype) - reconstruction).square(), "n c h w -> n", "sum")
     data = 0.5 * squares if coding.data_term == "squared" else squares.sqrt()

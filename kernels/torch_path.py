@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import reduce, repeat
+from einops import reduce
 from torch import Tensor
 
 from sdnet.kernels.coding import Coding
-from sdnet.kernels.reference import Pair, analysis, momentum, residual_scale, synthesis
+from sdnet.kernels.reference import Pair, analysis, copies_of, momentum, residual_scale, synthesis
 
 
 class Problem(NamedTuple):
@@ -64,11 +64,6 @@ class Problem(NamedTuple):
     def extrapolated(codes: Tensor, previous: Tensor, beta: float) -> Tensor:
         """Return y = z + beta (z - z_prev)."""
         return torch.lerp(previous, codes, 1 + beta)
-
-
-def copies_of(x: Tensor, n_dict: int) -> Tensor:
-    """Return x [N, C, H, W] repeated for each dictionary, [N, n_dict C, H, W]."""
-    return x if n_dict == 1 else repeat(x, "n c h w -> n (d c) h w", d=n_dict)
 
 
 def residual_of(x: Tensor, gradient_point: Tensor, weight: Tensor, problem: Problem) -> Tensor:

@@ -173,12 +173,13 @@ def test_explain_says_that_the_reference_is_taken() -> None:
     ]
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_a_compiled_transform_equals_the_eager_one(transform: str) -> None:
     torch.compiler.reset()
     calls: dict[str, Callable[[Tensor], Tensor]] = {
         "grad": grad(lambda x: encode(x).square().sum()),
         "vmap": lambda x: vmap(encode)(torch.stack([x, TANGENT])),
+        "jvp": lambda x: jvp(encode, (x[:1],), (TANGENT[:1],))[1],
     }
     compiled = torch.compile(calls[transform], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), calls[transform](X), rtol=1e-10, atol=1e-12)
