@@ -120,7 +120,7 @@ def transform_of(*tensors: Tensor) -> str | None:
     """
     if torch.compiler.is_compiling():
         return TRANSFORM if _inside_transform() else None
-    if any(map(functorch.is_functorch_wrapped_tensor, tensors)):
+    if functorch.peek_interpreter_stack() is not None or any(map(functorch.is_functorch_wrapped_tensor, tensors)):
         return TRANSFORM
     if any(map(functorch.is_legacy_batchedtensor, tensors)):
         return "batched gradients"

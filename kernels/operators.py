@@ -8,11 +8,12 @@ plain: step_size and lam are always tensors, and the options are the fields of `
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 
 from sdnet.kernels import flops, reference, torch_path
 from sdnet.kernels.coding import Coding
@@ -88,6 +89,20 @@ def computed(
     return by_torch()
 
 
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raise a NotImplementedError if something transforms these tensors that an operator has no rule for."""
+    if transform := transform_of(*tensors):
+        raise no_rule_for(transform)
+
+
+def no_rule_for(transform: str) -> NotImplementedError:
+    """Return the error for what the operators have no rule for, which names the way out."""
+    return NotImplementedError(
+        f"A compiled or exported CSC layer has no rule for {transform}; compile or export the model after "
+        'sdnet.set_impl(model, "reference"), with csc_encode(..., impl="reference") in place of the bare operator.'
+    )
+
+
 def csc_forward(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *options: Any) -> list[Tensor]:
     """Return [z_1, ..., z_n], before them [r_1, ..., r_{n-1}] if keep_residuals; [z_n] alone unless keep_all."""
     impl, path, keep_residuals, keep_all = options[-4:]
@@ -133,6 +148,7 @@ def csc_backward(
 
     `kept` is what csc_forward returned.
     """
+    refuse_transforms(grad, x, weight, step_size, lam)
     impl, path, needs = options[-3:]
     problem = problem_of(step_size, lam, options[:-3])
     n_steps = problem.coding.n_steps
@@ -218,6 +234,10 @@ def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weight, step_size, lam, *options, keep_all = inputs
     assert keep_all, "a gradient needs all codes"
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None:
+        # While torch.compile traces: an operation in place after the layer changes the codes that are returned, and its
+        # passes remove this copy where there is none.
+        output = [*output[:-1], output[-1].clone()]
     # As a rule the backward pass does not read lambda's value, so a lambda without a gradient may change between the
     # passes: it is not saved with the others. Where its value is needed after all, `_lambda` checks it.
     ctx.save_for_backward(x, weight, step_size, lam if lam.requires_grad else step_size, *output)
@@ -311,4 +331,48 @@ define(
     csc_backward,
     csc_backward_fake,
 )
-torch.library.register_autograd("sdnet::csc_forward", _backward, setup_context=_setup_context, lib=library)
+
+info = Info(_backward, _setup_context)
+differentiable = make_autograd_impl(torch.ops.sdnet.csc_forward.default, info)
+
+
+def _autograd(keyset: Any, *arguments: Any) -> list[Tensor]:
+    """Compute `csc_forward` with its gradient.
+
+    This is `torch.library.register_autograd` with one check more: without it forward-mode derivatives of an exported
+    program, which calls this operator whatever transforms it, would be zero without a word.
+    """
+    refuse_transforms(*arguments[:4])
+    return differentiable(keyset, *arguments)
+
+
+library.impl("csc_forward", _autograd, "Autograd", with_keyset=True)
+
+
+def _vmap(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[list[Tensor], list[int]]:
+    """Compute an operator for each element of a batch: the rule of `torch.vmap`.
+
+    Only compiled and exported functions need it, for `csc_encode` itself takes the reference under vmap.
+    """
+
+    def element(argument: Any, dim: Any, index: int) -> Any:
+        if isinstance(argument, list) and isinstance(dim, list):
+            return [element(*each, index) for each in zip(argument, dim, strict=True)]
+        return argument.select(dim, index) if isinstance(argument, Tensor) and dim is not None else argument
+
+    found = [
+        operator(*(element(argument, dim, index) for argument, dim in zip(arguments, in_dims, strict=True)))
+        for index in range(info.batch_size)
+    ]
+    stacked = [torch.stack(each) for each in zip(*found, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+def _refuse_batched(*_: Any) -> list[Tensor]:
+    """Refuse the batched gradients of a compiled or exported function (`is_grads_batched`)."""
+    raise no_rule_for("batched gradients")
+
+
+for _operator in (torch.ops.sdnet.csc_forward, torch.ops.sdnet.csc_backward):
+    torch.library.register_vmap(_operator.default, partial(_vmap, _operator), lib=library)
+    library.impl(_operator.default, _refuse_batched, "Batched")

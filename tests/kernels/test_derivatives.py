@@ -183,3 +183,56 @@ def test_a_compiled_transform_equals_the_eager_one(transform: str) -> None:
     }
     compiled = torch.compile(calls[transform], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), calls[transform](X), rtol=1e-10, atol=1e-12)
+
+
+def test_a_call_with_constants_within_a_transform() -> None:
+    weight = WEIGHT.clone().requires_grad_()
+    expected = encode(X, weight)
+    derivative = jvp(lambda scale: encode(X, weight) * scale, (torch.ones(()),), (torch.full((), 2.0),))[1]
+    torch.testing.assert_close(derivative, 2 * expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(vmap(lambda scale: encode(X, weight) * scale)(torch.ones(1))[0], expected)
+
+
+@pytest.fixture(scope="module")
+def exported() -> Callable[[Tensor], Tensor]:
+    layer = sdnet.CSCConv2d(2, 4, 3, input_size=5, dtype=torch.float64)
+    return torch.export.export(layer, (X,)).module()
+
+
+REFUSED_IN_EXPORTS: dict[str, str] = {
+    "func.jvp": "the transforms of torch.func",
+    "func.grad": "the transforms of torch.func",
+    "func.jacrev": "the transforms of torch.func",
+    "forward mode": "forward-mode derivatives",
+    "forward mode without gradients": "forward-mode derivatives",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_IN_EXPORTS)
+def test_an_exported_layer_refuses_what_its_operator_has_no_rule_for(name: str, exported: Encode) -> None:
+    with pytest.raises(
+        NotImplementedError, match=rf'no rule for {REFUSED_IN_EXPORTS[name]}; .* after sdnet.set_impl\(model, "refe'
+    ):
+        DERIVATIVES[name](exported, X, TANGENT)
+
+
+@pytest.mark.parametrize("name", ["func.vmap", "double backward", "batched gradients"])
+def test_other_derivatives_of_an_exported_layer_are_right(name: str, exported: Any) -> None:
+    layer = sdnet.CSCConv2d(2, 4, 3, input_size=5, dtype=torch.float64, impl="reference")
+    layer.load_state_dict(exported.state_dict(), strict=False)
+    layer.step_size.copy_(exported.step_size)
+    found, expected = (DERIVATIVES[name](encode, X, TANGENT) for encode in (exported, layer))
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["batched gradients", "func.jvp", "func.grad"])
+def test_derivatives_of_a_compiled_function_are_right_or_refused(name: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(encode, backend="aot_eager")
+    if name == "batched gradients":
+        with pytest.raises(NotImplementedError, match="no rule for batched gradients"):
+            DERIVATIVES[name](compiled, X, TANGENT)
+    else:
+        found, expected = (DERIVATIVES[name](function, X, TANGENT) for function in (compiled, encode))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -97,6 +97,22 @@ def test_a_layer_trains_with_an_activation_in_place_as_a_convolution_does() -> N
             torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardtanh, nn.Identity])
+def test_a_compiled_layer_trains_with_an_activation_in_place(activation: type[nn.Module]) -> None:
+    torch.compiler.reset()
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        act = activation(inplace=in_place) if activation is not nn.Identity else activation()
+        model = nn.Sequential(sdnet.CSCConv2d(3, 8, 3, lam=0.05, input_size=8, nonnegative=False), act)
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if in_place else model
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        forward(x).square().sum().backward()
+        found.append((x.grad, model[0].weight.grad))
+    assert found[0][1].abs().max() > 0.1
+    torch.testing.assert_close(found[1], found[0])
+
+
 class Calls(TorchDispatchMode):
     """Notes the names of the operators that are called."""
 
