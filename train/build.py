@@ -5,14 +5,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 import sdnet
 from sdnet.kernels import explain
 from sdnet.step_size import csc_layers
+from sdnet.train.checkpoint import Checkpoint
+from sdnet.train.environment import describe_software
 from sdnet.train.errors import UserError
+from sdnet.train.job import Job
+from sdnet.train.ranks import START_TIMEOUT
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
+from sdnet.train.settings import settings_of
 
 MPI_AND_SLURM = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Environment variables in which launchers other than torchrun give the number of processes."""
@@ -39,6 +45,7 @@ def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
             gradient_accumulation_steps=recipe.accumulate,
             log_with="tensorboard",
             project_dir=run.path,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=START_TIMEOUT)] if processes > 1 else None,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -63,6 +70,24 @@ def launched_processes() -> int:
     if "SLURM_PTY_PORT" in os.environ:  # an interactive shell: srun counts its tasks, but only one runs commands
         names = tuple(name for name in names if not name.startswith("SLURM"))
     return max([int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()], default=1)
+
+
+def equal_facts(job: Job, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Return what has to be equal in all processes of a run, by the name that a message uses.
+
+    Args:
+        job: The job of this process.
+        checkpoint: The checkpoint that this process has read.
+    """
+    facts = describe_software()
+    facts |= {f"the setting {name}": value for name, value in job.recipe.to_json().items()}
+    facts |= {
+        f"the setting {item.name}": getattr(job, item.name)
+        for item in settings_of(Job)
+        if item.metadata["group"] == "run"
+    }
+    stored = checkpoint.shared["state"] if checkpoint else "none"
+    return {"the checkpoint to resume": stored, **facts}
 
 
 def check_recipe(recipe: Recipe, accelerator: Accelerator) -> None:

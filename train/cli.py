@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
-from sdnet.train.errors import DataError, UserError
+from sdnet.train.errors import DataError, LostProcessError, UserError
+from sdnet.train.interrupt import end_with_launcher
 from sdnet.train.job import Job
+from sdnet.train.overrides import override, read_overrides
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.settings import settings_of, type_hints
 
+AUTO = Path("auto")
 Recipes = Mapping[str, Callable[[], Recipe]]
 
 
@@ -40,17 +43,20 @@ def parse_job(recipes: Recipes, default: str, argv: Sequence[str] | None = None)
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
     where = _place(recipes, default)
     place, _ = _parse(make_dataclass("Place", where), argv, return_unknown_args=True, add_help=False)
-    stored, notes, out = None, (), place.out
+    stored, before, notes, out = None, None, (), place.out
+    changes = read_overrides(place.override)
     if place.resume is not None and not asks_for_help:
-        if out is not None:
-            raise UserError("--out and --resume exclude each other: a resumed run stays in its folder.")
-        out = place.resume
-        stored, notes = RunFolder(out).check_resumable()
+        out = _folder_to_resume(place.out, place.resume)
+        if place.resume != AUTO or RunFolder(out).has_checkpoint():
+            before, notes = RunFolder(out).check_resumable()
+            stored = override(before, changes)
+    elif changes and not asks_for_help:
+        raise UserError("--override changes a run that is resumed; give a new run the options themselves.")
     base = stored if stored and not place.recipe else recipes[place.recipe or default]()
 
     groups = asdict(_parse(_options(where, base), argv, description=_description(recipes)))
     values = {name: value for group in groups.values() for name, value in group.items()}
-    recipe = base.with_settings(values)
+    recipe = base.with_settings(values | changes)
     run = RunFolder(out or Path("runs", recipe.name))
     if stored is None:
         run.check_unused()
@@ -58,7 +64,23 @@ def parse_job(recipes: Recipes, default: str, argv: Sequence[str] | None = None)
         raise UserError(f"{out} cannot be resumed with another recipe; {'; '.join(differences)}.")
     run.check_writable()
     settings = {item.name: values[item.name] for item in settings_of(Job)}
-    return Job(recipe, values["data"], run, resume=stored is not None, notes=notes, **settings)
+    changed = tuple(stored.differences(before)) if stored and before else ()
+    return Job(recipe, values["data"], run, resume=stored is not None, changes=changed, notes=notes, **settings)
+
+
+def _folder_to_resume(out: Path | None, resume: Path) -> Path:
+    """Return the run folder that --out and --resume mean together.
+
+    Raises:
+        UserError: They contradict each other.
+    """
+    if resume == AUTO:
+        if out is None:
+            raise UserError("--resume auto needs --out RUN, the folder in which the run starts or goes on.")
+        return out
+    if out is not None:
+        raise UserError("--out and --resume exclude each other: a resumed run stays in its folder.")
+    return resume
 
 
 def _place(recipes: Recipes, default: str) -> list[Any]:
@@ -67,12 +89,14 @@ def _place(recipes: Recipes, default: str) -> list[Any]:
     rows = (
         ("recipe", chosen, "NAME", "one of the recipes above", default),
         ("out", Path, "RUN", "folder of a new run", "runs/<name>"),
-        ("resume", Path, "RUN", "folder of the run to continue", "none"),
+        ("resume", Path, "RUN", "folder of the run to continue; auto: that of --out, started if it is new", "none"),
     )
-    return [
-        (name, Annotated[kind | None, arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {shown})")], None)
-        for name, kind, metavar, text, shown in rows
-    ]
+    place: list[Any] = []
+    for name, kind, metavar, text, shown in rows:
+        option = arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {shown})")
+        place.append((name, Annotated[kind | None, option], None))
+    change = arg(metavar="NAME=VALUE", help="a setting that a resumed run changes from here on")
+    return [*place, ("override", UseAppendAction[Annotated[tuple[str, ...], change]], ())]
 
 
 def _options(place: list[Any], base: Recipe) -> type:
@@ -125,10 +149,11 @@ def user_errors() -> Iterator[None]:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    end_with_launcher()
     try:
         yield
     except UserError as error:
-        said_here = isinstance(error, DataError) or os.environ.get("RANK", "0") == "0"
+        said_here = isinstance(error, (DataError, LostProcessError)) or os.environ.get("RANK", "0") == "0"
         raise SystemExit(f"error: {error}" if said_here else 1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -49,6 +49,12 @@ def describe_environment(device: torch.device, packages: Sequence[str] = PACKAGE
     }
 
 
+def describe_software(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Return the versions that have to be equal in all processes of a run."""
+    versions = {name: package_version(name) for name in packages}
+    return {"Python": platform.python_version(), **versions, "the commit of sdnet": commit_of_checkout()}
+
+
 def device_name(device: torch.device) -> str:
     """Return the model name of the GPU or of the processor."""
     if device.type == "cuda":

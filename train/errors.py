@@ -11,3 +11,7 @@ class NonFiniteLossError(UserError):
 
 class DataError(UserError):
     """An image could not be read during the run; only the process that met it can report it."""
+
+
+class LostProcessError(UserError):
+    """Another process of the run has ended or does not answer; each process that is left reports it."""

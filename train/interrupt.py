@@ -1,7 +1,11 @@
 """Signals that ask a program to stop, noted for its next safe point."""
 
+import ctypes
+import os
 import signal
+import sys
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -46,3 +50,23 @@ class Interrupt:
             self.signal, self._since = number, now
         elif number == signal.SIGINT and now - self._since >= PATIENCE:
             raise KeyboardInterrupt
+
+
+def end_with_launcher() -> None:
+    """Let this process receive SIGTERM when `accelerate launch` ends, on Linux.
+
+    For a single process that launcher passes on no signal: SIGTERM ends the launcher, and without this call the
+    training would go on without it. Where another program has started this process, nothing changes.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return
+    if any(os.path.basename(word) in (b"accelerate", b"accelerate-launch") for word in command[:2]):
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before the call
+            signal.raise_signal(signal.SIGTERM)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sdnet.train.errors import UserError
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.settings import check_settings, setting
@@ -23,6 +24,7 @@ class Job:
         data: The folder of the pictures.
         run: The run folder.
         resume: Whether the run continues from its last checkpoint.
+        changes: The settings that a resumed run changes: `name: new, not old`.
         notes: Sentences that the user should read before the training.
 
     Raises:
@@ -39,13 +41,17 @@ class Job:
     checkpoint_every: int = setting(0, "run", "optimiser steps between two checkpoints, 0 for epoch ends only")
     checkpoint_minutes: float = setting(15.0, "run", "minutes between two checkpoints, 0 for epoch ends only")
     keep_every: int = setting(0, "run", "epochs between two checkpoints that are kept for good, 0 for none")
+    timeout: float = setting(1800.0, "run", "seconds that a process waits in training for one that does not answer")
     verify: Verify = setting("header", "data", "check the header of each image before the training, or decode it")
     bad_files: BadFiles = setting("fail", "data", "stop at images that cannot be read, or leave them out")
     val_labels: Path | None = setting(None, "data", "labels of the images of a flat validation folder")
     prefetch: int = setting(2, "data", "batches that DALI prepares in advance", least=1)
     hw_decoder_load: float = setting(0.65, "data", "share of the images for the JPEG unit of the GPU", most=1)
 
+    changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if not self.timeout:
+            raise UserError("timeout is 0; it must be more than 0.")

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
 from sdnet.train.checkpoint import Checkpoint, State, Stateful, TrainState, states_of
 from sdnet.train.ema import Ema
-from sdnet.train.errors import UserError
 from sdnet.train.job import Job
+from sdnet.train.ranks import on_main
 from sdnet.train.step_sizes import converged_step_sizes
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -104,17 +104,12 @@ class Saver:
         Raises:
             UserError: It could not write.
         """
-        sentence = ""
-        if self.accelerator.is_main_process:
-            try:
-                with self.run.writing():
-                    write()
-            except UserError as error:
-                sentence = str(error)
-        if self.accelerator.num_processes > 1:
-            sentence = broadcast_object_list([sentence])[0]
-        if sentence:
-            raise UserError(sentence)
+
+        def say_why_not() -> None:
+            with self.run.writing():
+                write()
+
+        on_main(self.accelerator, say_why_not)
 
     def _export(self) -> None:
         place = {"epoch": str(self.state.epoch), "step": str(self.state.step)}

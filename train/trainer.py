@@ -9,13 +9,13 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 import sdnet
 from sdnet.step_size import csc_layers
-from sdnet.train.build import check_recipe, make_accelerator, make_model
-from sdnet.train.checkpoint import RandomState, State, TrainState, restore
+from sdnet.train.build import check_recipe, equal_facts, make_accelerator, make_model
+from sdnet.train.checkpoint import Checkpoint, RandomState, State, TrainState, restore
 from sdnet.train.data.loader import Data, Loader, Rank
 from sdnet.train.ema import Ema
 from sdnet.train.environment import describe_environment
@@ -23,10 +23,12 @@ from sdnet.train.errors import NonFiniteLossError, UserError
 from sdnet.train.execution import execution
 from sdnet.train.interrupt import Interrupt
 from sdnet.train.job import Job
+from sdnet.train.lock import RunLock
 from sdnet.train.metrics import LossMeter, LossReading, evaluate
 from sdnet.train.optimizer import make_optimizer
 from sdnet.train.outcome import by_weights, describe_outcome, describe_scores
 from sdnet.train.progress import Display, Stopwatch, peak_memory
+from sdnet.train.ranks import check_equal, naming_lost_process, on_all, on_main, set_timeout
 from sdnet.train.saving import Digests, Saver
 from sdnet.train.schedule import learning_rate
 from sdnet.train.step_sizes import DIVERGENCE, converge_step_sizes, measured_margins
@@ -51,19 +53,31 @@ class Trainer:
     """
 
     def __init__(self, job: Job, open_data: OpenData) -> None:
-        self.job, self.run, recipe = job, job.run, job.recipe
-        checkpoint, fallen_back = self.run.load_checkpoint() if job.resume else (None, ())
+        self.job, self.run = job, job.run
+        self.accelerator = make_accelerator(job.recipe, job.run)
+        check_recipe(job.recipe, self.accelerator)
+        self.lock = RunLock(self.run.path)
+        on_main(self.accelerator, self.lock.acquire)
+        try:
+            self._build(open_data)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _build(self, open_data: OpenData) -> None:
+        """Open the data, make the model, and restore the checkpoint if the run is resumed."""
+        job, recipe, accelerator = self.job, self.job.recipe, self.accelerator
+        device, processes = accelerator.device, accelerator.num_processes
+        checkpoint, fallen_back = on_all(accelerator, self._read_checkpoint)
         self.fallen_back = bool(fallen_back)
-        self.accelerator = make_accelerator(recipe, job.run)
-        check_recipe(recipe, self.accelerator)
-        device, processes = self.accelerator.device, self.accelerator.num_processes
+        check_equal(accelerator, equal_facts(job, checkpoint))
         if checkpoint:
             checkpoint.check_processes(processes)
-        with self.accelerator.local_main_process_first():  # the others reuse what it has found out about the files
-            self.data = open_data(job, Rank(self.accelerator.process_index, processes), device)
+        rank = Rank(accelerator.process_index, processes)
+        # The first process of a machine goes first: the others reuse what it has found out about the files.
+        self.data = on_all(accelerator, lambda: open_data(job, rank, device), first=True)
         digests = Digests(self.data.digest, self.data.val_digest)
-        if len(set(gather_object([digests]))) > 1:
-            raise UserError("The processes do not see the same images.")
+        check_equal(accelerator, {"the training set": digests.train, "the validation set": digests.val})
         if checkpoint:
             checkpoint.check_data(*digests)
         self.steps_per_epoch = len(self.data.train) // recipe.accumulate
@@ -93,15 +107,23 @@ class Trainer:
             "random": RandomState(device),
         }
         notes = job.notes + fallen_back + self.data.notes
+        settings_of_groups = [
+            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+        ]
         if checkpoint:
             file = self.run.checkpoint_file
             notes += restore(self.saver.shared, checkpoint.shared, file)
             notes += restore(self.saver.own, checkpoint.ranks[self.accelerator.process_index], file)
             notes += self.run.missing_metrics(self.state.epoch)
+        if job.changes:
+            for group, settings in zip(self.optimizer.param_groups, settings_of_groups, strict=True):
+                group.update(settings)  # those of the checkpoint are from before the change
+            notes += (f"Changed from step {self.state.step} on; {'; '.join(job.changes)}.",)
 
         self.notes = notes
         self.warned_of_margin = False
-        self.agreement = Agreement(processes, 600)
+        self.agreement = Agreement(processes, job.timeout)
+        set_timeout(job.timeout)
         self.interrupt, self.watch, self.first_batch = Interrupt(), Stopwatch(), self.state.batch
         total = recipe.epochs * self.steps_per_epoch
         self.display = Display(total, self.state.step, self.accelerator.is_main_process)
@@ -111,8 +133,14 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: A loss or a weight is not finite; the last checkpoint is from before.
+            LostProcessError: Another process of the run has ended or does not answer.
             SystemExit: After one of `interrupt.SIGNALS`, with a checkpoint written; the code is 128 + the signal.
         """
+        kept = f"the last checkpoint is {self.run.checkpoint_file}"
+        with self.lock, naming_lost_process(self.accelerator, self.job.timeout, kept):
+            self._train()
+
+    def _train(self) -> None:
         self._open_run()
         with self.interrupt, self.display, execution(self.job.recipe, self.display.say):
             for note in self.notes:
@@ -315,9 +343,15 @@ class Trainer:
         self.display.say(f"Stopped {where}; go on with --resume {self.run.path}")
         raise SystemExit(128 + signal)
 
+    def _read_checkpoint(self) -> tuple[Checkpoint | None, tuple[str, ...]]:
+        """Return the checkpoint to go on from, if there is one, and sentences about it for the user."""
+        if self.job.resume:
+            return self.run.load_checkpoint()
+        self.run.check_unused()  # again, for another program may have used it before this one locked it
+        return None, ()
+
     def _open_run(self) -> None:
         """Write what is known before the first step, and remove the metrics of epochs that will be run again."""
-        self.accelerator.wait_for_everyone()  # until all ranks have found the folder unused
 
         def write() -> None:
             self.run.create(self.job.recipe, self.model.config, self.data.classes)
@@ -325,7 +359,8 @@ class Trainer:
                 self.run.set_aside_damaged()
             self.run.keep_metrics(self.state.epoch)
             self.run.note_left_out(self.data.left_out)
-            facts = {"command": sys.argv, "processes": self.accelerator.num_processes}
+            place = {"epoch": self.state.epoch, "step": self.state.step, "changes": self.job.changes}
+            facts = {"command": sys.argv, "processes": self.accelerator.num_processes, **place}
             self.run.add_environment(facts | describe_environment(self.accelerator.device))
 
         self.saver.on_main(write)
