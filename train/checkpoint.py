@@ -9,6 +9,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from sdnet.train.data.loader import Loader
 from sdnet.train.errors import UserError
 from sdnet.train.files import link_atomically, write_atomically
 
@@ -90,6 +91,27 @@ class RandomState:
         torch.set_rng_state(state_dict["cpu"])
         if "cuda" in state_dict and self.device.type == "cuda":
             torch.cuda.set_rng_state(state_dict["cuda"], self.device)
+
+
+class LoaderPosition:
+    """The place of a loader within the epoch of a run, as a part of its checkpoint.
+
+    Args:
+        loader: The loader.
+        state: The state of the run, which is restored before.
+    """
+
+    def __init__(self, loader: Loader, state: TrainState) -> None:
+        self.loader, self.state = loader, state
+
+    def state_dict(self) -> State:
+        """Return the bytes of the loader."""
+        return {"position": self.loader.state()}
+
+    def load_state_dict(self, state_dict: State, /) -> None:
+        """Choose the epoch of the run and go to the stored place in it."""
+        self.loader.set_epoch(self.state.epoch)
+        self.loader.load_state(state_dict["position"])
 
 
 @dataclass

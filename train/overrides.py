@@ -11,6 +11,7 @@ from sdnet.train.settings import type_hints
 FIXED = {
     **dict.fromkeys(("model", "stem", "width", "shortcut", "n_dict", "image_size"), "it decides what is trained"),
     **dict.fromkeys(("batch", "accumulate", "holdout"), "it decides how many steps an epoch has"),
+    **dict.fromkeys(("optimizer", "decay_norms", "decay_atoms"), "the stored state of the optimiser would not fit"),
     **dict.fromkeys(("seed", "extras"), "the order and the augmentation of the running epoch depend on it"),
     "name": "it is the name of the run",
 }

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import sdnet
 from sdnet.step_size import csc_layers
 from sdnet.train.build import check_recipe, equal_facts, make_accelerator, make_model
-from sdnet.train.checkpoint import Checkpoint, RandomState, State, TrainState, restore
-from sdnet.train.data.loader import Data, Loader, Rank
+from sdnet.train.checkpoint import Checkpoint, LoaderPosition, RandomState, TrainState, restore
+from sdnet.train.data.loader import Data, Rank
 from sdnet.train.ema import Ema
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import NonFiniteLossError, UserError
@@ -368,24 +368,3 @@ class Trainer:
             self.saver.export()
         purge = {"tensorboard": {"purge_step": self.state.step + 1}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
-
-
-class LoaderPosition:
-    """The place of a loader within the epoch of a run, as a part of its checkpoint.
-
-    Args:
-        loader: The loader.
-        state: The state of the run, which is restored before.
-    """
-
-    def __init__(self, loader: Loader, state: TrainState) -> None:
-        self.loader, self.state = loader, state
-
-    def state_dict(self) -> State:
-        """Return the bytes of the loader."""
-        return {"position": self.loader.state()}
-
-    def load_state_dict(self, state_dict: State, /) -> None:
-        """Choose the epoch of the run and go to the stored place in it."""
-        self.loader.set_epoch(self.state.epoch)
-        self.loader.load_state(state_dict["position"])
