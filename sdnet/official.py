@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnet.kernels import checks
+from sdnet.models import VARIANTS, SDNet, create_model
 from sdnet.step_size import converge_power_vectors
 
 UNIT_NORM_TOLERANCE = 1e-5
@@ -61,6 +62,60 @@ def load_official_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Non
         value = state[official].reshape(target[ours].shape)
         target[ours].copy_(_on_unit_sphere(value) if _is_dictionary(ours, target) else value)
     converge_power_vectors(model)
+
+
+def load_official_model(path: str | PathLike[str], **changes: Any) -> SDNet:
+    """Build the network that a checkpoint of the official SDNet code belongs to, and load the checkpoint.
+
+    The file says everything but the options of the coding, which are those of the published networks unless `changes`
+    gives others: lam 0.1, two steps, mu 0.
+
+    Args:
+        path: The checkpoint, as for `load_official_checkpoint`. Nothing in it is executed.
+        **changes: Arguments of `create_model`, such as `lam` or `image_size`.
+
+    Returns:
+        The network in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no file at `path`.
+        ValueError: The file is no checkpoint of an official SDNet.
+        TypeError: `changes` holds an argument that `create_model` does not have.
+
+    Example:
+        >>> model = sdnet.load_official_model("model_best.pth.tar")  # doctest: +SKIP
+    """
+    source = Path(path)
+    model = create_model(**(official_arguments(_state_dict(_read(source), source), source) | changes))
+    load_official_checkpoint(model, source)
+    return model.eval()
+
+
+def official_arguments(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
+    """Return the arguments of `create_model` for the network of an official state dict.
+
+    Raises:
+        ValueError: It is of no network that `create_model` builds.
+    """
+    places = {match.groups() for key in state if (match := re.match(r"layer([1-4])\.(?:layers\.)?(\d+)\.", key))}
+    blocks = tuple(sum(stage == number for stage, _ in places) for number in "1234")
+    stem, linear = state.get("layer0.0.dn.weight"), state.get("linear.weight")
+    csc_blocks = any(".layers." in key for key in state)
+    names = [name for name, v in VARIANTS.items() if v.csc_stem and v.csc_blocks == csc_blocks and v.blocks == blocks]
+    if not names or stem is None or stem.ndim != 4 or linear is None or linear.ndim != 2:
+        raise ValueError(
+            f"'{source}' is no checkpoint of an official SDNet-18 or SDNet-34: it has {blocks} blocks, and "
+            f"{'no ' if stem is None else ''}layer0.0.dn.weight."
+        )
+    return {
+        "name": names[0],
+        "num_classes": linear.shape[0],
+        "stem": "imagenet" if stem.shape[2] == 7 else "cifar",
+        "width": stem.shape[0],
+        "shortcut": any(".shortcut." in key for key in state),
+        "n_dict": max(1, stem.shape[1] // 3),
+        "solver": "sdnet",
+    }
 
 
 class _Ignored:

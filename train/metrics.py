@@ -72,7 +72,30 @@ class LossMeter:
         self._sums.copy_(state_dict["sums"])
 
 
+class Counts(NamedTuple):
+    """The sum of the cross-entropies, and how many images are among the first one or five classes."""
+
+    loss: float
+    top1: int
+    top5: int
+
+
 @torch.no_grad()
+def count_hits(model: nn.Module, loader: Loader, size: int, device: torch.device) -> Counts:
+    """Return what `evaluate` divides by the number of images; the arguments are the same."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for images, labels in loader:
+        logits = model(images).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(labels))])
+    loss, top1, top5, count = of_all_ranks(sums).sum(0).tolist()
+    if count != size:
+        raise RuntimeError(f"The evaluation saw {count:.0f} images of {size}.")
+    return Counts(loss, int(top1), int(top5))
+
+
 def evaluate(model: nn.Module, loader: Loader, size: int, device: torch.device) -> dict[str, float]:
     """Return the cross-entropy and the top-1 and top-5 accuracy, in percent, over the images of all ranks.
 
@@ -88,17 +111,12 @@ def evaluate(model: nn.Module, loader: Loader, size: int, device: torch.device) 
     Raises:
         RuntimeError: The loaders did not give exactly `size` images.
     """
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for images, labels in loader:
-        logits = model(images).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(labels))])
-    loss, top1, top5, count = of_all_ranks(sums).sum(0).tolist()
-    if count != size:
-        raise RuntimeError(f"The evaluation saw {count:.0f} images of {size}.")
-    return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
+    counts = count_hits(model, loader, size, device)
+    return {
+        "val_loss": counts.loss / size,
+        "val_top1": 100 * counts.top1 / size,
+        "val_top5": 100 * counts.top5 / size,
+    }
 
 
 def of_all_ranks(values: Tensor) -> Tensor:

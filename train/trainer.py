@@ -93,7 +93,10 @@ class Trainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.gradient_norm = torch.zeros((), device=device)
         self.meter, self.state = LossMeter(device), TrainState()
-        facts = model_facts(self.model.config, self.data.classes) | {"recipe": json.dumps(recipe.to_json())}
+        facts = model_facts(self.model.config, self.data.classes) | {
+            "recipe": json.dumps(recipe.to_json()),
+            "program": self.data.program,
+        }
         self.saver = Saver(job, self.accelerator, self.state, digests, facts)
         self.saver.models["last"] = self.model
         self.saver.shared |= {"model": self.model, "optimizer": self.optimizer}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sdnet
 from sdnet.bench.official import OfficialConfig, OfficialSDNet
 from sdnet.kernels import step_sizes
-from sdnet.official import load_official_checkpoint
+from sdnet.official import load_official_checkpoint, official_arguments
 
 StateDict = dict[str, Tensor]
 
@@ -282,3 +282,46 @@ def test_a_model_of_another_width_is_refused_in_one_sentence(official: StateDict
         f"'{path}' is of a network of width 64, the model is of width 16: make the model with "
         "create_model(..., width=64)."
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (OfficialConfig(), {"name": "sdnet18", "num_classes": 10, "stem": "cifar", "shortcut": True, "n_dict": 1}),
+        (
+            OfficialConfig(all_layers=True, stem="imagenet", num_classes=1000, shortcut=False),
+            {"name": "sdnet18_all", "num_classes": 1000, "stem": "imagenet", "shortcut": False, "n_dict": 1},
+        ),
+        (
+            OfficialConfig(depth=34, all_layers=True, expansion_factor=2),
+            {"name": "sdnet34_all", "num_classes": 10, "stem": "cifar", "shortcut": True, "n_dict": 2},
+        ),
+    ],
+    ids=lambda value: value.get("name") if isinstance(value, dict) else "",
+)
+def test_an_official_file_tells_its_network(config: OfficialConfig, expected: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        state = OfficialSDNet(config).state_dict()
+    found = official_arguments(state, Path("model_best.pth.tar"))
+    assert found == expected | {"width": 64, "solver": "sdnet"}
+
+
+def test_the_network_of_an_official_file_is_built_and_loaded(official: StateDict, path: Path) -> None:
+    torch.save(official, path)
+    model = sdnet.load_official_model(path, image_size=8, lam=0.3)
+    assert not model.training
+    assert (model.config["name"], model.config["lam"], model.config["solver"]) == ("sdnet18", 0.3, "sdnet")
+    expected = sdnet.create_model("sdnet18", num_classes=10, stem="cifar", image_size=8)
+    load_official_checkpoint(expected, path)
+    state = expected.state_dict()
+    del state["stem.conv.power_vector"]  # not in the file: it converges from a random start
+    for name, value in state.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_file_of_no_official_network_is_refused(path: Path) -> None:
+    torch.save(sdnet.create_model("resnet18", 10, stem="cifar", width=4).state_dict(), path)
+    with pytest.raises(
+        ValueError, match=r"is no checkpoint of an official SDNet-18 or SDNet-34: it has \(0, 0, 0, 0\)"
+    ):
+        sdnet.load_official_model(path)

@@ -89,6 +89,7 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
         notes=found.notes,
         holdout=None if held is None else evaluated(held, "The held-out set"),
         holdout_size=recipe.holdout,
+        program="cifar",
     )
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+Program = Literal["imagenet", "cifar"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Data:
         left_out: (file, reason) for everything in the data folder that is not used.
         holdout: The loader of the training images that are held out to choose the best weights on; None for none.
         holdout_size: The number of these images over all ranks.
+        program: Which entry script reads images this way; the colours are normalised differently.
         val_digest: A fingerprint of the validation set; empty if it has none.
     """
 
@@ -82,4 +85,5 @@ class Data:
     left_out: tuple[tuple[str, str], ...] = ()
     holdout: Loader | None = None
     holdout_size: int = 0
+    program: Program = "imagenet"
     val_digest: str = ""
