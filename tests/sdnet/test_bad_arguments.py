@@ -66,10 +66,12 @@ NOT_OF_A_LAYER: list[tuple[dict[str, Any], str]] = [
 ]
 
 MODEL: list[tuple[dict[str, Any], str]] = [
-    ({"name": "sdnet50"}, "name is 'sdnet50'; it must be one of resnet18, .*, sdnet34_all"),
+    ({"name": "sdnet101"}, "name is 'sdnet101'; it must be one of resnet18, .*, sdnet50_all"),
     ({"name": None}, "name is None; it must be one of resnet18"),
-    ({"num_classes": 10.0}, "num_classes is 10.0" + INT),
-    ({"num_classes": 0}, "num_classes is 0" + INT),
+    ({"num_classes": 10.0}, r"num_classes is 10.0; it must be an int of at least 0\."),
+    ({"num_classes": -1}, r"num_classes is -1; it must be an int of at least 0\."),
+    ({"in_channels": 0}, "in_channels is 0" + INT),
+    ({"in_channels": 3.0}, "in_channels is 3.0" + INT),
     ({"stem": "patch"}, "stem is 'patch'; it must be one of imagenet, cifar"),
     ({"image_size": "32"}, "image_size is '32'" + PAIR),
     ({"image_size": 64.0}, "image_size is 64.0" + PAIR),

@@ -24,7 +24,10 @@ def csc_names(model: nn.Module) -> list[str]:
 
 
 def test_the_models_are_listed() -> None:
-    assert sdnet.list_models() == ["resnet18", "resnet34", "sdnet18", "sdnet34", "sdnet18_all", "sdnet34_all"]
+    assert sdnet.list_models() == [
+        *("resnet18", "resnet34", "resnet50", "sdnet18", "sdnet34", "sdnet50"),
+        *("sdnet18_all", "sdnet34_all", "sdnet50_all"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -46,11 +49,17 @@ def test_the_models_are_listed() -> None:
         ("sdnet34_all", "cifar", False, 21_108_298),
         ("sdnet34_all", "imagenet", True, 21_834_536),
         ("sdnet34_all", "imagenet", False, 21_660_712),
+        ("resnet50", "cifar", True, 23_520_842),
+        ("resnet50", "imagenet", True, 25_557_032),
+        ("sdnet50", "imagenet", True, 25_557_032),
+        ("sdnet50_all", "cifar", True, 23_520_842),
+        ("sdnet50_all", "imagenet", True, 25_557_032 + 64 * 64 * 9),
     ],
 )
 def test_parameters_are_as_many_as_the_official_ones(name: str, stem: str, shortcut: bool, parameters: int) -> None:
     num_classes = 10 if stem == "cifar" else 1000
-    model = create(name, num_classes=num_classes, stem=stem, image_size=16, shortcut=shortcut)
+    with torch.device("meta"):
+        model = create(name, num_classes=num_classes, stem=stem, image_size=16, shortcut=shortcut)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -61,6 +70,51 @@ def test_csc_layers_are_where_the_table_says() -> None:
     of_all = csc_names(create("sdnet18_all", stem="imagenet", image_size=16))
     assert len(of_all) == 18
     assert of_all[:3] == ["stem.conv", "stem.pool", "stages.0.0.conv1"]
+
+
+def test_in_a_bottleneck_the_3x3_convolution_alone_is_a_csc_layer_and_has_the_stride() -> None:
+    with torch.device("meta"):
+        model = create("sdnet50_all", stem="imagenet", image_size=64)
+        assert csc_names(create("sdnet50", stem="imagenet", image_size=64)) == ["stem.conv"]
+    names = csc_names(model)
+    assert len(names) == 2 + 16
+    assert {name.rpartition(".")[2] for name in names[2:]} == {"conv2"}
+    first = model.get_submodule("stages.1.0")
+    assert (first.conv1.stride, first.conv2.stride, first.conv3.stride) == ((1, 1), (2, 2), (1, 1))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "sdnet50_all"])
+def test_a_bottleneck_is_the_composition_of_its_modules(name: str) -> None:
+    """No ReLU after codes, one after every plain convolution, and one after the sum."""
+    model = create(name, width=4)
+    block: Any = model.get_submodule("stages.1.0").eval()
+    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    out = block.norm1(block.conv1(x)).relu()
+    out = block.norm2(block.conv2(out))
+    out = block.norm3(block.conv3(out.relu() if name == "resnet50" else out))
+    assert out.shape == (2, 32, 4, 4)
+    assert block.output_size == (4, 4)
+    torch.testing.assert_close(block(x), (out + block.shortcut(x)).relu())
+
+
+def test_images_may_have_other_channels_and_the_classifier_may_be_left_out() -> None:
+    model = create("sdnet50_all", width=4, in_channels=1, num_classes=0)
+    assert isinstance(model, sdnet.SDNet)
+    assert (model.num_classes, model.in_channels, model.num_features) == (0, 1, 128)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    features = model(x)
+    torch.testing.assert_close(features, model.stages(model.stem(x)).mean((2, 3)))
+    assert features.shape == (2, 128)
+    sdnet.refresh_step_size(model, image_size=8)
+    with pytest.raises(ValueError, match=r"x is .*shape \[2, 3, 8, 8\]; it must be a tensor \[N, 1, H, W\]\."):
+        model(torch.randn(2, 3, 8, 8))
+    again = sdnet.create_model(**model.config)
+    again.load_state_dict(model.state_dict())
+
+
+def test_a_bottleneck_needs_its_shortcut() -> None:
+    with pytest.raises(ValueError, match=r"shortcut=False is for sdnet18_all, sdnet34_all; sdnet50_all needs its shor"):
+        create("sdnet50_all", shortcut=False)
 
 
 def test_the_options_reach_every_csc_layer() -> None:
