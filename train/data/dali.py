@@ -21,7 +21,7 @@ from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.formats import why_unusable
 from sdnet.train.data.holdout import divide
 from sdnet.train.data.loader import Data, Rank
-from sdnet.train.data.mixing import Mixing, mixing_of
+from sdnet.train.data.mixing import mixing_of
 from sdnet.train.data.names import printable
 from sdnet.train.data.pipeline import decode, make_pipeline
 from sdnet.train.data.read_ahead import ReadAhead
@@ -79,17 +79,14 @@ class DaliLoader(EpochLoader):
 
     Args:
         images: The split to read.
-        batch: Images of one batch of one rank.
         size: Height and width of the output.
         resize: The shorter side before the centre crop; evaluation only.
-        augment: True for training, False for evaluation.
         extras: DALI's TrivialAugmentWide or RandAugment (2 operations of magnitude 9) after the crop; training only.
         threads: Decoding threads of this rank.
         prefetch: Batches that DALI prepares in advance.
         hw_decoder_load: Share of a batch for the GPU's JPEG unit, where it has one.
-        mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
-        erasing: The probability that an image loses a rectangle; training only.
-        options: Rank, device (a CUDA device decodes too), seed, channels_last and dtype; see `EpochLoader`.
+        **options: The arguments of `EpochLoader`: batch, augment, mixing, erasing, rank, device (a CUDA device decodes
+            too), seed, channels_last and dtype.
 
     Raises:
         UserError: There are fewer images than ranks, or the evaluation crops more than it resizes to.
@@ -99,36 +96,23 @@ class DaliLoader(EpochLoader):
         self,
         images: ImageSet,
         *,
-        batch: int,
         size: int,
-        augment: bool,
         resize: int = 0,
         extras: Extras = "none",
         threads: int = 2,
         prefetch: int = 2,
         hw_decoder_load: float = 0.65,
-        mixing: Mixing | None = None,
-        erasing: float = 0.0,
         **options: Unpack[LoaderOptions],
     ) -> None:
         name, digest = printable(images.root), images.digest()
-        super().__init__(
-            total=len(images),
-            name=name,
-            digest=digest,
-            batch=batch,
-            augment=augment,
-            mixing=mixing,
-            erasing=erasing,
-            **options,
-        )
-        if not augment and resize < size:
+        super().__init__(total=len(images), name=name, digest=digest, **options)
+        if not self.augment and resize < size:
             raise UserError(f"resize is {resize}; it must be at least size, {size}, for a centre crop.")
         self.images, self.threads, self.prefetch = images, threads, prefetch
         self._graph: dict[str, Any] = {
             "size": size,
             "resize": resize,
-            "augment": augment,
+            "augment": self.augment,
             "extras": extras,
             "decoder": "mixed" if self.device.type == "cuda" else "cpu",
             "hw_decoder_load": hw_decoder_load,

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ ERASING = 1  # the stream of random numbers of erasing, beside that of mixing
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class LoaderOptions(TypedDict, total=False):
-    """The arguments that every loader hands to `EpochLoader`."""
+class CommonOptions(TypedDict, total=False):
+    """The options that the training and the validation loader of a job share."""
 
     rank: Rank
     device: torch.device | str
@@ -29,8 +29,17 @@ class LoaderOptions(TypedDict, total=False):
     dtype: torch.dtype
 
 
-def loader_options(job: Job, rank: Rank, device: torch.device) -> LoaderOptions:
-    """Return the arguments that the training and the validation loader of a job share."""
+class LoaderOptions(CommonOptions):
+    """The options of every loader, described at `EpochLoader`."""
+
+    batch: int
+    augment: bool
+    mixing: NotRequired[Mixing | None]
+    erasing: NotRequired[float]
+
+
+def loader_options(job: Job, rank: Rank, device: torch.device) -> CommonOptions:
+    """Return the options that the training and the validation loader of a job share."""
     recipe = job.recipe
     return {
         "rank": rank,

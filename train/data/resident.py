@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdnet.train.data.epochs import EpochLoader, LoaderOptions
-from sdnet.train.data.mixing import Mixing
 
 # CIFAR-10's mean of RGB in [0, 255], and the usual deviation: the mean of the deviations of the single images.
 MEAN = [255 * value for value in (0.4914, 0.4822, 0.4465)]
@@ -27,12 +26,9 @@ class ResidentLoader(EpochLoader):
         labels: The labels, [N] integers.
         name: The name of the set, for messages.
         digest: A fingerprint of the set, for states.
-        batch: Images of one batch of one rank.
-        augment: True for training, False for evaluation.
         padding: Margin on every side, in pixels; training only.
-        mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
-        erasing: The probability that an image loses a rectangle; training only.
-        options: Rank, device, seed, channels_last and dtype; see `EpochLoader`.
+        **options: The arguments of `EpochLoader`: batch, augment, mixing, erasing, rank, device, seed, channels_last
+            and dtype.
 
     Raises:
         UserError: There are fewer images than ranks.
@@ -45,24 +41,11 @@ class ResidentLoader(EpochLoader):
         *,
         name: str,
         digest: str,
-        batch: int,
-        augment: bool,
         padding: int = 4,
-        mixing: Mixing | None = None,
-        erasing: float = 0.0,
         **options: Unpack[LoaderOptions],
     ) -> None:
-        super().__init__(
-            total=len(images),
-            name=name,
-            digest=digest,
-            batch=batch,
-            augment=augment,
-            mixing=mixing,
-            erasing=erasing,
-            **options,
-        )
-        self._margin = padding if augment else 0
+        super().__init__(total=len(images), name=name, digest=digest, **options)
+        self._margin = padding if self.augment else 0
         # Images lie in memory as batches will, CHW or HWC: a crop then moves whole rows and needs no transpose.
         _, _, height, width = images.shape
         padded = F.pad(torch.from_numpy(images), (self._margin,) * 4).to(self.device)
