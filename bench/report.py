@@ -19,9 +19,14 @@ from pathlib import Path
 
 from sdnet.bench import plots, tables
 from sdnet.bench.ledger import RESULTS, ROOT, Row, read
+from sdnet.bench.reproduce import tables as card_tables
+from sdnet.bench.reproduce.cards import CARDS, read_cards
 from sdnet.train.errors import UserError
 
 DOCUMENT = ROOT / "docs" / "performance.md"
+CARD_DOCUMENTS = (ROOT / "docs" / "robustness.md", ROOT / "docs" / "reproduction.md")
+"""The documents whose tables are made of cards, see `sdnet.bench.reproduce`."""
+
 PICTURES = ROOT / "docs" / "figures" / "bench"
 MARK = re.compile(r"^(<!-- bench:(\S+)([^\n]*?) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL | re.MULTILINE)
 OPENING = re.compile(r"^<!-- bench:", re.MULTILINE)
@@ -44,13 +49,13 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Row], Path], bool]]] = {
     "plot-kernels": ("kernels", "Speed of the CSC layer over PyTorch", plots.kernel_ratios),
     "plot-roofline": ("kernels", "The CSC layer below the roofline", plots.roofline),
 }
-VIEWS = (*TABLES, *PLOTS)
+VIEWS = (*TABLES, *PLOTS, *card_tables.VIEWS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--results", type=Path, default=RESULTS, help="the ledger's folder; default the checkout's")
-    parser.add_argument("--document", type=Path, nargs="+", default=[DOCUMENT], help="default docs/performance.md")
+    parser.add_argument("--document", type=Path, nargs="+", default=[DOCUMENT, *CARD_DOCUMENTS], help="default all")
     parser.add_argument(
         "--pictures", type=Path, default=PICTURES, help="folder of the plots; default docs/figures/bench"
     )
@@ -119,6 +124,8 @@ def render(
     """Return the text between one pair of marks."""
     if view not in VIEWS:
         raise UserError(f"A mark in {document} asks for {view!r}; it must be one of {', '.join(VIEWS)}.")
+    if view in card_tables.VIEWS:
+        return card_tables.render(view, conditions, read_cards(RESULTS / CARDS))
     theme = (TABLES.get(view) or PLOTS[view])[0]
     chosen = [(path, row) for path, row in found if row.theme == theme and meets(row, conditions)]
     parts = []

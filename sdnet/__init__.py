@@ -8,6 +8,7 @@ from sdnet.layers import CSCConv2d
 from sdnet.linear import CSCLinear
 from sdnet.models import SDNet, create_model, list_models
 from sdnet.official import load_official_checkpoint, load_official_model
+from sdnet.pretrained import list_pretrained
 from sdnet.settings import check_lambda, set_impl, set_lambda
 from sdnet.step_size import converge_power_vectors, project, refresh_step_size, step_margins
 from sdnet.weights import load_model, read_weights, save_model
@@ -29,6 +30,7 @@ __all__ = [
     "invert",
     "invert_layers",
     "list_models",
+    "list_pretrained",
     "load_model",
     "load_official_checkpoint",
     "load_official_model",

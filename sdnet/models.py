@@ -14,6 +14,8 @@ variants have a 3x3 CSC layer with stride 2 in place of the max-pool. The CIFAR 
 `sdnet.blocks` has the blocks.
 """
 
+import inspect
+from os import PathLike
 from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
@@ -70,9 +72,10 @@ def create_model(
     lam: float = 0.1,
     learn_lam: LearnLam = "no",
     impl: str = "auto",
+    pretrained: str | PathLike[str] | None = None,
     **coding: Any,
 ) -> "SDNet":
-    """Build a network with random weights that classifies images.
+    """Build a network that classifies images, with random weights unless `pretrained` is given.
 
     To train it in a loop of your own, call `sdnet.attach(model, optimizer)` once.
 
@@ -90,6 +93,9 @@ def create_model(
         lam: lambda of every CSC layer, see `CSCConv2d`.
         learn_lam: "no", or "layer" or "atom" to learn lambda of every CSC layer, see `CSCConv2d`.
         impl: the implementation of every CSC layer, see `sdnet.kernels.csc_encode`.
+        pretrained: a weights file or its folder, or a name of `sdnet.list_pretrained()`. The network is then that of
+            the file, in evaluation mode: `name` and `width` must be those of the file, as must other arguments that
+            are given; `lam`, `impl`, `learn_lam` and the options of the coding replace those of the file.
         **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
 
     Shape:
@@ -100,7 +106,8 @@ def create_model(
         The network.
 
     Raises:
-        ValueError: an argument has a wrong type or value.
+        ValueError: an argument has a wrong type or value, or `pretrained` holds another network.
+        FileNotFoundError: there is no such file or name as `pretrained`.
         TypeError: there is no such argument.
 
     Example:
@@ -118,13 +125,21 @@ def create_model(
     able = [other for other, v in VARIANTS.items() if v.csc_blocks and v.block is BasicBlock]
     if not checks.flag("shortcut", shortcut) and name not in able:
         raise ValueError(f"shortcut=False is for {', '.join(able)}; {name} needs its shortcuts.")
-    if image_size is None:
+    if default_size := image_size is None:
         image_size = 224 if stem == "imagenet" else 32
     image_size = checks.pair("image_size", image_size, 1)
 
     options = coding_of(create_model, coding)
     lam, impl = checks.number("lam", lam), checks.choice("impl", impl, IMPLEMENTATIONS)
     checks.choice("learn_lam", learn_lam, get_args(LearnLam))
+    if pretrained is not None:
+        from sdnet.pretrained import load_pretrained
+
+        given = {"num_classes": num_classes, "stem": stem, "shortcut": shortcut, "lam": lam, "impl": impl}
+        given |= {"learn_lam": learn_lam, "in_channels": in_channels} | ({} if default_size else {"image_size": image_size})
+        parameters = inspect.signature(create_model).parameters
+        changed = {key: value for key, value in given.items() if value != parameters[key].default}
+        return load_pretrained(pretrained, name, width, changed, coding)
     csc = csc_convolution(options, lam=lam, learn_lam=learn_lam, impl=impl)
     network = SDNet(
         blocks=variant.blocks,

@@ -27,7 +27,7 @@ class RobustModel(nn.Module):
             norms, see `with_batch_statistics`. The logits of an image then depend on the other images of the batch.
 
     Shape:
-        - Input: [N, 3, H, W], images as `model` takes them, so normalised.
+        - Input: [N, C, H, W], images as `model` takes them, so normalised.
         - Output: [N, num_classes], the logits.
 
     Raises:
@@ -53,7 +53,7 @@ class RobustModel(nn.Module):
         """Compute the logits of images with the lambda that the rule chooses.
 
         Args:
-            x: the images, [N, 3, H, W].
+            x: the images, [N, C, H, W].
 
         Returns:
             The logits, [N, num_classes].
@@ -67,16 +67,17 @@ class RobustModel(nn.Module):
         """Return the lambda that the rule chooses for images: [N], or 0-d for a rule that takes the whole batch.
 
         Args:
-            x: the images, [N, 3, H, W].
+            x: the images, [N, C, H, W].
 
         Raises:
             ValueError: `x` is not such a tensor.
         """
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, 3, H, W].")
+        layer = first_layer(self.model)
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != layer.in_channels:
+            raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, {layer.in_channels}, H, W].")
         if isinstance(self.rule, Rule):
-            return self.rule(first_layer(self.model), x)
-        return first_layer(self.model).lam.flatten() if self.rule is None else self.rule
+            return self.rule(layer, x)
+        return layer.lam.flatten() if self.rule is None else self.rule
 
 
 def first_layer(model: nn.Module) -> CSCConv2d:

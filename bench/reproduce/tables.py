@@ -1,0 +1,261 @@
+"""Markdown tables of the cards, for marks <!-- bench:cards-... scale=NAME --> in documents.
+
+Every table says how many networks and pictures it is of; rows of one seed are labelled so.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from sdnet.bench.reproduce.cards import Card, interval
+from sdnet.bench.robustness.attack_runs import STANDARD_ATTACKS
+from sdnet.bench.robustness.stored import unpack
+from sdnet.bench.tables import NOTHING, markdown
+from sdnet.robustness.corruptions import NOISES
+from sdnet.train.errors import UserError
+
+ROW_NAMES = {
+    "training": "training lambda",
+    "a": "a, line over the residual",
+    "b": "b, noise estimate",
+    "c": "c, loss of ACSC",
+    "oracle": "oracle",
+    "BN": "batch statistics",
+    "b + BN": "b, batch statistics",
+}
+NETWORKS = ("resnet18", "sdnet18", "sdnet18_all", "sdnet18_all_noshortcut")
+
+
+def of_network(cards: Sequence[Card], network: str) -> dict[int, Card]:
+    """Return the cards of a network by seed."""
+    return {card["seed"]: card for card in cards if card["network"] == network}
+
+
+def seeds(count: int) -> str:
+    """Return a number of seeds in words."""
+    return f"{count} seed{'s' * (count != 1)}"
+
+
+def points(value: float | None) -> str:
+    """Return percent with two decimals."""
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def accuracy_table(cards: Sequence[Card]) -> str:
+    """Return the accuracy on the clean test pictures, by network."""
+    header = ["network", "seeds", "last epoch", "best on held-out", "best on test (official)", "training, minutes"]
+    lines = []
+    for network in NETWORKS:
+        found = of_network(cards, network)
+        if not found:
+            continue
+        of = [card["training"] for card in found.values()]
+        columns = [", ".join(points(t[name]) for t in of) for name in ("last", "best_on_holdout", "best_on_test")]
+        minutes = ", ".join(f"{t['train_minutes']:.0f}" for t in of)
+        lines.append([network, ", ".join(map(str, found)), *columns, minutes])
+    return markdown(header, lines)
+
+
+def paired_table(cards: Sequence[Card]) -> str:
+    """Return each network against ResNet-18 of the same seed: difference, interval, and discordant pictures."""
+    header = ["network − resnet18", "seeds", "mean difference, points", "95 % interval", "only it is right, %"]
+    header += ["only resnet18 is right, %"]
+    base, lines = of_network(cards, "resnet18"), []
+    for network in NETWORKS[1:]:
+        found = of_network(cards, network)
+        if not (common := [seed for seed in found if seed in base]):
+            continue
+        differences = [found[seed]["training"]["last"] - base[seed]["training"]["last"] for seed in common]
+        discordant = [discordance(found[seed], base[seed]) for seed in common]
+        if len(common) > 1:
+            centre, half = interval(differences)
+            words = [f"{centre:+.2f}", f"{centre - half:+.2f} to {centre + half:+.2f}"]
+        else:
+            words = [f"{differences[0]:+.2f}", "one seed"]
+        shares = [points(mean(part)) for part in zip(*discordant, strict=True)]
+        lines.append([network, ", ".join(map(str, common)), *words, *shares])
+    return markdown(header, lines)
+
+
+def discordance(card: Card, other: Card) -> tuple[float, float]:
+    """Return the percentage of pictures that only one of two networks classifies rightly: the first, the second."""
+    count = card["test_pictures"]
+    if other["test_pictures"] != count:
+        raise UserError("Two cards of one scale count different test pictures.")
+    pairs = list(zip(unpack(card["right"], count), unpack(other["right"], count), strict=True))
+    return tuple(100 * sum(pair == kind for pair in pairs) / count for kind in ((True, False), (False, True)))
+
+
+def tabled(cards: Sequence[Card]) -> list[Card]:
+    """Return the cards that hold a table of rules, in the order of the networks."""
+    found = [card for card in cards if card["table"]["values"]]
+    return sorted(found, key=lambda card: NETWORKS.index(card["network"]))
+
+
+def rules_table(cards: Sequence[Card]) -> str:
+    """Return the accuracy by rule: clean, and under each noise the mean over the severities."""
+    header = ["network, lambda", "clean", *(f"{noise}, mean" for noise in NOISES), "mean"]
+    return markdown(header, [line for card in tabled(cards) for line in rule_lines(card, "", "severities", mean_over)])
+
+
+def severities_table(cards: Sequence[Card]) -> str:
+    """Return the accuracy by rule at every severity, as a mean over the four noises."""
+    lines: list[list[str]] = []
+    severities: list[int] = []
+    for card in tabled(cards):
+        severities = card["table"]["conditions"]["severities"]
+        for row in rows_of(card):
+            values = card["table"]["values"]
+            means = [mean_over([values.get(f"{row}, {noise} {n}") for noise in NOISES]) for n in severities]
+            lines.append([f"{card['network']}, {ROW_NAMES[row]}", *map(points, means)])
+    return markdown(["network, lambda", *(f"severity {n}" for n in severities)], lines)
+
+
+def alone_table(cards: Sequence[Card]) -> str:
+    """Return the accuracy by rule when every picture is a batch of its own."""
+    header = ["network, lambda", "clean", *(f"{noise}, mean" for noise in NOISES), "mean"]
+    found = tabled(cards)
+    lines = [line for card in found for line in rule_lines(card, "batch 1, ", "alone_severities", mean_over)]
+    return markdown(header, lines)
+
+
+def rows_of(card: Card, prefix: str = "") -> list[str]:
+    """Return the rows that the table of a card has."""
+    return [row for row in ROW_NAMES if f"{prefix}{row}, clean" in card["table"]["values"]]
+
+
+def mean_over(values: Sequence[float | None]) -> float | None:
+    """Return the mean of numbers, None if one is missing."""
+    numbers = [value for value in values if value is not None]
+    return mean(numbers) if len(numbers) == len(values) else None
+
+
+def rule_lines(
+    card: Card, prefix: str, severities: str, combine: Callable[[Sequence[float | None]], float | None]
+) -> list[list[str]]:
+    """Return a line for each row: clean, each noise, and the mean over the noises."""
+    table = card["table"]
+    lines = []
+    for row in rows_of(card, prefix):
+        by_noise = [
+            combine([table["values"].get(f"{prefix}{row}, {noise} {n}") for n in table["conditions"][severities]])
+            for noise in NOISES
+        ]
+        clean = table["values"][f"{prefix}{row}, clean"]
+        lines.append([f"{card['network']}, {ROW_NAMES[row]}", *map(points, (clean, *by_noise, combine(by_noise)))])
+    return lines
+
+
+def fits_table(cards: Sequence[Card]) -> str:
+    """Return what was fitted on held-out pictures, what the rules chose, and what they cost."""
+    header = ["network", "rule a: slope", "intercept", "rule b: k", "mean lambda clean: a", "b", "c"]
+    header += ["time over plain, batch 200: a", "b", "c", "batch 1: a", "b", "c"]
+    lines = []
+    for card in tabled(cards):
+        values = card["table"]["values"]
+        if "rule a" not in values:
+            continue
+        words = [f"{values['rule a']['slope']:.3g}", f"{values['rule a']['intercept']:.3g}", f"{values['rule b']:g}"]
+        chosen = [values.get(f"mean lambda, {row}, clean") for row in "abc"]
+        words += [NOTHING if lam is None else f"{lam:.3f}" for lam in chosen]
+        for batch in ("cost at batch 200", "cost at batch 1"):
+            cost = values.get(batch, {})
+            words += [f"{cost[row]:.2f}×" if row in cost else NOTHING for row in "abc"]
+        lines.append([card["network"], *words])
+    return markdown(header, lines)
+
+
+def attacked(cards: Sequence[Card]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the networks that were attacked, each with its values."""
+    ordered = sorted(cards, key=lambda card: NETWORKS.index(card["network"]))
+    return [
+        (f"{card['network']}, {ROW_NAMES[row]}" if card["network"] != "resnet18" else "resnet18", attack["values"])
+        for card in ordered
+        for row, attack in card["attacks"].items()
+        if attack["values"]
+    ]
+
+
+def attacks_table(cards: Sequence[Card]) -> str:
+    """Return the accuracy under PGD and AutoAttack."""
+    found = attacked(cards)
+    names = list(dict.fromkeys(name for _, values in found for name in values))
+    names = [name for name in names if name == "clean" or name.startswith("PGD") or is_autoattack(name)]
+    lines = [[name, *(points(values.get(name)) for _, values in found)] for name in names]
+    return markdown(["attack", *(network for network, _ in found)], lines)
+
+
+def is_autoattack(name: str) -> bool:
+    """Return whether a stored value is the accuracy under AutoAttack, or under its Square attack alone."""
+    return name.startswith("AutoAttack") and not any(f"after {attack}" in name for attack in STANDARD_ATTACKS)
+
+
+def checks_table(cards: Sequence[Card]) -> str:
+    """Return what masked gradients would fail."""
+    found = attacked(cards)
+    names = [name for name in dict.fromkeys(name for _, values in found for name in values) if "check: " in name]
+    lines = [[name.removeprefix("check: "), *(checked(values.get(name)) for _, values in found)] for name in names]
+    return markdown(["check", *(network for network, _ in found)], lines)
+
+
+def checked(value: bool | float | None) -> str:
+    """Return the value of a check."""
+    return ("yes" if value else "no") if isinstance(value, bool) else points(value)
+
+
+VIEWS: dict[str, Callable[[Sequence[Card]], str]] = {
+    "cards-accuracy": accuracy_table,
+    "cards-paired": paired_table,
+    "cards-rules": rules_table,
+    "cards-severities": severities_table,
+    "cards-alone": alone_table,
+    "cards-fits": fits_table,
+    "cards-attacks": attacks_table,
+    "cards-checks": checks_table,
+}
+
+
+def render(view: str, conditions: Mapping[str, list[str]], cards: Sequence[Card]) -> str:
+    """Return the text between one pair of marks: a table of the cards of one scale, and what it was measured with.
+
+    Raises:
+        UserError: The mark does not name one scale.
+    """
+    scales = conditions.get("scale", [])
+    if len(scales) != 1 or set(conditions) != {"scale"}:
+        raise UserError(f"A mark {view} needs the one condition scale=NAME.")
+    chosen = [card for card in cards if card["scale"] == scales[0]]
+    if not chosen:
+        return "Not measured yet.\n"
+    table = VIEWS[view](chosen)
+    return f"{table}\n\n{caption(view, chosen)}\n"
+
+
+def caption(view: str, cards: Sequence[Card]) -> str:
+    """Return the conditions of a table: data, recipe, seeds, pictures, machine and commits."""
+    recipe, table = cards[0]["recipe"], cards[0]["table"]["conditions"]
+    held = "" if not cards[0]["note"] else f"{cards[0]['note']}. "
+    facts = [
+        f"width {recipe['width']}",
+        f"{recipe['epochs']} epochs",
+        f"{recipe['holdout']} training pictures held out",
+    ]
+    if view in ("cards-accuracy", "cards-paired"):
+        facts.append(f"{cards[0]['test_pictures']} test pictures")
+    else:
+        facts.append("one seed")
+    if view in ("cards-rules", "cards-severities"):
+        facts.append(f"{table['test'] or 'all'} test pictures in batches of 200")
+        facts.append(f"severities {', '.join(map(str, table['severities']))} of CIFAR-10-C")
+        facts.append(f"lambda chosen on {table['held']} held-out pictures")
+    if view == "cards-alone":
+        facts.append(f"{table['alone']} test pictures, one at a time")
+        facts.append(f"severities {', '.join(map(str, table['alone_severities']))} of CIFAR-10-C")
+    attacks = [attack["conditions"] for card in cards for attack in card["attacks"].values()]
+    if view in ("cards-attacks", "cards-checks") and attacks:
+        first = attacks[0]
+        facts.append(f"PGD: {first['pictures']} test pictures, {first['steps']} steps, {first['restarts']} restarts")
+        facts.append(f"AutoAttack: {first['autoattack']} test pictures, {first['queries']} queries of Square")
+    devices = sorted({start["device"] for card in cards for start in card["trained"]})
+    commits = sorted({str(start["commit"])[:7] for card in cards for start in [*card["trained"], card["evaluated"]]})
+    return f"<sub>{held}{'; '.join([*facts, *devices])}; commits {', '.join(commits)}</sub>"

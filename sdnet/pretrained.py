@@ -1,0 +1,54 @@
+"""`create_model(..., pretrained=...)`: networks with the weights of a file, or of the small ones beside the cards."""
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from sdnet.kernels import checks
+from sdnet.models import SDNet
+from sdnet.weights import load_model, read_weights
+
+FOLDER = Path(__file__).resolve().parent / "bench" / "results" / "weights"
+"""The small weights of a checkout; the wheel has none. docs/reproduction.md says how they were trained."""
+
+CHANGEABLE = ("lam", "impl", "learn_lam")
+"""Arguments of `create_model` that may differ from those of the file, because no weight depends on them."""
+
+
+def list_pretrained() -> list[str]:
+    """Return the names that `create_model(..., pretrained=name)` takes: the small weights of a checkout."""
+    return sorted(file.parent.name for file in FOLDER.glob("*/model.safetensors"))
+
+
+def load_pretrained(
+    pretrained: str | PathLike[str], name: str, width: int, given: Mapping[str, Any], coding: Mapping[str, Any]
+) -> SDNet:
+    """Build the network of a weights file and load its weights.
+
+    Args:
+        pretrained: one of `list_pretrained()`, or a path as `sdnet.load_model` takes it.
+        name: the name that the network must have.
+        width: the width that it must have.
+        given: other arguments of `create_model` that differ from their defaults.
+        coding: options of the coding, which replace those of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file, and no such name.
+        ValueError: the file is damaged, or holds another network.
+    """
+    if not isinstance(pretrained, (str, PathLike)):
+        raise ValueError(f"pretrained is {checks.shown(pretrained)}; it must be a path or a name.")
+    place = FOLDER / pretrained if pretrained in list_pretrained() else Path(pretrained)
+    if not place.exists():
+        names = ", ".join(list_pretrained()) or "none, because they come with a checkout and not with the wheel"
+        raise FileNotFoundError(f"pretrained is {str(pretrained)!r}: there is no such file, and the names are {names}.")
+    config = read_weights(place).model
+    if not config:
+        raise ValueError(f"pretrained is '{place}', which does not say its network; use load_state_dict.")
+    for argument, value in {"name": name, "width": width, **given}.items():
+        stored = config.get(argument)
+        if argument not in CHANGEABLE and value != (tuple(stored) if isinstance(stored, list) else stored):
+            raise ValueError(f"{argument} is {value!r}; the network in '{place}' has {argument} {stored!r}.")
+    changes = {argument: given[argument] for argument in CHANGEABLE if argument in given}
+    return load_model(place, **changes, **coding)
