@@ -136,7 +136,9 @@ def create_model(
         from sdnet.pretrained import load_pretrained
 
         given = {"num_classes": num_classes, "stem": stem, "shortcut": shortcut, "lam": lam, "impl": impl}
-        given |= {"learn_lam": learn_lam, "in_channels": in_channels} | ({} if default_size else {"image_size": image_size})
+        given |= {"learn_lam": learn_lam, "in_channels": in_channels} | (
+            {} if default_size else {"image_size": image_size}
+        )
         parameters = inspect.signature(create_model).parameters
         changed = {key: value for key, value in given.items() if value != parameters[key].default}
         return load_pretrained(pretrained, name, width, changed, coding)
