@@ -26,7 +26,8 @@ from typing import NamedTuple
 from sdnet.bench.common_options import at_least
 from sdnet.bench.layer_shapes import LayerShape, csc_layers
 from sdnet.bench.tables import markdown
-from sdnet.kernels.triton_path.tiles import Shape, boxes, correlation_blocks, correlation_tile, splits_of
+from sdnet.kernels.triton_path.grids import boxes, correlation_blocks, splits_of
+from sdnet.kernels.triton_path.tiles import Shape, correlation_tile
 
 PROCESSORS, ARCH = 132, 90
 """The GPU for which the partial sums of the weight gradient are counted: an H100."""

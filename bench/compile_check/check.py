@@ -1,11 +1,18 @@
 """Compile every kernel in every configuration that its launcher can choose, for GPUs that need not be there.
 
-    python -m sdnet.bench.compile_check [--arch 80 90] [--quick] [--only TEXT] [--out FILE.json]
+    python -m sdnet.bench.compile_check [--arch 80 86 89 90 100 120] [--quick] [--only TEXT] [--out FILE.json]
 
-The configurations are recorded from the launchers, run on tensors of the meta device. A kernel passes if it holds
-tensor-core instructions (wgmma on sm_90, mma.sync on sm_80) where it multiplies matrices, spills no register, fits into
-shared memory, and ptxas does not serialise its wgmma. This shows lean code, not speed: nothing runs. Each compilation
-runs in a process of a pool, because a bad layout can abort one.
+The configurations are recorded from the launchers, run on tensors of the meta device. For sm_80 and sm_90 they are
+those of every layer of the registered models, for the other architectures those of SDNet-18_all at 224 pixels in
+bfloat16 and a sample of the rest. Kernels that Triton would compile from the same source are compiled once.
+
+A kernel passes if it holds tensor-core instructions where it multiplies matrices (mma.sync, wgmma on sm_90, tcgen05 on
+sm_100), spills no register, fits into shared memory, and ptxas does not serialise its wgmma. With several warpgroups a
+barrier must stand between a wait for wgmma and the next write into shared memory (see `sass`). This shows lean code,
+not speed: nothing runs. Each compilation runs in a process of a pool, because a bad layout can abort one.
+
+With --out, reports of kernels whose source has not changed since the file was written are taken from it. The file is
+written every few reports, so that an interrupted check goes on where it ended.
 """
 
 import argparse
@@ -28,12 +35,19 @@ import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
 from sdnet.bench.compile_check.compile_case import CompileCase
+from sdnet.bench.compile_check.sass import disassembled, unguarded_refills
+from sdnet.kernels.triton_path.tiles import most_shared
 
-ARCHS = (80, 90)
+ARCHS = (80, 86, 89, 90, 100, 120)
 
-SHARED_OF_PROGRAM = {80: 163 * 1024, 90: 227 * 1024}
-SHARED_OF_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
-REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
+REGISTERS, THREADS = 65536, {80: 2048, 90: 2048, 100: 2048}
+"""Registers and threads of a multiprocessor; 1536 threads on the architectures that are not named."""
+
+PRODUCTS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
+"""The tensor-core instructions of an architecture; mma.sync on the others."""
+
+WRITTEN_EVERY = 20
+"""Reports between two writings of the file."""
 
 Job = tuple[str, str, int]
 """A module, the name of one of its cases, an architecture: what a process of the pool is given."""
@@ -41,7 +55,11 @@ Job = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Report:
-    """What a compilation showed. `occupancy` is programs per multiprocessor; a kernel without `faults` passes."""
+    """What a compilation showed.
+
+    `occupancy` is programs per multiprocessor, and `source` stands for all that the code depends on: source, arguments,
+    options, architecture and Triton's version. A kernel without `faults` passes.
+    """
 
     module: str
     name: str
@@ -54,9 +72,12 @@ class Report:
     occupancy: int = 0
     instructions: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    source: str = ""
 
 
-KERNEL_MODULES = tuple(f"{__package__}.{name}_cases" for name in ("fused", "correlation", "pointwise", "step_size"))
+MODULES = ("fused", "correlation", "candidate", "pointwise", "step_size")
+
+KERNEL_MODULES = tuple(f"{__package__}.{name}_cases" for name in MODULES)
 """The modules that list compile cases."""
 
 
@@ -71,10 +92,31 @@ def cases_of(module: str, arch: int) -> dict[str, CompileCase]:
     return by_name
 
 
+reports_by_source: dict[str, Report] = {}
+"""The reports that a process has made or was given."""
+
+
+def remember(reports: Iterable[Report]) -> None:
+    """Take reports of an earlier check for cases whose source has not changed."""
+    reports_by_source.update({report.source: report for report in reports if report.source})
+
+
 def check(module: str, name: str, arch: int) -> Report:
-    """Compile one case and read the outcome."""
-    case = cases_of(module, arch)[name]
+    """Compile one case, unless the same source has been compiled before, and read the outcome."""
     report = Report(module.rpartition(".")[2], name, arch)
+    try:
+        case = cases_of(module, arch)[name]
+        key = case.key(arch)
+        if key not in reports_by_source:
+            reports_by_source[key] = compiled_report(case, replace(report, source=key))
+    except Exception as error:
+        return replace(report, faults=[f"does not compile: {type(error).__name__}: {str(error).strip()[-300:]}"])
+    return replace(reports_by_source[key], module=report.module, name=name)
+
+
+def compiled_report(case: CompileCase, report: Report) -> Report:
+    """Return the report of a compilation."""
+    arch = report.arch
     try:
         compiled = case.compiled(arch)
     except Exception as error:
@@ -83,18 +125,22 @@ def check(module: str, name: str, arch: int) -> Report:
     threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
     registers = int(first_group(r"Used (\d+) registers", log))
     spilled = sum(int(first_group(rf"(\d+) bytes spill {way}", log)) for way in ("stores", "loads"))
-    instructions = sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)\b", compiled.asm["ptx"])))
+    instructions = sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", compiled.asm["ptx"])))
     allocated = threads * -(-registers // 8) * 8
-    occupancy = min(REGISTERS // allocated, SHARED_OF_PROCESSOR[arch] // (shared + 1024), THREADS // threads)
+    shared_of_processor = most_shared(arch) + 1024
+    occupancy = min(REGISTERS // allocated, shared_of_processor // (shared + 1024), THREADS.get(arch, 1536) // threads)
     faults = []
-    if case.tensor_cores and ("wgmma.mma_async" if arch >= 90 else "mma.sync") not in instructions:
+    if case.tensor_cores and PRODUCTS.get(arch, "mma.sync") not in instructions:
         faults.append("no tensor-core instructions" + (f" of sm_{arch}: {instructions}" if instructions else ""))
     if spilled:
         faults.append(f"spills {spilled} bytes")
-    if shared > SHARED_OF_PROGRAM[arch]:
+    if shared > most_shared(arch):
         faults.append(f"{shared} bytes of shared memory do not fit")
     if "serializ" in log:
         faults.append("ptxas serialises wgmma")
+    several = compiled.metadata.num_warps > 4 and "wgmma.mma_async" in instructions
+    if several and (writes := unguarded_refills(disassembled(compiled.asm["cubin"]))):
+        faults.append(f"no barrier between the wait for wgmma and {writes[0]}")
     return replace(
         report,
         warps=compiled.metadata.num_warps,
@@ -149,12 +195,16 @@ def submitted(pool: ProcessPoolExecutor, jobs: list[Job]) -> list[Future[Report]
             os.environ["TRITON_INTERPRET"] = interpreted
 
 
-def reports_of(jobs: list[Job], processes: int) -> Iterator[Report]:
-    """Yield the reports of the jobs in order, from a pool of processes; a job that kills its process gets one too."""
+def reports_of(jobs: list[Job], processes: int, known: Iterable[Report] = ()) -> Iterator[Report]:
+    """Yield the reports of the jobs in order, from a pool of processes; a job that kills its process gets one too.
+
+    `known` are reports of an earlier check, for `remember`.
+    """
+    known = list(known)
     context = multiprocessing.get_context("spawn")
     while jobs:
         done = 0
-        with ProcessPoolExecutor(processes, context) as pool:
+        with ProcessPoolExecutor(processes, context, remember, (known,)) as pool:
             try:
                 for future in submitted(pool, jobs):
                     yield future.result()
@@ -197,6 +247,22 @@ def document(reports: list[Report]) -> str:
     return f'{{"triton": "{triton.__version__}", "reports": [\n{rows}\n]}}\n'
 
 
+def earlier_reports(file: Path | None) -> list[Report]:
+    """Return the reports of an earlier check by the same version of Triton; none without a file."""
+    if file is None or not file.is_file():
+        return []
+    written = json.loads(file.read_text())
+    return [Report(**report) for report in written["reports"]] if written["triton"] == triton.__version__ else []
+
+
+def write(file: Path | None, reports: list[Report]) -> None:
+    """Write the reports, if there is a file for them."""
+    if file is not None:
+        partial = file.with_suffix(".partial")
+        partial.write_text(document(reports))
+        partial.replace(file)
+
+
 def main() -> int:
     """Run the command; return 1 if a case has faults."""
     parser = argparse.ArgumentParser(prog="python -m sdnet.bench.compile_check", description=__doc__)
@@ -209,9 +275,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out {options.out} must end in .json.")
-    reports = []
-    for report in reports_of(jobs_of(options.arch, options.only, options.quick), options.processes):
+    reports, known = [], earlier_reports(options.out)
+    for report in reports_of(jobs_of(options.arch, options.only, options.quick), options.processes, known):
         reports.append(report)
+        if len(reports) % WRITTEN_EVERY == 0:
+            write(options.out, [*reports, *known])
         outcome = "; ".join(report.faults) or "ok"
         print(
             f"sm_{report.arch} {report.module} {report.name}: {report.registers} registers, "
@@ -219,6 +287,5 @@ def main() -> int:
             flush=True,
         )
     print(summary(reports))
-    if options.out is not None:
-        options.out.write_text(document(reports))
+    write(options.out, reports)
     return 1 if any(report.faults for report in reports) else 0

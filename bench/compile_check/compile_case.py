@@ -5,6 +5,7 @@ on tensors of the meta device, for a GPU that need not be there. Triton's own bi
 constants and alignments that the kernel is compiled for.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
@@ -30,6 +32,9 @@ EVERY_LAYER = ("bf16", "fp32")
 
 POINTERS = {**DTYPES, "i32": torch.int32, "i64": torch.int64}
 """What a pointer may point to."""
+
+EVERY_LAYER_ON = (80, 90)
+"""The architectures that every layer is compiled for."""
 
 PROCESSORS = 132
 """Multiprocessors of the GPU that launches are recorded for: an H100's."""
@@ -87,6 +92,11 @@ class CompileCase:
         bound, specialization, rest = bind(**self.arguments)
         _, *parts = self.kernel._pack_args(backend, rest, bound, specialization, rest)
         return ASTSource(self.kernel, *parts)
+
+    def key(self, arch: int) -> str:
+        """Return a digest of all that the compiled code depends on."""
+        parts = [self.source(arch).hash(), arch, sorted(self.options.items()), self.tensor_cores, triton.__version__]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def compiled(self, arch: int) -> CompiledKernel:
         """Return the kernel compiled for sm_`arch`."""
@@ -156,6 +166,7 @@ def cases_of_launches(recorders: list[Recorder], name: str, tensor_cores: bool =
             words = [recorder.kernel.__name__.removesuffix("_kernel"), name]
             words += [f"{value.form} {value.sides}" for value in arguments.values() if isinstance(value, Tile)]
             flags = {key: value for key, value in arguments.items() if key.isupper() and isinstance(value, int)}
+            flags.pop("N", None)  # the number of images, which is no constant
             words += [f"{key.lower()}={int(value)}" for key, value in flags.items()]
             absent = [key.removesuffix("_ptr") for key, value in arguments.items() if value is None]
             words += [f"without {' '.join(absent)}"] if absent else []

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from sdnet.bench.compile_check.compile_case import DTYPES, EVERY_LAYER, CompileCase, cases_of_launches, recorded
+from sdnet.bench.compile_check.compile_case import DTYPES, EVERY_LAYER_ON, CompileCase, cases_of_launches, recorded
+from sdnet.bench.compile_check.fused_cases import layers_and_types
 from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.kernels.triton_path.correlation import weight_gradient
 
@@ -14,10 +15,11 @@ PASS_2 = (weight_gradient, "add_splits_kernel")
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Pass 1 for every layer and layout, as two steps call it, fp16 and other pairings for one layer, and pass 2."""
-    for layer in distinct_layers():
-        for dtype in EVERY_LAYER:
-            for last in (True, False):
-                yield from cases(layer, dtype, last, 2, 1, arch)
+    for layer, dtype in layers_and_types(arch):
+        for last in (True, False) if arch in EVERY_LAYER_ON else (True,):
+            yield from cases(layer, dtype, last, 2, 1, arch)
+    if arch not in EVERY_LAYER_ON:
+        return
     layer = next(layer for layer in distinct_layers() if layer.channels == layer.atoms == 64)
     for head, tail in ((1, 0), (3, 0), (1, 1), (0, 3)):
         yield from cases(layer, "bf16", True, head, tail, arch)

@@ -1,19 +1,21 @@
 """The configurations of the fused kernels that the compile check compiles: what their launchers choose."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
 from sdnet.bench.compile_check.compile_case import (
     DTYPES,
     EVERY_LAYER,
+    EVERY_LAYER_ON,
     CompileCase,
     Recorder,
     cases_of_launches,
     fullest,
     recorded,
 )
-from sdnet.bench.layer_shapes import LayerShape, distinct_layers
+from sdnet.bench.layer_shapes import LayerShape, csc_layers, distinct, distinct_layers
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.reference import Pair
 from sdnet.kernels.torch_path import Needs, Problem
@@ -45,9 +47,10 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     On every layer a kernel is compiled with the most operands that two steps give it, for these cost registers.
     """
     layers = distinct_layers()
-    for layer in layers:
-        for dtype in EVERY_LAYER:
-            yield from fullest(list(cases(layer, dtype, torch.channels_last, Coding(), arch)))
+    for layer, dtype in layers_and_types(arch):
+        yield from fullest(list(cases(layer, dtype, torch.channels_last, Coding(), arch)))
+    if arch not in EVERY_LAYER_ON:
+        return
     chosen = [layer for layer in layers if layer.channels == 3]
     chosen.append(next(layer for layer in layers if layer.channels == layer.atoms == 64 and layer.stride == 1))
     for layer in chosen:
@@ -58,6 +61,16 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         # Sizes of 1 become constants at a launch.
         yield from cases(layer._replace(size=(1, 1)), "bf16", torch.channels_last, Coding(), arch, batch=1)
     yield from cases(chosen[-1]._replace(size=(1, 1)), "bf16", torch.channels_last, Coding(), arch)
+
+
+def layers_and_types(arch: int) -> Iterator[tuple[LayerShape, str]]:
+    """Yield the layers and types of two steps: all on some architectures, on others a sample in which every form is."""
+    if arch in EVERY_LAYER_ON:
+        yield from product(distinct_layers(), EVERY_LAYER)
+        return
+    large = distinct(csc_layers("sdnet18_all", 224))
+    yield from product(large, ["bf16"])
+    yield from product(large[:3], ["fp32"])
 
 
 def cases(

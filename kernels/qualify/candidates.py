@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from sdnet.kernels.qualify.verdicts import GAIN, PLAIN, TORCH, UPDATE, Trial, Verdict
 from sdnet.kernels.triton_path import tiles
+from sdnet.kernels.triton_path.candidates import candidates
 from sdnet.kernels.triton_path.paths import Entry
 from sdnet.kernels.triton_path.tiles import Shape
 
@@ -41,7 +42,7 @@ def candidates_of(shape: Shape, all_tiles: bool) -> list[Candidate]:
     found = [Candidate(path, path) for path in BASELINES]
     found.append(Candidate("cudnn with Triton's correlation", Entry("cudnn", chosen).encoded()))
     found.append(Candidate("fused", Entry("fused", chosen).encoded()))
-    for other in tiles.candidates(shape)[1:] if all_tiles else []:
+    for other in candidates(shape)[1:] if all_tiles else []:
         changed = [
             f"{name} {tile}"
             for name, tile, usual in zip(("A'", "A", "correlation"), other, chosen, strict=True)

@@ -52,10 +52,11 @@ class Geometry(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The sizes that no kernel is compiled for.
+    """The sizes of images and codes, for which a convolution is not compiled again.
+
+    The number of images is an argument of its own: see `jit.jit_of_batch`.
 
     Attributes:
-        N: number of images.
         H: height of the images.
         W: width of the images.
         h: height of the codes.
@@ -63,7 +64,6 @@ class Sizes(NamedTuple):
         taps: the number of taps once more. The compiler unrolls a loop of known length, at twice the registers.
     """
 
-    N: int
     H: int
     W: int
     h: int

@@ -5,6 +5,9 @@
 Layers of any shapes share a launch: `owner` tells a program its layer and its index among the layer's programs, and a
 row of a table the layer's addresses and sizes. Everything is fp32, and sums run in a fixed order.
 
+A block is summed at once, as `tl.sum(block)`. A sum of the sums of its rows does not compile for sm_100 with Triton
+3.7.1.
+
 A' and A are implicit GEMMs over one reduction axis, (channel, tap) or (atom, tap), and a stride multiplies by zeros in
 A: a single image is little work, and launches are what it costs.
 """
@@ -119,7 +122,7 @@ def mean_kernel(owner_ptr, table_ptr, BC: tl.constexpr, BP: tl.constexpr, SPAN: 
         total += u
         squares += u * u
     tl.store(tensor(row_ptr, MEAN) + index // blocks * channels + c, tl.sum(total, axis=1), mask=c < channels)
-    tl.store(tensor(row_ptr, SQUARES) + index, tl.sum(tl.sum(squares, axis=1), axis=0))
+    tl.store(tensor(row_ptr, SQUARES) + index, tl.sum(squares))
 
 
 @jit_of_index
@@ -270,7 +273,7 @@ def synthesis_kernel(
     out_ptr = tensor(row_ptr, j + OVERLAPS) + 4 * index
     for i in tl.range(0, j + 1):  # pyright: ignore[reportGeneralTypeIssues]
         q_i = tl.load(tensor(row_ptr, i + BASIS) + at, mask=kept, other=0.0)
-        tl.store(out_ptr + i, tl.sum(tl.sum(total * q_i, axis=1), axis=0))
+        tl.store(out_ptr + i, tl.sum(total * q_i))
 
 
 @jit
@@ -297,7 +300,7 @@ def top_eigenvector(matrix):
     row, column = tl.arange(0, 4)[:, None], tl.arange(0, 4)[None, :]
     power = matrix
     for _ in tl.range(0, SQUARINGS):  # pyright: ignore[reportGeneralTypeIssues]
-        power = power / at_least(tl.sum(tl.sum(tl.where(row == column, power, 0.0), axis=1), axis=0), TINY)
+        power = power / at_least(tl.sum(tl.where(row == column, power, 0.0)), TINY)
         power = tl.sum(power[:, :, None] * power[None, :, :], axis=1)
     longest = tl.argmax(tl.sum(tl.where(row == column, power, 0.0), axis=1), axis=0)
     vector = tl.sum(tl.where(column == longest, power, 0.0), axis=1)

@@ -61,7 +61,7 @@ class Layer:
     @cached_property
     def sizes(self) -> Sizes:
         """The sizes that kernels take at run time."""
-        return Sizes(self.batch, *self.image_size, *self.codes_size, taps=self.geometry.taps)
+        return Sizes(*self.image_size, *self.codes_size, taps=self.geometry.taps)
 
     @cached_property
     def shape(self) -> Shape:

@@ -10,7 +10,6 @@ A `Tile` gives the block of each axis. A block of pixels is a box of images x ro
 of the image in the synthesis). Every side is a power of two, as Triton requires.
 """
 
-from collections.abc import Callable
 from functools import cache
 from itertools import product
 from math import prod
@@ -20,6 +19,8 @@ from sdnet.kernels.reference import Pair
 
 Form = Literal["pointers", "few", "descriptors"]
 """How a program reads its operands: see `fused.forms`."""
+
+Product = Literal["analysis", "synthesis", "correlation"]
 
 Box = tuple[int, int, int]
 """Images, rows and columns of a block of pixels."""
@@ -32,6 +33,10 @@ FEW = 8
 
 Otherwise each tap has a block of channels of its own. Up to 8 channels would fill at most half of the least block.
 """
+
+
+MOST_SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+"""The most shared memory of a program, in KiB, by compute capability; 99 on others from 8.0 on."""
 
 
 class Shape(NamedTuple):
@@ -115,6 +120,8 @@ class Tile(NamedTuple):
         warps: warps of a program.
         stages: stages of the software pipeline.
         taps: neighbouring taps that one program of the correlation makes.
+        swapped: whether a program of the form "descriptors" makes the transpose of its block, so that the pixels are
+            the columns of the product. Few atoms or channels then still fill the widest instruction.
     """
 
     form: Form
@@ -126,9 +133,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     taps: int = 1
+    swapped: bool = False
 
     def __str__(self) -> str:
-        return f"{self.form} {self.sides}, {self.warps} warps, {self.stages} stages"
+        extra = f", {self.taps} taps" * (self.taps > 1) + ", swapped" * self.swapped
+        return f"{self.form} {self.sides}, {self.warps} warps, {self.stages} stages{extra}"
 
     @property
     def sides(self) -> str:
@@ -157,16 +166,36 @@ class Tiles(NamedTuple):
         """Return these tiles, with the rules' in the place of those that a layer cannot run with."""
         rules = by_rule(shape)
         return Tiles(
-            self.analysis if fits_convolution(self.analysis, shape) else rules.analysis,
-            self.synthesis if fits_convolution(self.synthesis, shape) else rules.synthesis,
+            self.analysis if fits_convolution("analysis", self.analysis, shape) else rules.analysis,
+            self.synthesis if fits_convolution("synthesis", self.synthesis, shape) else rules.synthesis,
             self.correlation if fits_correlation(self.correlation, shape) else rules.correlation,
         )
 
 
-def fits_convolution(tile: Tile, shape: Shape) -> bool:
-    """Whether the analysis and the synthesis of a layer can run with a tile."""
+def step_elements(product: Product, tile: Tile) -> int:
+    """Return the elements of the operands that one step of a product's loop reads."""
+    if product == "analysis":
+        return (tile.pixels + tile.atoms) * tile.channels
+    if product == "synthesis":
+        return (tile.pixels + tile.channels) * tile.atoms
+    return tile.pixels * (tile.atoms + tile.taps * tile.channels)
+
+
+def shared_bytes(product: Product, tile: Tile, itemsize: int) -> int:
+    """Return the shared memory of a program of the form "descriptors": the operands of a step for each stage."""
+    return tile.stages * step_elements(product, tile) * itemsize
+
+
+def most_shared(arch: int) -> int:
+    """Return the most shared memory of a program in bytes."""
+    return 1024 * MOST_SHARED.get(arch, 99)
+
+
+def fits_convolution(product: Product, tile: Tile, shape: Shape) -> bool:
+    """Whether the analysis or the synthesis of a layer can run with a tile; a batch need not fill a box of images."""
     if tile.form == "descriptors":
-        return tile.images <= shape.described_images and tile.rows == tile.columns == 1
+        able = shape.describable and tile.rows == tile.columns == 1 and tile.images <= min(256, shape.most_images)
+        return able and shared_bytes(product, tile, shape.itemsize) < most_shared(shape.arch)
     return tile.images <= shape.most_images and (tile.form == "few") == (shape.channels <= FEW)
 
 
@@ -174,7 +203,8 @@ def fits_correlation(tile: Tile, shape: Shape) -> bool:
     """Whether the correlation of a layer can run with a tile."""
     if tile.form == "descriptors":
         taps = tile.taps == 1 or tile.taps == 3 == shape.kernel_size[1]
-        return shape.describable and tile.rows == tile.columns == 1 and taps
+        able = shape.describable and tile.rows == tile.columns == 1 and taps
+        return able and shared_bytes("correlation", tile, shape.itemsize) < most_shared(shape.arch)
     return (tile.form == "few") == (shape.channels <= FEW)
 
 
@@ -259,21 +289,23 @@ def analysis_tile(shape: Shape) -> Tile:
     if images := shape.described_images:
         return described(images, shape.atoms, shape.channels, "atoms")
     if shape.channels <= FEW:
-        box, made, summed, *options = _by_pointers(
+        box, made, summed, warps, stages = _by_pointers(
             shape, shape.codes_size, shape.atoms, shape.channels * shape.taps, gathered=True
         )
-        return Tile("few", *box, made, summed, *options)
-    box, made, summed, *options = _by_pointers(shape, shape.codes_size, shape.atoms, shape.channels)
+        return Tile("few", *box, made, summed, warps, stages)
+    box, made, summed, warps, stages = _by_pointers(shape, shape.codes_size, shape.atoms, shape.channels)
     if _is_narrow(box) and shape.itemsize == 2 and shape.channels_last:
         # With 128 atoms of such a box in 8 warps, Triton 3.6 compiles a loop in which ptxas serialises wgmma.
-        box, made, summed, *options = _by_pointers(shape, shape.codes_size, min(shape.atoms, 64), shape.channels)
-    return Tile("pointers", *box, made, summed, *options)
+        box, made, summed, warps, stages = _by_pointers(shape, shape.codes_size, min(shape.atoms, 64), shape.channels)
+    return Tile("pointers", *box, made, summed, warps, stages)
 
 
 def synthesis_tile(shape: Shape) -> Tile:
     """Return the tile of A: one phase of the image, or with few channels all phases."""
     if images := shape.described_images:
-        return described(images, shape.atoms, shape.channels, "channels")
+        tile = described(images, shape.atoms, shape.channels, "channels")
+        # With 4 warps, Triton 3.7 spills registers of 128 columns on sm_100.
+        return tile._replace(warps=8) if shape.arch >= 100 and tile.channels == 128 else tile
     few = shape.channels <= FEW
     columns = shape.channels * (shape.phases if few else 1)
     box, made, summed, warps, stages = _by_pointers(shape, shape.phase_size, columns, shape.atoms)
@@ -296,8 +328,10 @@ def correlation_tile(shape: Shape) -> Tile:
         images = 64 if shape.batch >= 64 else 32
         if not narrow:
             return Tile("descriptors", images, 1, 1, 128, 128, 8, 3)
-        # wgmma multiplies 64 rows at least, so fewer atoms are filled up with zeros.
-        return Tile("descriptors", images, 1, 1, 64, 64, 4, 3, taps=3 if shape.kernel_size[1] == 3 else 1)
+        # wgmma multiplies 64 rows at least, so fewer atoms are filled up with zeros. With three taps, Triton 3.7 spills
+        # registers on sm_100.
+        taps = 3 if shape.kernel_size[1] == 3 and shape.arch < 100 else 1
+        return Tile("descriptors", images, 1, 1, 64, 64, 4, 3, taps)
     pixels = 128 // shape.itemsize
     box = box_of(pixels, shape.batch, shape.codes_size, pixels, preference)
     # Small blocks and many threads where 16-bit elements are gathered one by one, through registers.
@@ -310,68 +344,3 @@ def correlation_tile(shape: Shape) -> Tile:
 def by_rule(shape: Shape) -> Tiles:
     """Return the tiles that the rules choose."""
     return Tiles(analysis_tile(shape), synthesis_tile(shape), correlation_tile(shape))
-
-
-VARIATIONS: tuple[Callable[[Tile], Tile], ...] = (
-    lambda tile: tile._replace(images=64) if tile.form == "descriptors" else tile,
-    lambda tile: tile._replace(atoms=min(tile.atoms, 64), channels=min(tile.channels, 64)),
-    lambda tile: tile._replace(stages=2),
-    lambda tile: tile._replace(stages=4),
-    lambda tile: tile._replace(warps=4),
-    lambda tile: tile._replace(warps=8),
-)
-"""The changes to the rules' choice that a measurement tries, one at a time, in the analysis and the synthesis."""
-
-
-def candidates(shape: Shape) -> list[Tiles]:
-    """Return the tiles that a measurement may choose from, the rules' choice first."""
-    chosen = by_rule(shape)
-    by_pointers = by_rule(shape._replace(arch=80))  # the same where descriptors are not chosen
-    varied = [chosen._replace(analysis=vary(chosen.analysis), synthesis=vary(chosen.synthesis)) for vary in VARIATIONS]
-    pointers = chosen._replace(analysis=by_pointers.analysis, synthesis=by_pointers.synthesis)
-    return list(dict.fromkeys([chosen, pointers, *varied]))
-
-
-def boxes(tile: Tile, batch: int, size: Pair) -> int:
-    """Return the number of boxes that cover the pixels of [batch, *size]."""
-    return ceil_div(batch, tile.images) * ceil_div(size[0], tile.rows) * ceil_div(size[1], tile.columns)
-
-
-def analysis_programs(shape: Shape, tile: Tile) -> tuple[int]:
-    """Return the launch grid of the analysis."""
-    return (boxes(tile, shape.batch, shape.codes_size) * ceil_div(shape.atoms, tile.atoms),)
-
-
-def synthesis_programs(shape: Shape, tile: Tile) -> tuple[int, int]:
-    """Return the launch grid of the synthesis; its second axis is the phase."""
-    pixels = boxes(tile, shape.batch, shape.phase_size)
-    if tile.form == "few":
-        return pixels * ceil_div(shape.channels * shape.phases, tile.channels), 1
-    return pixels * ceil_div(shape.channels, tile.channels), shape.phases
-
-
-def correlation_blocks(shape: Shape, tile: Tile) -> int:
-    """Return the number of blocks of the weight gradient: programs for one split of the pixels."""
-    if tile.form == "few":
-        columns = ceil_div(shape.taps * shape.channels, tile.channels)
-    else:
-        columns = ceil_div(shape.channels, tile.channels) * (shape.taps // tile.taps)
-    return ceil_div(shape.atoms, tile.atoms) * columns
-
-
-@cache
-def splits_of(blocks: int, boxes: int, processors: int) -> int:
-    """Return the least number of splits of the pixels that keeps the multiprocessors busy.
-
-    Args:
-        blocks: programs for one split.
-        boxes: boxes of pixels, the most splits.
-        processors: multiprocessors, each of which runs two programs at a time.
-    """
-
-    def use(splits: int) -> float:
-        rounds = blocks * splits / processors
-        return min(1.0, rounds / 2) * rounds / ceil_div(blocks * splits, processors)
-
-    options = range(1, max(1, min(boxes, 8 * processors // blocks)) + 1)
-    return next((splits for splits in options if use(splits) >= 0.9), max(options, key=use))

@@ -37,10 +37,12 @@ class LayerCase:
     batch: int = 2
     channels_last: bool = True
     described: bool = False
+    swapped: bool = False
 
     def __str__(self) -> str:
         (kh, kw), (sh, sw) = self.kernel_size, self.stride
-        form = "descriptors" if self.described else "channels_last" if self.channels_last else "contiguous"
+        described = "swapped" if self.swapped else "descriptors"
+        form = described if self.described else "channels_last" if self.channels_last else "contiguous"
         return f"{self.channels}to{self.atoms}-{kh}x{kw}-s{sh}x{sw}-{form}"
 
     @property
@@ -62,7 +64,8 @@ class LayerCase:
         if not self.described:  # the rules have descriptors for a GPU alone
             return FusedPath(layer, problem, rules)
         sides = 16, self.atoms, self.channels
-        return FusedPath(layer, problem, Tiles(described(*sides, "atoms"), described(*sides, "channels"), rules[2]))
+        analysis, synthesis = (described(*sides, made)._replace(swapped=self.swapped) for made in ("atoms", "channels"))
+        return FusedPath(layer, problem, Tiles(analysis, synthesis, rules[2]))
 
     def random(self, *shape: int, seed: int = 0) -> Tensor:
         tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
@@ -105,6 +108,7 @@ DESCRIBED = [
     LayerCase(channels=8, atoms=8, kernel_size=(5, 4), stride=(3, 2), padding=(2, 1), size=(11, 9), described=True),
     LayerCase(channels=8, atoms=8, kernel_size=(2, 2), stride=(3, 3), padding=(1, 0), size=(9, 8), described=True),
     LayerCase(channels=8, atoms=8, kernel_size=(1, 1), padding=(2, 1), size=(1, 1), described=True),
+    LayerCase(channels=24, atoms=40, stride=(2, 2), size=(5, 4), batch=3, described=True, swapped=True),
 ]
 """Channels in multiples of 16 bytes; boxes of 16 images, not always full; taps and whole atoms outside the image."""
 

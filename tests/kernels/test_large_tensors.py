@@ -18,8 +18,9 @@ from sdnet.kernels.torch_path import Problem
 from sdnet.kernels.triton_path import pointwise
 from sdnet.kernels.triton_path.correlation.weight_gradient import weight_correlation
 from sdnet.kernels.triton_path.fused.path import FusedPath
+from sdnet.kernels.triton_path.grids import boxes
 from sdnet.kernels.triton_path.layer import Layer
-from sdnet.kernels.triton_path.tiles import boxes, by_rule
+from sdnet.kernels.triton_path.tiles import by_rule
 
 from ..triton_interpreter.grid import Index, last, only
 from ..triton_interpreter.numerics import needs_interpreter

@@ -6,8 +6,9 @@ import pytest
 
 from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.kernels.reference import Pair
-from sdnet.kernels.triton_path import tiles
-from sdnet.kernels.triton_path.tiles import Shape, by_rule, ceil_div
+from sdnet.kernels.triton_path import grids, tiles
+from sdnet.kernels.triton_path.candidates import candidates
+from sdnet.kernels.triton_path.tiles import Shape, by_rule, ceil_div, shared_bytes
 
 SHAPE = Shape(256, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), 2, "ieee", channels_last=True, arch=90)
 
@@ -51,17 +52,17 @@ def test_a_box_stays_within_32_bits() -> None:
 @pytest.mark.parametrize("layer", distinct_layers(), ids=str)
 def test_programs_cover_every_layer(layer: LayerShape, arch: int) -> None:
     shape = shape_of(layer, arch)
-    for chosen in tiles.candidates(shape):
+    for chosen in candidates(shape):
         analysis, synthesis, correlation = chosen
         assert chosen.fitted(shape) == chosen
-        [programs] = tiles.analysis_programs(shape, analysis)
+        [programs] = grids.analysis_programs(shape, analysis)
         assert programs * analysis.pixels * analysis.atoms >= 256 * prod(layer.codes_size) * layer.atoms
-        programs, phases = tiles.synthesis_programs(shape, synthesis)
+        programs, phases = grids.synthesis_programs(shape, synthesis)
         assert programs * phases * synthesis.pixels * synthesis.channels >= 256 * prod(layer.size) * layer.channels
-        blocks = tiles.correlation_blocks(shape, correlation)
+        blocks = grids.correlation_blocks(shape, correlation)
         elements = blocks * correlation.atoms * correlation.channels * correlation.taps
         assert elements >= layer.atoms * layer.channels * layer.kernel_size**2
-        assert tiles.boxes(correlation, 256, shape.codes_size) * correlation.pixels >= 256 * prod(layer.codes_size)
+        assert grids.boxes(correlation, 256, shape.codes_size) * correlation.pixels >= 256 * prod(layer.codes_size)
 
 
 def test_descriptors_are_chosen_only_for_layouts_they_can_read() -> None:
@@ -79,6 +80,39 @@ def test_descriptors_are_chosen_only_for_layouts_they_can_read() -> None:
     assert huge.described_images == 0  # 64 images have 2^31 elements
 
 
+def test_candidates_of_large_layers_hold_the_larger_tiles() -> None:
+    shape = SHAPE._replace(channels=256, atoms=256, image_size=(14, 14), codes_size=(14, 14))
+    found = candidates(shape)
+    blocks = {(tiles.analysis.images, tiles.analysis.atoms, tiles.analysis.warps) for tiles in found}
+    assert blocks >= {(128, 128, 4), (128, 256, 8), (256, 128, 8)}
+    correlations = {(tile.atoms, tile.channels, tile.taps) for _, _, tile in found}
+    assert correlations >= {(128, 128, 1), (128, 256, 1), (128, 128, 3)}
+    assert not any(tiles.analysis.swapped for tiles in found)
+
+
+def test_candidates_of_64_channels_hold_swapped_products() -> None:
+    swapped = [tiles for tiles in candidates(SHAPE) if tiles.analysis.swapped]
+    assert {tiles.analysis.images for tiles in swapped} == {128, 256}
+    assert all(tiles.synthesis.swapped for tiles in swapped)
+
+
+def test_candidates_do_not_ask_for_more_than_a_gpu_has() -> None:
+    """Neither shared memory, nor, for tiles larger than the rules', a program for each multiprocessor."""
+    shape = SHAPE._replace(channels=512, atoms=512, image_size=(4, 4), codes_size=(4, 4))
+    described = [found.analysis.images for found in candidates(shape) if found.analysis.form == "descriptors"]
+    assert set(described) == {128, 64}  # of 256 images there would be 16 pixels x 4 programs
+    for arch, most in ((90, 227), (120, 99)):
+        for found in candidates(SHAPE._replace(channels=256, atoms=256, arch=arch)):
+            for tile, product in zip(found, ("analysis", "synthesis", "correlation"), strict=True):
+                assert tile.form != "descriptors" or shared_bytes(product, tile, 2) < most * 1024
+
+
+def test_a_partial_batch_runs_with_the_tiles_of_the_full_one() -> None:
+    for chosen in candidates(SHAPE):
+        for batch in (1, 16, 80):
+            assert chosen.fitted(SHAPE._replace(batch=batch)) == chosen
+
+
 def test_the_correlation_takes_descriptors_from_32_images_on() -> None:
     forms = {batch: by_rule(SHAPE._replace(batch=batch)).correlation.form for batch in (8, 31, 32, 64)}
     assert forms == {8: "pointers", 31: "pointers", 32: "descriptors", 64: "descriptors"}
@@ -94,8 +128,8 @@ def test_up_to_8_channels_are_few_in_all_three_products() -> None:
 def test_the_splits_of_every_layer_keep_a_large_gpu_busy(layer: LayerShape) -> None:
     processors, shape = 132, shape_of(layer, 90)
     tile = by_rule(shape).correlation
-    blocks, boxes = tiles.correlation_blocks(shape, tile), tiles.boxes(tile, 256, shape.codes_size)
-    splits = tiles.splits_of(blocks, boxes, processors)
+    blocks, boxes = grids.correlation_blocks(shape, tile), grids.boxes(tile, 256, shape.codes_size)
+    splits = grids.splits_of(blocks, boxes, processors)
     rounds = blocks * splits / processors
     assert tile.form == ("few" if layer.channels < 8 else "descriptors")
     assert splits <= boxes

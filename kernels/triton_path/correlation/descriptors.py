@@ -7,11 +7,11 @@ and, where a program makes one tap, columns. Both operands go from shared memory
 import triton.language as tl
 
 from sdnet.kernels.triton_path.correlation.pixels import share_of_split
-from sdnet.kernels.triton_path.jit import constexpr, jit
+from sdnet.kernels.triton_path.jit import constexpr, jit, jit_of_batch
 
 
 @jit
-def pixels_reached(tap, size, codes: constexpr, stride: constexpr, padding: constexpr):
+def pixels_reached(tap, size, codes, stride: constexpr, padding: constexpr):
     """Return the first pixel of an axis of the codes at which a tap is inside the image, and how many there are."""
     first = (tl.maximum(padding - tap, 0) + stride - 1) // stride
     last = tl.minimum((tl.maximum(size + padding - tap, 0) + stride - 1) // stride, codes)
@@ -54,7 +54,7 @@ def add_pair(totals, r, m, first, last, rows, columns, corner, taps, layer: cons
     return total0, total1, total2
 
 
-@jit
+@jit_of_batch
 def correlate_by_descriptors_kernel(
     r0, m0, r1, m1, r2, m2, scale_ptr, partial_ptr, factor, groups, sizes,
     launch: constexpr, layer: constexpr, tile: constexpr,
@@ -74,7 +74,7 @@ def correlate_by_descriptors_kernel(
         partial_ptr: partial sums [splits, K, taps, C] in fp32.
         factor: the scale of the TAIL pairs.
         groups: groups of TB images.
-        sizes: N, H, W.
+        sizes: H, W, h, w.
         launch: `pixels.Launch`.
         layer: `geometry.Geometry`.
         tile: `tiles.Tile`.
@@ -86,14 +86,14 @@ def correlate_by_descriptors_kernel(
     BC: constexpr = tile.channels
     BLOCKS_A: constexpr = (K + BA - 1) // BA
     BLOCKS_C: constexpr = (C + BC - 1) // BC
-    _, H, W = sizes
+    H, W, h, w = sizes
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     k0, c0 = pid % BLOCKS_A * BA, pid // BLOCKS_A % BLOCKS_C * BC
     tap = pid // (BLOCKS_A * BLOCKS_C) * tile.taps
-    i0, rows = pixels_reached(tap // KW, H, launch.h, layer.SH, layer.PH)
-    j0, columns = 0, launch.w
+    i0, rows = pixels_reached(tap // KW, H, h, layer.SH, layer.PH)
+    j0, columns = 0, w
     if tile.taps == 1:
-        j0, columns = pixels_reached(tap % KW, W, launch.w, layer.SW, layer.PW)
+        j0, columns = pixels_reached(tap % KW, W, w, layer.SW, layer.PW)
     first, last = share_of_split(split, splits, groups * rows * columns)
     total0 = tl.zeros((BA, BC), tl.float32)
     total1 = tl.zeros((BA, BC), tl.float32)  # removed by the compiler unless the tile has three taps

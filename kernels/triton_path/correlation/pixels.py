@@ -11,15 +11,11 @@ class Launch(NamedTuple):
     """What a launch of the correlation is compiled for beside the layer and the tile.
 
     Attributes:
-        h: height of the codes.
-        w: width of the codes.
         HEAD: pairs whose scale is a number on the device.
         TAIL: pairs after them whose scale is a number of the host.
         WIDE: whether offsets within a box need 64 bits.
     """
 
-    h: int
-    w: int
     HEAD: int
     TAIL: int
     WIDE: bool

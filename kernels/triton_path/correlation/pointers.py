@@ -7,7 +7,7 @@ of the program. The form "few" takes (tap, channel) pairs as one axis, for image
 import triton.language as tl
 
 from sdnet.kernels.triton_path.correlation.pixels import share_of_split
-from sdnet.kernels.triton_path.jit import constexpr, jit
+from sdnet.kernels.triton_path.jit import constexpr, jit, jit_of_batch
 
 
 @jit
@@ -18,22 +18,21 @@ def is_inside(index, size):
 
 @jit
 def add_pair(
-    total, r_ptr, m_ptr, offsets, first, last, pixels, kept, taps, sizes, strides,
-    launch: constexpr, layer: constexpr, tile: constexpr,
+    total, r_ptr, m_ptr, offsets, first, last, pixels, kept, taps, N, sizes, strides,
+    layer: constexpr, tile: constexpr,
 ):  # fmt: skip
     """Return total [BA, BC] plus the correlation of one pair over the boxes first .. last - 1."""
     r_offset, m_offset = offsets
     b, i, j = pixels  # [BP]
     k_kept, q_kept = kept
     u, v = taps
-    N, H, W = sizes
+    H, W, h, w = sizes
     rn, _, ry, rx, mn, _, mi, mj = strides
-    DOWN: constexpr = (launch.h + tile.rows - 1) // tile.rows
-    ACROSS: constexpr = (launch.w + tile.columns - 1) // tile.columns
+    down, across = (h + tile.rows - 1) // tile.rows, (w + tile.columns - 1) // tile.columns
     for box in tl.range(first, last):  # pyright: ignore[reportGeneralTypeIssues]
-        b0 = box // (DOWN * ACROSS) * tile.images
-        i0, j0 = box // ACROSS % DOWN * tile.rows, box % ACROSS * tile.columns
-        there = (b < N - b0) & (i < launch.h - i0) & (j < launch.w - j0)  # [BP]
+        b0 = box // (down * across) * tile.images
+        i0, j0 = box // across % down * tile.rows, box % across * tile.columns
+        there = (b < N - b0) & (i < h - i0) & (j < w - j0)  # [BP]
         m_base = m_ptr + (tl.cast(b0, tl.int64) * mn + tl.cast(i0, tl.int64) * mi + j0 * mj)
         m = tl.load(m_base + m_offset, mask=there[:, None] & k_kept[None, :], other=0.0)  # [BP, BA]
         y0, x0 = i0 * layer.SH - layer.PH, j0 * layer.SW - layer.PW
@@ -50,9 +49,9 @@ def add_pair(
     return total
 
 
-@jit
+@jit_of_batch
 def correlate_kernel(
-    r0_ptr, m0_ptr, r1_ptr, m1_ptr, r2_ptr, m2_ptr, scale_ptr, partial_ptr, factor, boxes, sizes, strides,
+    r0_ptr, m0_ptr, r1_ptr, m1_ptr, r2_ptr, m2_ptr, scale_ptr, partial_ptr, factor, boxes, N, sizes, strides,
     launch: constexpr, layer: constexpr, tile: constexpr,
 ):  # fmt: skip
     """Write partial[split] = *scale_ptr (correlations of the HEAD pairs) + factor (those of the TAIL pairs after them).
@@ -70,7 +69,8 @@ def correlate_kernel(
         partial_ptr: partial sums [splits, K, taps, C] in fp32.
         factor: the scale of the TAIL pairs.
         boxes: boxes of pixels of the codes.
-        sizes: N, H, W.
+        N: number of images.
+        sizes: H, W, h, w.
         strides: of the images, then of the codes, four each.
         launch: `pixels.Launch`.
         layer: `geometry.Geometry`.
@@ -116,8 +116,8 @@ def correlate_kernel(
         r_ptr = r0_ptr if pair == 0 else (r1_ptr if pair == 1 else r2_ptr)
         m_ptr = m0_ptr if pair == 0 else (m1_ptr if pair == 1 else m2_ptr)
         total = add_pair(
-            total, r_ptr, m_ptr, (r_offset, m_offset), first, last, (b, i, j), (k_kept, q_kept), (u, v), sizes, strides,
-            launch, layer, tile,
+            total, r_ptr, m_ptr, (r_offset, m_offset), first, last, (b, i, j), (k_kept, q_kept), (u, v), N, sizes,
+            strides, layer, tile,
         )  # fmt: skip
     total *= factor if launch.TAIL > 0 else tl.load(scale_ptr)
     row = (split.to(tl.int64) * K + k)[:, None] * (T * C)

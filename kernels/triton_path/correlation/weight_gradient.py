@@ -24,16 +24,9 @@ from sdnet.kernels.triton_path.correlation.pixels import Launch
 from sdnet.kernels.triton_path.correlation.pointers import correlate_kernel
 from sdnet.kernels.triton_path.fused.descriptors import ALIGNMENT, pixel_boxes
 from sdnet.kernels.triton_path.geometry import Geometry
-from sdnet.kernels.triton_path.jit import constexpr, jit
-from sdnet.kernels.triton_path.tiles import (
-    Shape,
-    Tile,
-    boxes,
-    ceil_div,
-    correlation_blocks,
-    correlation_tile,
-    splits_of,
-)
+from sdnet.kernels.triton_path.grids import boxes, correlation_blocks, splits_of
+from sdnet.kernels.triton_path.jit import constexpr, jit_of_batch
+from sdnet.kernels.triton_path.tiles import Shape, Tile, ceil_div, correlation_tile
 
 ScaledPair = tuple[Tensor, Tensor, Tensor | float]
 """Images [N, C, H, W], codes [N, K, h, w] and the scale of their correlation, 0-d fp32 or a number."""
@@ -45,7 +38,7 @@ SPLITS, REDUCED = 32, 64
 """The block of pass 2, splits x elements: many programs, for few elements can have hundreds of splits."""
 
 
-@jit
+@jit_of_batch
 def add_splits_kernel(
     partial_ptr, out_ptr, splits, numel, strides,
     C: constexpr, KH: constexpr, KW: constexpr, BS: constexpr, BE: constexpr,
@@ -165,13 +158,12 @@ def weight_correlation(
 
     partial = weight.new_empty((len(runs) * splits, weight.numel()), dtype=torch.float32)
     operands = zip(images, codes, strict=True)
-    sizes = (shape.batch, *shape.image_size)
+    sizes = (*shape.image_size, *shape.codes_size)
     for (head, tail), part in zip(runs, partial.split(splits), strict=True):
         used = [next(operands) for _ in (*head, *tail)]
         used += used[:1] * (PAIRS - len(used))  # the kernel does not look at these
         scales = head[0][2] if head else part, part, tail[0][2] if tail else 1.0
-        (height, width), wide = shape.codes_size, is_wide((r, m), tile.images)
-        launch = Launch(height, width, len(head), len(tail), wide)
+        launch = Launch(len(head), len(tail), is_wide((r, m), tile.images))
         if tile.form == "descriptors":
             sides = tile.channels, tile.atoms
             described = [pixel_boxes(t, tile.images, n) for pair in used for t, n in zip(pair, sides, strict=True)]
@@ -180,8 +172,8 @@ def weight_correlation(
             )
         else:
             correlate_kernel[blocks, splits](
-                *(tensor for pair in used for tensor in pair), *scales, count, sizes, (*r.stride(), *m.stride()),
-                launch, layer, tile, **tile.options,
+                *(tensor for pair in used for tensor in pair), *scales, count, shape.batch, sizes,
+                (*r.stride(), *m.stride()), launch, layer, tile, **tile.options,
             )  # fmt: skip
 
     out = torch.empty_like(weight)

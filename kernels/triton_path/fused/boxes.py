@@ -12,33 +12,38 @@ from sdnet.kernels.triton_path.jit import constexpr, jit
 
 
 @jit
-def box_of_program(height, width, channels: constexpr, block: constexpr, tile: constexpr):
-    """Return where this program's box begins on [N, height, width] x channels: image, row, column, channel."""
+def box_of_program(N, height, width, channels: constexpr, block: constexpr, tile: constexpr):
+    """Return this program's box on [N, height, width] x channels.
+
+    A box is its first image, row, column and channel, and the number of images from the first on.
+    """
     pid = tl.program_id(0)
     blocks: constexpr = (channels + block - 1) // block
     index = pid // blocks  # the blocks of one box are neighbours, which share its pixels in the L2 cache
     across, down = (width + tile.columns - 1) // tile.columns, (height + tile.rows - 1) // tile.rows
     image = index // (across * down) * tile.images
-    return image, index // across % down * tile.rows, index % across * tile.columns, pid % blocks * block
+    row, column = index // across % down * tile.rows, index % across * tile.columns
+    return image, row, column, pid % blocks * block, N - image
 
 
 @jit
-def pixels_of(box, N, height, width, tile: constexpr):
-    """Return a box's pixels [BM]: image within the box, row, column, whether [N, height, width] has such a pixel."""
-    image, row, column, _ = box
+def pixels_of(box, height, width, tile: constexpr):
+    """Return a box's pixels [BM]: image within the box, row, column, whether the images have such a pixel."""
+    _, row, column, _, images = box
     BM: constexpr = tile.pixels
     m = tl.arange(0, BM)
     b = m // (tile.rows * tile.columns)
     i = row + m // tile.columns % tile.rows
     j = column + m % tile.columns
-    return b, i, j, (image + b < N) & (i < height) & (j < width)
+    return b, i, j, (b < images) & (i < height) & (j < width)
 
 
 @jit
-def samples_of(box, tile: constexpr):
-    """Return the sample of each of a box's pixels, 64-bit [BM]."""
+def load_samples(ptr, box, tile: constexpr):
+    """Return the number of each pixel's sample, [BM], from one number per sample."""
     BM: constexpr = tile.pixels
-    return box[0].to(tl.int64) + tl.arange(0, BM) // (tile.rows * tile.columns)
+    b = tl.arange(0, BM) // (tile.rows * tile.columns)
+    return tl.load(ptr + box[0].to(tl.int64) + b, mask=b < box[4], other=0.0)
 
 
 @jit
@@ -56,7 +61,7 @@ def steps_of(height, width, channels: constexpr, LAST: constexpr):
 @jit
 def codes_elements(box, sizes, layer: constexpr, tile: constexpr):
     """Return a box's elements in a tensor of codes: a 64-bit offset, offsets [BM, BN], and which of them there are."""
-    b, i, j, inside = pixels_of(box, sizes.N, sizes.h, sizes.w, tile)
+    b, i, j, inside = pixels_of(box, sizes.h, sizes.w, tile)
     BN: constexpr = tile.atoms
     n = box[3] + tl.arange(0, BN)
     step = 1 if layer.LAST else sizes.h * sizes.w

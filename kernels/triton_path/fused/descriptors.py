@@ -4,6 +4,9 @@ For sm_90 and later and 16-bit channels_last tensors. A box is one pixel of BM i
 image has one answer for the whole program, which leaves out the taps that do not: no product is made with the padding,
 31 % of the products at 4 x 4 pixels and 18 % at 7 x 7. What lies outside a tensor reads as zeros.
 
+A program multiplies pixels by atoms (or channels). With few of these the product has few columns, and a wgmma
+instruction does little for each read of the pixels from shared memory. A tile that is `swapped` makes the transpose.
+
 Images are described as [H, W, N, C], codes as [h, w, N, K], and the dictionary as the matrix [K, taps C].
 """
 
@@ -32,18 +35,18 @@ def analysis(images, dictionary, box, sizes, layer: constexpr, tile: constexpr):
     BN: constexpr = tile.atoms
     BK: constexpr = tile.channels
     blocks: constexpr = (layer.C + BK - 1) // BK
-    image, row, column, atom = box
+    image, row, column, atom, _ = box
     top, left = row * layer.SH - layer.PH, column * layer.SW - layer.PW
     first_h, count_h = taps_inside(top, layer.KH, sizes.H)
     first_w, count_w = taps_inside(left, layer.KW, sizes.W)
-    total = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BN, BM) if tile.swapped else (BM, BN), tl.float32)
     for step in tl.range(0, count_h * count_w * blocks):
         tap, c = step // blocks, step % blocks * BK
         th, tw = first_h + tap // count_w, first_w + tap % count_w
         a = images.load([top + th, left + tw, image, c]).reshape(BM, BK)  # channels past C are zeros
         d = dictionary.load([atom, (th * layer.KW + tw) * layer.C + c])  # [BN, BK]
-        total = tl.dot(a, d.T, total)
-    return total
+        total = tl.dot(d, a.T, total) if tile.swapped else tl.dot(a, d.T, total)
+    return total.T if tile.swapped else total
 
 
 @jit
@@ -57,22 +60,22 @@ def synthesis(codes, dictionary, box, phase, sizes, layer: constexpr, tile: cons
     BN: constexpr = tile.channels
     BK: constexpr = tile.atoms
     blocks: constexpr = (layer.K + BK - 1) // BK
-    image, row, column, channel = box
+    image, row, column, channel, _ = box
     phase_h, phase_w = phase
     tap_h, tap_w = (phase_h + layer.PH) % SH, (phase_w + layer.PW) % SW  # the phase's first; others follow in strides
     taps_h, taps_w = (KH - tap_h + SH - 1) // SH, (KW - tap_w + SW - 1) // SW
     top, left = row + (phase_h + layer.PH) // SH - taps_h + 1, column + (phase_w + layer.PW) // SW - taps_w + 1
     first_h, count_h = taps_inside(top, taps_h, sizes.h)  # top and left are those of the last tap
     first_w, count_w = taps_inside(left, taps_w, sizes.w)
-    total = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BN, BM) if tile.swapped else (BM, BN), tl.float32)
     for step in tl.range(0, count_h * count_w * blocks):
         tap, k = step // blocks, step % blocks * BK
         y, x = first_h + tap // count_w, first_w + tap % count_w
         a = codes.load([top + y, left + x, image, k]).reshape(BM, BK)  # atoms past K are zeros
         rh, rw = tap_h + SH * (taps_h - 1 - y), tap_w + SW * (taps_w - 1 - x)
         d = dictionary.load([k, (rh * KW + rw) * layer.C + channel])  # [BK, BN]
-        total = tl.dot(a, d, total)
-    return total
+        total = tl.dot(d.T, a.T, total) if tile.swapped else tl.dot(a, d, total)
+    return total.T if tile.swapped else total
 
 
 @jit
@@ -80,7 +83,7 @@ def load_codes(codes, box, elements, tile: constexpr):
     """Return a box of codes, [BM, BN]."""
     BM: constexpr = tile.images
     BN: constexpr = tile.atoms
-    image, row, column, atom = box
+    image, row, column, atom, _ = box
     return codes.load([row, column, image, atom]).reshape(BM, BN)
 
 
@@ -89,7 +92,7 @@ def store_codes(codes, value, box, elements, tile: constexpr):
     """Write [BM, BN] into a box of codes; return what it was rounded to."""
     BM: constexpr = tile.images
     BN: constexpr = tile.atoms
-    image, row, column, atom = box
+    image, row, column, atom, _ = box
     rounded = value.to(codes.dtype)
     codes.store([row, column, image, atom], rounded.reshape(1, 1, BM, BN))
     return rounded

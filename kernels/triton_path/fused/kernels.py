@@ -16,14 +16,14 @@ read. Products accumulate in fp32.
 
 import triton.language as tl
 
-from sdnet.kernels.triton_path.fused.boxes import box_of_program, codes_elements, pixel_offset, pixels_of, samples_of
+from sdnet.kernels.triton_path.fused.boxes import box_of_program, codes_elements, load_samples, pixel_offset, pixels_of
 from sdnet.kernels.triton_path.fused.forms import analysis, load_codes, store_codes, synthesis
-from sdnet.kernels.triton_path.jit import constexpr, jit
+from sdnet.kernels.triton_path.jit import constexpr, jit_of_batch
 
 
-@jit
+@jit_of_batch
 def proximal_step_kernel(
-    residual, dictionary, codes, previous, out, extrapolated, step_size_ptr, lam_ptr, scale_ptr, coefficients, sizes,
+    residual, dictionary, codes, previous, out, extrapolated, step_size_ptr, lam_ptr, scale_ptr, coefficients, N, sizes,
     layer: constexpr, tile: constexpr, NONNEGATIVE: constexpr, PER_SAMPLE: constexpr,
 ):  # fmt: skip
     """Write z' into `out` and, if it is given, y' into `extrapolated`: see the head of the file.
@@ -39,6 +39,7 @@ def proximal_step_kernel(
         lam_ptr: lambda, one number, or one per sample.
         scale_ptr: c, one number per sample, or None.
         coefficients: mu, beta, beta'.
+        N: number of images.
         sizes: `geometry.Sizes`.
         layer: `geometry.Geometry`.
         tile: `tiles.Tile`.
@@ -46,19 +47,15 @@ def proximal_step_kernel(
         PER_SAMPLE: whether lambda is one per sample.
     """
     mu, beta, next_beta = coefficients
-    box = box_of_program(sizes.h, sizes.w, layer.K, tile.atoms, tile)
+    box = box_of_program(N, sizes.h, sizes.w, layer.K, tile.atoms, tile)
     v = analysis(residual, dictionary, box, sizes, layer, tile)  # [BM, BN]
     step_size = tl.load(step_size_ptr).to(tl.float32)
     damping = 1 / (1 + step_size * mu)
     v = step_size * damping * v
-    sample = samples_of(box, tile)  # [BM]
     if scale_ptr is not None:
-        v *= tl.load(scale_ptr + sample, mask=sample < sizes.N, other=0.0)[:, None]
-    if PER_SAMPLE:
-        lam = tl.load(lam_ptr + sample, mask=sample < sizes.N, other=0.0).to(tl.float32)[:, None]  # [BM, 1]
-    else:
-        lam = tl.load(lam_ptr).to(tl.float32)
-    threshold = step_size * damping * lam
+        v *= load_samples(scale_ptr, box, tile)[:, None]
+    lam = load_samples(lam_ptr, box, tile)[:, None] if PER_SAMPLE else tl.load(lam_ptr)  # [BM, 1], or one number
+    threshold = step_size * damping * lam.to(tl.float32)
 
     elements = codes_elements(box, sizes, layer, tile)
     z = v
@@ -79,9 +76,9 @@ def proximal_step_kernel(
         store_codes(extrapolated, y, box, elements, tile)
 
 
-@jit
+@jit_of_batch
 def codes_gradient_kernel(
-    d_residual, dictionary, m, codes, d_y_after, out, d_y, step_size_ptr, coefficients, sizes,
+    d_residual, dictionary, m, codes, d_y_after, out, d_y, step_size_ptr, coefficients, N, sizes,
     layer: constexpr, tile: constexpr, AT_Y: constexpr,
 ):  # fmt: skip
     """Write m' into `out` and, if it is given, d_y into `d_y`: see the head of the file.
@@ -96,13 +93,14 @@ def codes_gradient_kernel(
         d_y: d_y [N, K, h, w], or None.
         step_size_ptr: s, one number.
         coefficients: mu, beta, beta'.
+        N: number of images.
         sizes: `geometry.Sizes`.
         layer: `geometry.Geometry`.
         tile: `tiles.Tile`.
         AT_Y: whether the step applied A' at y (FISTA), else at z.
     """
     mu, beta, next_beta = coefficients
-    box = box_of_program(sizes.h, sizes.w, layer.K, tile.atoms, tile)
+    box = box_of_program(N, sizes.h, sizes.w, layer.K, tile.atoms, tile)
     through = analysis(d_residual, dictionary, box, sizes, layer, tile)  # [BM, BN]
     damping = 1 / (1 + tl.load(step_size_ptr).to(tl.float32) * mu)
 
@@ -122,9 +120,9 @@ def codes_gradient_kernel(
     store_codes(out, tl.where(z != 0, g, 0.0), box, elements, tile)
 
 
-@jit
+@jit_of_batch
 def synthesis_kernel(
-    codes, dictionary, x_ptr, add_ptr, out_ptr, step_size_ptr, scale_ptr, mu, sizes,
+    codes, dictionary, x_ptr, add_ptr, out_ptr, step_size_ptr, scale_ptr, mu, N, sizes,
     layer: constexpr, tile: constexpr, X_CHANNELS: constexpr,
 ):  # fmt: skip
     """Write x - A p into `out_ptr` if x is given, else gamma c A m + add.
@@ -138,6 +136,7 @@ def synthesis_kernel(
         step_size_ptr: s, one number.
         scale_ptr: c, one number per sample, or None.
         mu: the weight of 1/2 |z|^2.
+        N: number of images.
         sizes: `geometry.Sizes`.
         layer: `geometry.Geometry`.
         tile: `tiles.Tile`.
@@ -149,13 +148,16 @@ def synthesis_kernel(
     BN: constexpr = tile.channels
     columns: constexpr = C * SH * SW if tile.form == "few" else C
     height, width = (sizes.H + SH - 1) // SH, (sizes.W + SW - 1) // SW
-    box = box_of_program(height, width, columns, BN, tile)
-    b, i, j, inside = pixels_of(box, sizes.N, height, width, tile)
+    box = box_of_program(N, height, width, columns, BN, tile)
+    b, i, j, inside = pixels_of(box, height, width, tile)
     first, n = box[0].to(tl.int64), box[3] + tl.arange(0, BN)
     if tile.form == "few":  # [1, BN]
         phase_h, phase_w, channel = (n // C // SW)[None, :], (n // C % SW)[None, :], (n % C)[None, :]
     else:
-        phase_h, phase_w, channel = tl.program_id(1) // SW, tl.program_id(1) % SW, n[None, :]
+        # The second axis of the grid counts a phase's first tap, so the phases of most taps, the longest, come first.
+        first_h, first_w = tl.program_id(1) // SW, tl.program_id(1) % SW
+        phase_h, phase_w = (first_h + (SH - layer.PH % SH)) % SH, (first_w + (SW - layer.PW % SW)) % SW
+        channel = n[None, :]
     total = synthesis(codes, dictionary, box, (phase_h, phase_w), sizes, layer, tile)  # [BM, BN]
 
     row, column = i[:, None] * SH + phase_h, j[:, None] * SW + phase_w  # [BM, 1], or [BM, BN] with few channels

@@ -12,8 +12,9 @@ from torch import Tensor
 from sdnet.kernels.torch_path import Problem
 from sdnet.kernels.triton_path.fused.descriptors import aligned, matrix_blocks, pixel_boxes
 from sdnet.kernels.triton_path.fused.kernels import codes_gradient_kernel, proximal_step_kernel, synthesis_kernel
+from sdnet.kernels.triton_path.grids import analysis_programs, synthesis_programs
 from sdnet.kernels.triton_path.layer import Layer
-from sdnet.kernels.triton_path.tiles import Tile, Tiles, analysis_programs, synthesis_programs
+from sdnet.kernels.triton_path.tiles import Tile, Tiles
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class FusedPath:
                 _boxes(aligned(residual), tile, tile.channels), _dictionary(layer, tile, tile.atoms, tile.channels),
                 *(_boxes(t, tile, tile.atoms) for t in (codes, previous if beta else None, out, extrapolated)),
                 problem.step_size, lam, scale, (float(problem.coding.mu), float(beta), float(next_beta)),
-                layer.sizes, layer.geometry, tile,
+                layer.batch, layer.sizes, layer.geometry, tile,
                 NONNEGATIVE=problem.coding.nonnegative, PER_SAMPLE=lam.ndim > 0, **tile.options,
             )  # fmt: skip
         return out, extrapolated
@@ -75,7 +76,7 @@ class FusedPath:
                 _boxes(d_residual, tile, tile.channels), _dictionary(layer, tile, tile.atoms, tile.channels),
                 *(_boxes(t, tile, tile.atoms) for t in (m, codes, after, out, d_y)),
                 problem.step_size, (float(problem.coding.mu), float(beta), float(next_beta)),
-                layer.sizes, layer.geometry, tile, AT_Y=at_y, **tile.options,
+                layer.batch, layer.sizes, layer.geometry, tile, AT_Y=at_y, **tile.options,
             )  # fmt: skip
         return out, d_y if at_y or not beta else m
 
@@ -87,7 +88,8 @@ class FusedPath:
         if image.numel():
             synthesis_kernel[synthesis_programs(layer.shape, tile)](
                 _boxes(codes, tile, tile.atoms), _dictionary(layer, tile, tile.atoms, tile.channels),
-                x, add, image, problem.step_size, scale, float(problem.coding.mu), layer.sizes, layer.geometry, tile,
+                x, add, image, problem.step_size, scale, float(problem.coding.mu), layer.batch, layer.sizes,
+                layer.geometry, tile,
                 X_CHANNELS=image.shape[1] if x is None else x.shape[1], **tile.options,
             )  # fmt: skip
         return image

@@ -37,7 +37,7 @@ def windows_of_codes(box, sizes, layer: constexpr, tile: constexpr):
     """Return, for each pixel of a box of codes, the mask of its taps and the offset of tap 0 in the images, [BM]."""
     KH: constexpr = layer.KH
     KW: constexpr = layer.KW
-    b, i, j, inside = pixels_of(box, sizes.N, sizes.h, sizes.w, tile)
+    b, i, j, inside = pixels_of(box, sizes.h, sizes.w, tile)
     top, left = i * layer.SH - layer.PH, j * layer.SW - layer.PW  # perhaps outside the image
     bits = tap_bits(top, left, inside, sizes.H, sizes.W, 1, KH, KW)
     return bits, pixel_offset(b, top, left, sizes.H, sizes.W, layer.C, layer.LAST)
@@ -52,7 +52,7 @@ def windows_of_images(
     Tap (u, v) of pixel (i, j) of the phase reads the codes at (i + up - u, j + leftwards - v).
     """
     height, width = (sizes.H + layer.SH - 1) // layer.SH, (sizes.W + layer.SW - 1) // layer.SW
-    b, i, j, inside = pixels_of(box, sizes.N, height, width, tile)
+    b, i, j, inside = pixels_of(box, height, width, tile)
     top, left = i + up, j + leftwards
     bits = tap_bits(top, left, inside, sizes.h, sizes.w, -1, TAPS_H, TAPS_W)
     return bits, pixel_offset(b, top, left, sizes.h, sizes.w, layer.K, layer.LAST)
