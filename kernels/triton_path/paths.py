@@ -113,10 +113,10 @@ class Entry(NamedTuple):
         try:
             path, *tiles = json.loads(text)
             entry = Entry(path, Tiles(*(Tile(**tile) for tile in tiles)))
-            integers = [value for tile in entry.tiles for value in tile[1:]]
+            integers = [value for tile in entry.tiles for value in tile[1:-1]]
             if path not in get_args(PathName) or any(type(value) is not int or value < 1 for value in integers):
                 raise ValueError("a wrong path or number")
-            if any(tile.form not in get_args(Form) for tile in entry.tiles):
+            if any(tile.form not in get_args(Form) or type(tile.swapped) is not bool for tile in entry.tiles):
                 raise ValueError("a wrong form")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{text[:100]!r} describes no path with its tiles: {error}") from error
