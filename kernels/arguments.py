@@ -3,6 +3,8 @@
 Each check raises a ValueError of one sentence that names the argument, what was given and what is allowed.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -11,12 +13,35 @@ from sdnet.kernels import checks
 from sdnet.kernels.dispatch import transform_of
 from sdnet.kernels.reference import Pair
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types of x and weight."""
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError if a tensor is sparse, nested or of another layout that has no strides."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        given = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
+        raise ValueError(f"{name} is {given}; it must be a dense tensor, of layout torch.strided.")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast on a device, None where it is off or does not exist (the meta device)."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which autocast is off on a device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
 
 def check_x_and_weight(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) -> None:
     """Raise a ValueError unless x and weight fit together."""
     for name, value, shape in (("x", x, "[N, C, H, W]"), ("weight", weight, "[K, n_dict C, kh, kw]")):
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is of type {type(value).__name__}; it must be a Tensor {shape}.")
+        check_dense(name, value)
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError(
             f"x has shape {list(x.shape)} and weight {list(weight.shape)}; "
@@ -27,8 +52,18 @@ def check_x_and_weight(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) ->
             f"x has {x.shape[1]} channels and n_dict is {n_dict}, but the atoms of weight have {weight.shape[1]} "
             "channels; they must have n_dict times as many as x."
         )
-    if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
-        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; they must be of one floating-point type.")
+    if (
+        x.dtype not in DTYPES
+        or weight.dtype not in DTYPES
+        or (x.dtype != weight.dtype and not autocast_dtype(x.device))
+    ):
+        raise ValueError(
+            f"x is {x.dtype} and weight {weight.dtype}; they must be of one floating-point type of 16, 32 or 64 bits."
+        )
+    if 0 in weight.shape:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}; it must hold at least one atom of at least one pixel."
+        )
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device} and weight on {weight.device}; they must be on one device.")
     padded = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
@@ -36,11 +71,25 @@ def check_x_and_weight(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) ->
         raise ValueError(f"x padded to {padded} is smaller than the atoms of weight, {list(weight.shape[2:])}.")
 
 
+def check_codes(codes: Tensor, atoms: int, batch: int | None = None) -> None:
+    """Raise a ValueError unless `codes` is a tensor [N, atoms, h, w], with N = `batch` if that is given."""
+    if isinstance(codes, Tensor):
+        check_dense("codes", codes)
+    if not isinstance(codes, Tensor) or codes.ndim != 4 or codes.shape[1] != atoms or 0 in codes.shape[2:]:
+        raise ValueError(f"codes is {checks.shown(codes)}; it must be a tensor [N, {atoms}, h, w].")
+    if batch not in (None, codes.shape[0]):
+        raise ValueError(
+            f"codes has shape {list(codes.shape)}; for {batch} inputs it must be [{batch}, {atoms}, h, w]."
+        )
+    if codes.dtype not in DTYPES:
+        raise ValueError(f"codes is {codes.dtype}; it must be of a floating-point type of 16, 32 or 64 bits.")
+
+
 def under_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in autocast's dtype where it is on, as conv2d would have them."""
-    if not torch.is_autocast_enabled(x.device.type):
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
         return x, weight
-    dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype != torch.float64:
         x = x.to(dtype)
     return x, weight.to(x.dtype)
@@ -57,7 +106,9 @@ def as_tensor(name: str, value: float | Tensor, x: Tensor, atoms: int | None = N
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
-        return torch.full((), checks.number(name, value), dtype=dtype, device=x.device)
+        otherwise = "" if atoms is None else ", or a tensor, 0-d or with a value per sample or atom"
+        return torch.full((), checks.number(name, value, otherwise), dtype=dtype, device=x.device)
+    check_dense(name, value)
     batch = x.shape[0]
     per_sample = value.ndim > 0 and value.numel() == batch and value.shape[0] == batch
     per_atom = value.ndim == 4 and value.shape[0] in (1, batch) and value.shape[1:] == (atoms, 1, 1)
@@ -69,10 +120,12 @@ def as_tensor(name: str, value: float | Tensor, x: Tensor, atoms: int | None = N
                 f"[1, {atoms}, 1, 1] per atom, or [{batch}, {atoms}, 1, 1]"
             )
         raise ValueError(f"{name} has shape {list(value.shape)}; for x of shape {list(x.shape)} it must be {allowed}.")
-    if value.is_complex():
+    if value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name} is {value.dtype}; it must be real.")
+    if value.is_meta and not x.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no value; it must be on {x.device}, as x is.")
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and _has_values(value):
-        check_values(name, value)
+        check_values(name, value, dtype)
     value = value.to(device=x.device, dtype=dtype)
     if value.ndim == 0:
         return value
@@ -85,10 +138,12 @@ def _has_values(tensor: Tensor) -> bool:
     return not traced and type(tensor) in (Tensor, Parameter) and transform_of(tensor) is None
 
 
-def check_values(name: str, value: Tensor) -> None:
-    """Raise a ValueError unless all values are finite and at least 0. Waits for the device of `value`."""
+def check_values(name: str, value: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Raise a ValueError unless all values are finite in `dtype` and at least 0. Waits for the device of `value`."""
+    if value.is_meta:
+        return
     value = value.detach()
     least, most = (value, value) if value.ndim == 0 else (value.min(), value.max()) if value.numel() else (0.0, 0.0)
     for extreme in (float(least), float(most)):  # a NaN is both
-        if not 0 <= extreme < float("inf"):
+        if not 0 <= extreme <= torch.finfo(dtype).max:
             raise ValueError(f"{name} holds {extreme:.6g}; its values must be finite and at least 0.")

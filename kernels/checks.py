@@ -10,6 +10,12 @@ from typing import Any
 LONGEST = 60
 """The most characters of a value that an error shows."""
 
+LARGEST_INTEGER = 2**31 - 1
+"""The largest integer argument: convolutions take their geometry as integers of 32 bits."""
+
+LARGEST_NUMBER = 3.4028234663852886e38
+"""The largest number argument: the largest number of fp32."""
+
 
 def shown(value: Any) -> str:
     """Return a value for an error, in one short line: arrays and tensors by their shape, others by their repr."""
@@ -28,17 +34,27 @@ def integer(name: str, value: Any, least: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, (int, Integral)) or value < least:
         raise ValueError(f"{name} is {shown(value)}; it must be an int of at least {least}.")
+    if int(value) > LARGEST_INTEGER:
+        raise ValueError(f"{name} is {shown(value)}; it must be at most {LARGEST_INTEGER}.")
     return int(value)
 
 
-def number(name: str, value: Any) -> float:
+def number(name: str, value: Any, otherwise: str = "") -> float:
     """Return `value` as a finite float of at least 0. NumPy numbers are accepted; bools, strings and tensors are not.
+
+    Args:
+        name: the name of the argument.
+        value: what was given.
+        otherwise: what is allowed in place of a number, for the error, such as ", or None".
 
     Raises:
         ValueError: `value` is not such a number.
     """
-    if isinstance(value, bool) or not isinstance(value, (float, int, Real)) or not 0 <= float(value) < float("inf"):
-        raise ValueError(f"{name} is {shown(value)}; it must be a finite number of at least 0.")
+    real: Any = value  # an int can be too large for a float, but compares with one
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)) or not 0 <= real < float("inf"):
+        raise ValueError(f"{name} is {shown(value)}; it must be a finite number of at least 0{otherwise}.")
+    if real > LARGEST_NUMBER:
+        raise ValueError(f"{name} is {shown(value)}; it must be at most {LARGEST_NUMBER:.6g}, the largest of fp32.")
     return float(value)
 
 
@@ -70,7 +86,10 @@ def pair(name: str, value: Any, least: int) -> tuple[int, int]:
     Raises:
         ValueError: `value` is neither.
     """
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    is_pair = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+    values: tuple[Any, ...] = tuple(value) if is_pair else (value, value)
     if len(values) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, Integral)) or n < least for n in values):
         raise ValueError(f"{name} is {shown(value)}; it must be an int or a pair of ints of at least {least}.")
+    if max(map(int, values)) > LARGEST_INTEGER:
+        raise ValueError(f"{name} is {shown(value)}; it must be at most {LARGEST_INTEGER}.")
     return int(values[0]), int(values[1])

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from sdnet.kernels import checks, reference, step_sizes
-from sdnet.kernels.arguments import as_tensor, check_values, check_x_and_weight, under_autocast
+from sdnet.kernels.arguments import (
+    DTYPES,
+    as_tensor,
+    check_dense,
+    check_values,
+    check_x_and_weight,
+    under_autocast,
+    without_autocast,
+)
 from sdnet.kernels.coding import (
     PLAIN_ITERATION,
     Callback,
@@ -343,17 +351,23 @@ def step_size(
         >>> x = torch.randn(8, 3, 32, 32)
         >>> codes = csc_encode(x, weight, step_size(weight, 32, padding=1), 0.1, padding=1)
     """
-    if not isinstance(weight, Tensor) or weight.ndim != 4 or not weight.is_floating_point():
+    if isinstance(weight, Tensor):
+        check_dense("weight", weight)
+    if not isinstance(weight, Tensor) or weight.ndim != 4 or weight.dtype not in DTYPES or 0 in weight.shape:
         given = checks.shown(weight) if not isinstance(weight, Tensor) else f"{weight.dtype} {list(weight.shape)}"
         raise ValueError(f"weight is {given}; it must be a floating-point tensor [K, n_dict C, kh, kw].")
     size, stride = checks.pair("image_size", image_size, 1), checks.pair("stride", stride, 1)
     padding = checks.pair("padding", padding, 0)
+    if checks.number("tolerance", tolerance) >= 1:
+        raise ValueError(f"tolerance is {tolerance}; it must be a number of at least 0 and below 1.")
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device and has no values; give it memory first.")
     if any(n + 2 * p < k for n, p, k in zip(size, padding, weight.shape[2:], strict=True)):
         raise ValueError(
             f"image_size is {list(size)} with padding {list(padding)}, too small for atoms of {list(weight.shape[2:])}."
         )
     start = step_sizes.initial_power_vector((1, weight.shape[1], *size)).to(weight.device)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(weight.device):
         _, eigenvalue = step_sizes.largest_eigenvalue(weight, start, stride, padding, tolerance)
         return step_sizes.step_size_of(eigenvalue)
 

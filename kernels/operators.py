@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 
 from sdnet.kernels import flops, reference, torch_path
+from sdnet.kernels.arguments import without_autocast
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.dispatch import transform_of
 from sdnet.kernels.qualify import job
@@ -50,7 +51,7 @@ def cached_coding(*values: Any) -> Coding:
 def plain_context(x: Tensor) -> Iterator[None]:
     """Make x's device the current one, for Triton launches there, and turn autocast off."""
     device = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-    with device, torch.autocast(x.device.type, enabled=False):
+    with device, without_autocast(x.device):
         yield
 
 

@@ -40,6 +40,9 @@ SAFETY = 0.9
 
 SEED = 0
 
+LARGEST_WEIGHT = 1e15
+"""The largest weight for which fp32 holds the largest eigenvalue with certainty."""
+
 FLOOR = 1e-12
 """The least eigenvalue that a step size is computed from, so that a dictionary of zeros has a finite one."""
 
@@ -220,10 +223,12 @@ def largest_eigenvalue(
     some ten times fewer products than power iteration alone needs. Waits for the device once in a restart.
 
     Raises:
-        ValueError: the dictionary holds NaN or infinite values.
+        ValueError: the dictionary holds NaN, infinite or very large values.
     """
     if not weight.isfinite().all():
         raise ValueError("weight holds NaN or infinite values; the largest eigenvalue needs finite ones.")
+    if (largest := float(weight.abs().max())) > LARGEST_WEIGHT:
+        raise ValueError(f"weight holds values of up to {largest:.6g}; they must be at most {LARGEST_WEIGHT:.6g}.")
     power_vector, eigenvalue = krylov_estimate(weight, krylov_start(weight, power_vector), stride, padding, subspace)
     for _ in range(max_restarts - 1):
         previous = float(eigenvalue)

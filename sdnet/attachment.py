@@ -54,12 +54,21 @@ class Attachment(RemovableHandle):
     """What `attach` returns; `remove()` ends the updates. It can also be used in a `with` statement."""
 
     def __init__(self, upkeep: Upkeep) -> None:
-        self._upkeep = upkeep
+        self._upkeep: Upkeep | None = upkeep
 
     def remove(self) -> None:
         """End the updates."""
-        self._upkeep.before.remove()
-        self._upkeep.after.remove()
+        if self._upkeep is not None:
+            self._upkeep.before.remove()
+            self._upkeep.after.remove()
+
+    def __getstate__(self) -> Any:
+        """Return nothing: a copy or a pickle of the handle has no updates to end, because copies have no hook."""
+        return {}
+
+    def __setstate__(self, state: Any) -> None:
+        """Make the handle of a copy."""
+        self._upkeep = None
 
 
 def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> RemovableHandle:

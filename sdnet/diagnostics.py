@@ -7,6 +7,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
+from sdnet.kernels.arguments import without_autocast
 from sdnet.layers import CSCConv2d, at_least_single
 from sdnet.recorder import Recorder
 from sdnet.step_size import csc_layers
@@ -115,7 +116,7 @@ def diagnose(model: nn.Module, x: Tensor) -> dict[str, LayerDiagnostics]:
 def _diagnostics(layer: CSCConv2d, x: Tensor, codes: Tensor, lam: float | Tensor) -> LayerDiagnostics:
     """Compute the diagnostics of one call of a layer."""
     n_dict = layer.coding.n_dict
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         x, codes = at_least_single(x), at_least_single(codes)
         target = repeat(x, "n c h w -> n (d c) h w", d=n_dict)
         error = target - CSCConv2d.reconstruct(layer, codes, (x.shape[2], x.shape[3]))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdnet.convolution_arguments import refuse_convolution_only
 from sdnet.kernels import checks, reference, step_sizes
+from sdnet.kernels.arguments import DTYPES, check_codes, check_dense, without_autocast
 from sdnet.kernels.coding import CODING_FIELDS, Callback, Coding, Iteration, Prox, coding_of, takes_coding
 from sdnet.kernels.csc import Solution, encode, solve
 from sdnet.kernels.dictionaries import update_dictionaries
@@ -22,8 +23,6 @@ from sdnet.state import CodingState, LearnLam, checked_lambda, persistent_state
 DEFAULT_INPUT_SIZE = 32
 FIRST_PRODUCTS = 11
 """Products with AA' for the first step size, which exceeds 0.9 / (largest eigenvalue) by some percent at most."""
-
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CSCConv2d(CodingState):
@@ -124,8 +123,8 @@ class CSCConv2d(CodingState):
         self.prox = prox
         Iteration(prox=prox).check_penalty(self.coding)
         lam = checks.number("lam", lam)
-        if dtype is not None and dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"dtype is {checks.shown(dtype)}; it must be one of {', '.join(map(str, WEIGHT_DTYPES))}.")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {checks.shown(dtype)}; it must be one of {', '.join(map(str, DTYPES))}.")
 
         size = checks.pair("input_size", DEFAULT_INPUT_SIZE if input_size is None else input_size, 1)
         out_size = self.codes_size(size)
@@ -260,8 +259,7 @@ class CSCConv2d(CodingState):
         Raises:
             ValueError: `codes` has another shape, or no input of `size` has codes of this size.
         """
-        if not isinstance(codes, Tensor) or codes.ndim != 4 or codes.shape[1] != self.out_channels:
-            raise ValueError(f"codes is {checks.shown(codes)}; it must be a tensor [N, {self.out_channels}, h, w].")
+        check_codes(codes, self.out_channels)
         given = (codes.shape[2], codes.shape[3])
         height, width = given[0] * self.stride[0], given[1] * self.stride[1]
         size = (height, width) if size is None else checks.pair("size", size, 1)
@@ -293,11 +291,13 @@ class CSCConv2d(CodingState):
         self._check_input(x)
         if self.prox is not None:
             raise ValueError("prox is given; the layer knows the proximal operator alone and not the penalty.")
-        with torch.autocast(x.device.type, enabled=False):
+        check_codes(codes, self.out_channels, x.shape[0])
+        with without_autocast(x.device):
             x, codes = at_least_single(x), at_least_single(codes)
             reconstruction = CSCConv2d.reconstruct(self, codes, (x.shape[2], x.shape[3]))
             lam = self.forward_lambda() if lam is None else lam
-            lam = lam if isinstance(lam, Tensor) and lam.requires_grad else checked_lambda(lam)
+            checked = checked_lambda(lam.detach() if isinstance(lam, Tensor) else lam)
+            lam = lam if isinstance(lam, Tensor) else checked
             lam = torch.as_tensor(lam, dtype=codes.dtype, device=codes.device)
             lam = lam.reshape(-1, 1, 1, 1) if lam.ndim < 4 else lam
             if lam.shape[0] not in (1, x.shape[0]) or lam.shape[1] not in (1, self.out_channels):
@@ -309,6 +309,8 @@ class CSCConv2d(CodingState):
 
     def _check_input(self, x: Tensor) -> None:
         """Raise a ValueError if x is no batch of inputs of this layer."""
+        if isinstance(x, Tensor):
+            check_dense("x", x)
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels:
             unbatched = "; add a batch dimension with x[None]" if getattr(x, "ndim", 0) == 3 else ""
             raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, {self.in_channels}, H, W]{unbatched}.")

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdnet.kernels import checks, step_sizes
+from sdnet.kernels.arguments import check_dense
 from sdnet.kernels.reference import Pair
 
 LearnLam = Literal["no", "layer", "atom"]
@@ -60,13 +61,14 @@ def checked_lambda(value: Any) -> float | Tensor:
             "lam is a tensor that requires a gradient, and a layer's lambda carries none; "
             "give it to the forward, layer(x, lam=lam), or assign lam.detach()."
         )
+    check_dense("lam", value)
     if value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"lam is a tensor of {value.dtype}; it must be {LAMBDA_SHAPES}.")
     if value.is_meta:
         raise ValueError(f"lam is a tensor on the meta device; it must be {LAMBDA_SHAPES}.")
     if value.ndim and (value.ndim not in (1, 4) or value.numel() == 0 or value.shape[2:].numel() != 1):
         raise ValueError(f"lam has shape {list(value.shape)}; it must be {LAMBDA_SHAPES}.")
-    if value.device.type == "cpu" and not bool(((value >= 0) & value.isfinite()).all()):
+    if value.device.type == "cpu" and not bool(((value >= 0) & (value <= checks.LARGEST_NUMBER)).all()):
         raise ValueError(f"lam is {checks.shown(value.squeeze().tolist())}; it must be {LAMBDA_SHAPES}.")
     return value.reshape(-1, 1, 1, 1) if value.ndim == 1 else value
 
@@ -121,7 +123,12 @@ class CodingState(nn.Module):
         self.lam = lam
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; `lam` goes to its property even if the value is a parameter, which the property refuses."""
+        """Set an attribute; the geometry is checked, and kept as pairs.
+
+        `lam` goes to its property even if the value is a parameter, which the property refuses.
+        """
+        if name in ("kernel_size", "stride", "padding"):
+            value = checks.pair(name, value, 0 if name == "padding" else 1)
         if name == "lam":
             object.__setattr__(self, name, value)
         else:
@@ -277,6 +284,8 @@ class CodingState(nn.Module):
         elif not isinstance(saved, Tensor) or saved.ndim != 4 or saved.shape[:2] != self.power_vector.shape[:2]:
             shape = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
             error_msgs.append(f"{key} is {shape}; it must be [1, {self.power_vector.shape[1]}, H, W].")
+        elif saved.numel() == 0 or (saved.is_meta and not self.power_vector.is_meta):
+            error_msgs.append(f"{key} has shape {list(saved.shape)} on {saved.device}; it must hold values.")
         else:
             self._load_power_vector(saved, assign=bool(local_metadata.get("assign_to_params_buffers")))
         with persistent_state():

@@ -3,6 +3,7 @@
 `sdnet.attach` keeps them up to date during training.
 """
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -146,22 +147,28 @@ def converge(layer: CSCConv2d, tolerance: float = 1e-5) -> Tensor:
 
 
 def require_finite(layers: dict[str, CSCConv2d]) -> None:
-    """Raise a ValueError that names the first layer whose dictionary holds NaN or infinite values."""
+    """Raise a ValueError that names the first layer whose dictionary has no values, or holds NaN or infinite ones."""
     for name, layer in layers.items():
-        if not effective_weight(layer).isfinite().all():
-            place = f"{name}.weight" if name else "weight"
+        place, weight = f"{name}.weight" if name else "weight", effective_weight(layer)
+        if weight.is_meta:
+            raise ValueError(f"{place} is on the meta device and has no values; give it memory and load it first.")
+        if not weight.isfinite().all():
             raise ValueError(f"{place} holds NaN or infinite values; load or initialise finite weights first.")
 
 
 class SizeRecorder(Recorder):
-    """Keeps the input size of the last call of a layer."""
+    """Keeps the input size of a layer: the largest height and the largest width of its calls.
+
+    The largest eigenvalue grows with both, so the step size is safe for all calls.
+    """
 
     size: Pair | None = None
 
     def keep(self, x: Tensor, codes: Tensor, lam: float | Tensor) -> None:
         """Keep the size of x."""
         del codes, lam
-        self.size = (x.shape[2], x.shape[3])
+        height, width = self.size or (0, 0)
+        self.size = (max(height, x.shape[2]), max(width, x.shape[3]))
 
 
 @torch.no_grad()
@@ -181,7 +188,9 @@ def input_sizes(
         ValueError: both arguments are given, one has a wrong type or value, or the model does not take zeros of
             `image_size`.
     """
-    if isinstance(example, int) or (isinstance(example, (tuple, list)) and all(type(n) is int for n in example)):
+    if isinstance(example, Integral) or (
+        isinstance(example, (tuple, list)) and all(isinstance(n, Integral) for n in example)
+    ):
         example, image_size = None, example if image_size is None else image_size  # pyright: ignore[reportAssignmentType]
     layers = csc_layers(model)
     if (example is None and image_size is None) or not layers:

@@ -16,6 +16,7 @@ from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.flop_counter import FlopCounterMode
 
 import sdnet
 from sdnet import CSCConv2d
@@ -243,6 +244,24 @@ def test_the_codes_and_their_gradient_stay_the_same(change: Callable[[nn.Module]
             assert layer.power_vector.is_contiguous()
         margins = sdnet.step_margins(forward)
         assert list(margins.values()) == pytest.approx(list(sdnet.step_margins(model).values()), rel=1e-4)
+
+
+def test_a_forward_on_meta_tells_the_shape_and_counts_the_operations() -> None:
+    counts = []
+    for model, x in ((network(), images()), (network().to("meta"), images().to("meta"))):
+        with FlopCounterMode(display=False) as counter:
+            codes = model(x)
+        counts.append((codes.shape, counter.get_total_flops()))
+    assert counts[1] == counts[0]
+    assert counts[0][1] > 0
+
+
+def test_a_copy_of_the_handle_of_attach_ends_nothing() -> None:
+    model = network()
+    handle = sdnet.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for copied in (copy.deepcopy(handle), pickle.loads(pickle.dumps(handle))):
+        copied.remove()
+    assert handle._upkeep.model is model
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -139,6 +139,24 @@ def test_an_example_batch_shows_the_input_sizes_of_any_network(kind: str) -> Non
     assert model.training
 
 
+class Pyramid(nn.Module):
+    """Calls one layer at two sizes, the larger first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = CSCConv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean() + self.layer(x[..., ::2, ::2]).mean()
+
+
+def test_the_step_size_of_a_layer_that_is_called_at_two_sizes_is_that_of_the_larger() -> None:
+    model, x = Pyramid(), torch.randn(2, 3, 14, 10)
+    sdnet.refresh_step_size(model, x)
+    assert model.layer.power_vector.shape == (1, 3, 14, 10)
+    assert sdnet.step_margins(model, x)["layer"] == pytest.approx(0.9, rel=1e-3)
+
+
 def test_an_image_size_serves_a_network_that_begins_with_a_plain_convolution() -> None:
     model = nn.Sequential(nn.Conv2d(4, 3, 1), CSCConv2d(3, 8, 3))
     sdnet.refresh_step_size(model, 12)
