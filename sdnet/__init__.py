@@ -2,6 +2,7 @@
 
 from sdnet import robustness
 from sdnet.attachment import attach
+from sdnet.conversion import Conversion, convert
 from sdnet.diagnostics import LayerDiagnostics, Recording, diagnose, record
 from sdnet.inversion import Inversion, invert, invert_layers
 from sdnet.layers import CSCConv2d
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CSCConv2d",
     "CSCLinear",
+    "Conversion",
     "Inversion",
     "LayerDiagnostics",
     "Recording",
@@ -25,6 +27,7 @@ __all__ = [
     "attach",
     "check_lambda",
     "converge_power_vectors",
+    "convert",
     "create_model",
     "diagnose",
     "invert",

@@ -152,10 +152,10 @@ class CSCConv2d(CodingState):
         self.reset_learned_lambda()
         self.reset_power_vector()
         if not self.weight.is_meta:
-            self._estimate_first_step_size()
+            self.estimate_first_step_size()
 
     @torch.no_grad()
-    def _estimate_first_step_size(self) -> None:
+    def estimate_first_step_size(self) -> None:
         """Project the atoms and compute the step size from weights that no power vector is known for."""
         step_sizes.project_atoms(self.weight)
         start = step_sizes.krylov_start(self.weight, self.power_vector)
