@@ -8,7 +8,7 @@ The margin of a layer is its step size times the largest eigenvalue of A'A, conv
     sdnet18_all    the same
 
 A row holds some steps of one run: the largest margin after each step and of each layer. It is written as soon as they
-are done, so a run may be stopped. The time of a row is that of the upkeep, the projection and the estimates of all
+are done, so a run may be stopped. The time of a row is that of the update, the projection and the estimates of all
 layers; `step_ms` is the whole training step without the measurement of the margins.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +84,8 @@ class DictionaryLearning:
         torch.manual_seed(seed)
         image = torch.from_numpy(data.camera()).float()
         self.image = (image - image.mean()) / image.std()
-        self.facts: dict[str, Any] = {
-            "provider": "dictionary",
-            "shape": {"batch": CROPS, "image_size": CROP, "n_steps": 50},
-        }
+        shape = {"batch": CROPS, "image_size": CROP, "n_steps": 50}
+        self.facts: dict[str, Any] = {"provider": "dictionary", "shape": shape}
         self.settings = {"optimizer": "Adam", "lr": lr, "seed": seed}
         self.model = sdnet.CSCConv2d(1, 32, 9, n_steps=50, lam=0.3, nonnegative=False, input_size=CROP).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr)
@@ -112,10 +110,7 @@ class Classification:
 
     def __init__(self, recipe: Recipe, pictures: SmallPictures, device: torch.device) -> None:
         shape = {name: getattr(recipe, name) for name in ("batch", "image_size", "width")}
-        self.facts: dict[str, Any] = {
-            "provider": recipe.model,
-            "shape": shape | {"n_steps": recipe.coding.n_steps},
-        }
+        self.facts: dict[str, Any] = {"provider": recipe.model, "shape": shape | {"n_steps": recipe.coding.n_steps}}
         self.settings = {"optimizer": "SGD", "lr": recipe.lr, "seed": recipe.seed}
         torch.manual_seed(recipe.seed)
         self.model: nn.Module = create_model(recipe, len(pictures.classes)).to(device)
@@ -147,6 +142,15 @@ class Classification:
                 yield F.cross_entropy(self.model(images), labels)
 
 
+class StepRecord(NamedTuple):
+    """One optimiser step: the margin of each layer, the loss, and milliseconds of the update and of the whole step."""
+
+    margins: dict[str, float]
+    loss: float
+    update_ms: float
+    step_ms: float
+
+
 def measure(task: DictionaryLearning | Classification, options: argparse.Namespace, ledger: Ledger) -> None:
     """Train for some steps, and write a row whenever `options.every` of them are done."""
     sdnet.refresh_step_size(task.model)
@@ -156,8 +160,7 @@ def measure(task: DictionaryLearning | Classification, options: argparse.Namespa
     task.optimizer.register_step_post_hook(lambda *_: clock.append(time.perf_counter()))
     sdnet.attach(task.model, task.optimizer)
     task.optimizer.register_step_post_hook(lambda *_: clock.append(time.perf_counter()))
-    margins: list[dict[str, float]] = []
-    losses, upkeep_ms, step_ms = [], [], []
+    records: list[StepRecord] = []
     source = task.losses()
     for step in range(1, options.steps + 1):
         begin = time.perf_counter()
@@ -166,38 +169,29 @@ def measure(task: DictionaryLearning | Classification, options: argparse.Namespa
         loss.backward()
         task.optimizer.step()
         before, after = clock[-2:]
-        upkeep_ms.append(1e3 * (after - before))
-        step_ms.append(1e3 * (after - begin))
         if not loss.isfinite() or not all(layer.weight.isfinite().all() for layer in layers.values()):
             reason = f"the loss or the atoms became infinite or NaN at step {step}"
             settings = task.settings | {"first_step": step, "last_step": step}
             ledger.add(**task.facts, mode="step", dtype="fp32", settings=settings, status="refused", reason=reason)
             print(task.facts["provider"], task.settings, reason, flush=True)
             return
-        losses.append(float(loss.detach()))
-        margins.append({})
+        margins = {}
         for name, layer in layers.items():
             vectors[name], eigenvalue = step_sizes.largest_eigenvalue(
                 layer.weight.detach(), vectors[name], layer.stride, layer.padding, tolerance=1e-4
             )
-            margins[-1][name] = float(layer.step_size * eigenvalue)
+            margins[name] = float(layer.step_size * eigenvalue)
+        records.append(StepRecord(margins, float(loss.detach()), 1e3 * (after - before), 1e3 * (after - begin)))
         if step % options.every == 0 or step == options.steps:
-            steps = {"first_step": step - len(margins) + 1, "last_step": step}
-            write(ledger, task, steps, margins, losses, upkeep_ms, step_ms)
-            for values in (margins, losses, upkeep_ms, step_ms):
-                values.clear()
+            write(ledger, task, {"first_step": step - len(records) + 1, "last_step": step}, records)
+            records.clear()
 
 
 def write(
-    ledger: Ledger,
-    task: DictionaryLearning | Classification,
-    steps: dict[str, int],
-    margins: list[dict[str, float]],
-    losses: list[float],
-    upkeep_ms: list[float],
-    step_ms: list[float],
+    ledger: Ledger, task: DictionaryLearning | Classification, steps: dict[str, int], records: list[StepRecord]
 ) -> None:
     """Append one row, and print its summary."""
+    margins = [record.margins for record in records]
     largest = [max(values.values()) for values in margins]
     metrics = {
         "largest_margin": max(largest),
@@ -206,15 +200,20 @@ def write(
         "steps_above_1.05": sum(value > 1.05 for value in largest),
         "steps_above_4/3": sum(value >= FISTA_LIMIT for value in largest),
         "layers_above_4/3_at_once": max(sum(v >= FISTA_LIMIT for v in values.values()) for values in margins),
-        "step_ms": median(step_ms),
+        "step_ms": median(record.step_ms for record in records),
     }
-    by_layer = {name: round(max(values[name] for values in margins), 4) for name in margins[0]}
     details: dict[str, Any] = {
         "largest_margin_by_step": [round(value, 4) for value in largest],
-        "largest_margin_by_layer": by_layer,
-        "loss_by_step": [round(value, 4) if abs(value) < float("inf") else str(value) for value in losses],
+        "largest_margin_by_layer": {name: round(max(m[name] for m in margins), 4) for name in margins[0]},
+        "loss_by_step": [round(record.loss, 4) for record in records],
     }
-    options: dict[str, Any] = task.facts | {"mode": "step", "dtype": "fp32", "layout": "contiguous"}
-    options |= {"metrics": metrics, "settings": task.settings | steps | details}
-    ledger.add(**options, time_ms=percentiles(upkeep_ms)._asdict())
+    ledger.add(
+        **task.facts,
+        mode="step",
+        dtype="fp32",
+        layout="contiguous",
+        metrics=metrics,
+        settings=task.settings | steps | details,
+        time_ms=percentiles([record.update_ms for record in records])._asdict(),
+    )
     print(task.facts["provider"], task.settings | steps, {name: round(v, 3) for name, v in metrics.items()}, flush=True)
