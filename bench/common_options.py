@@ -11,6 +11,7 @@ import torch
 
 from sdnet.bench import isolation
 from sdnet.bench.ledger import RESULTS, Ledger, Theme
+from sdnet.bench.providers import DTYPES, LAYOUTS
 from sdnet.models import WIDTH
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
@@ -21,6 +22,15 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the ledger's folder; default the checkout's")
     parser.add_argument("--label", default="", help="a name by which a mark in a document selects this run")
+
+
+def add_setting_options(parser: argparse.ArgumentParser, dtypes: str) -> None:
+    """Add image sizes, types, memory formats, the width and the budget; `dtypes` says the types of a GPU's default."""
+    parser.add_argument("--image-size", type=at_least(1), nargs="+", help="pixels; default 224 and 32, on a CPU 32")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help=f"default {dtypes}, on a CPU fp32")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both, on a CPU contiguous")
+    add_width_option(parser)
+    parser.add_argument("--budget", type=seconds, default=float("inf"), help="seconds after which nothing is begun")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

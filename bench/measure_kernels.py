@@ -16,7 +16,7 @@ import torch
 from torch._functorch import config as compiled_backward
 
 from sdnet.bench import accuracy, isolation, step_providers
-from sdnet.bench.common_options import add_common_options, add_width_option, at_least, open_ledger, seconds
+from sdnet.bench.common_options import add_common_options, add_setting_options, at_least, open_ledger, seconds
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.layer_shapes import LayerShape, csc_layers, csc_models, distinct
 from sdnet.bench.ledger import Ledger, print_outcome
@@ -49,14 +49,10 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose layers, batch, types and memory formats."""
     models = csc_models()
     parser.add_argument("--model", choices=models, default="sdnet18_all", help="whose layers; default sdnet18_all")
-    add_width_option(parser)
-    parser.add_argument("--image-size", type=at_least(1), nargs="+", help="pixels; default 224 and 32, on a CPU 32")
+    add_setting_options(parser, "bf16")
     parser.add_argument("--layer", nargs="+", metavar="C,K,k,S,H", help="shapes, as 64,64,3,1,32; default the model's")
     parser.add_argument("--limit", type=at_least(1), help="take only the first distinct shapes of each image size")
     parser.add_argument("--batch", type=at_least(1), help="default 256 at 224 px and 512 at 32 px, on a CPU 8")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default bf16, on a CPU fp32")
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both, on a CPU contiguous")
-    parser.add_argument("--budget", type=seconds, default=float("inf"), help="seconds after which no shape is begun")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from sdnet.bench import isolation
 from sdnet.bench.common_options import (
     add_common_options,
     add_data_options,
-    add_width_option,
+    add_setting_options,
     at_least,
     open_ledger,
     seconds,
@@ -28,7 +28,6 @@ from sdnet.bench.common_options import (
 from sdnet.bench.isolation import Loss, Worker, survivors
 from sdnet.bench.layer_shapes import stem_for
 from sdnet.bench.ledger import Ledger, print_outcome
-from sdnet.bench.providers import DTYPES, LAYOUTS
 from sdnet.bench.tables import training_table
 from sdnet.bench.training_run import OFFICIAL, Batches, TrainingRun, TrainingSetting, batches_of, known_models
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
@@ -47,12 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", nargs="+", default=list(MODELS), help=f"registered or official; default {' '.join(MODELS)}"
     )
-    add_width_option(parser)
-    parser.add_argument("--image-size", type=at_least(1), nargs="+", help="pixels; default 224 and 32, on a CPU 32")
+    add_setting_options(parser, "tf32 and bf16, autocast's")
     parser.add_argument("--batch", type=at_least(1), nargs="+", help="one or several; default 256, on a CPU 32")
     parser.add_argument("--n-steps", type=at_least(1), nargs="+", default=[2], help="one or several; default 2")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="autocast's; default tf32 and bf16, on a CPU fp32")
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default both, on a CPU contiguous")
     parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off"], help="default off")
     parser.add_argument(
         "--keep-residuals", nargs="+", choices=KEEP_RESIDUALS, default=["auto"], help="for the backward; default auto"
@@ -65,9 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=seconds, default=30, help="of each batch and image size, all models; default 30"
     )
     parser.add_argument("--turns", type=at_least(1), default=3, help="the least number of turns; default 3")
-    parser.add_argument(
-        "--budget", type=seconds, default=float("inf"), help="seconds after which no model or size is begun"
-    )
     parser.add_argument("--warm-up", type=at_least(1), default=15, help="steps before timing; default 15")
     add_common_options(parser)
 

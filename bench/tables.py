@@ -223,14 +223,18 @@ def load_ratios(row: Row, other: Row | None) -> tuple[float | None, float | None
 
 def pil_of(row: Row, rows: Iterable[Row]) -> Row | None:
     """Return the row of PIL on the same source, with the same request in the same run."""
-    loads = (other for other in timed(rows) if other.provider == "pil" and request_of(other) == request_of(row))
-    return next((other for other in loads if other.settings.get("data") == row.settings.get("data")), None)
+    return alike(row, rows, "pil", "data", row.settings.get("data"))
 
 
 def folder_of(row: Row, rows: Iterable[Row]) -> Row | None:
     """Return the row of the same loader on the first folder of the run."""
-    loads = (other for other in timed(rows) if other.provider == row.provider and request_of(other) == request_of(row))
-    return next((other for other in loads if other.settings.get("source") == "folder"), None)
+    return alike(row, rows, row.provider, "source", "folder")
+
+
+def alike(row: Row, rows: Iterable[Row], loader: str, setting: str, value: Any) -> Row | None:
+    """Return the first row of a loader with this value of a setting, and the request and the run of `row`."""
+    loads = (other for other in timed(rows) if other.provider == loader and request_of(other) == request_of(row))
+    return next((other for other in loads if other.settings.get(setting) == value), None)
 
 
 def request_of(row: Row) -> tuple[Any, ...]:
@@ -255,18 +259,17 @@ def loading_and_training(loads: Iterable[Row], trained: Iterable[Row]) -> list[s
     return lines or ["The ledger holds no training speed of this machine at this image size."]
 
 
+COUNTS = {"launches": "launches", "host_syncs": "host syncs", "host_reads": "reads of a tensor's value by the host"}
+"""Metrics of a profile, in words."""
+
+
 def profile_table(rows: Iterable[Row], most: int = 15) -> str:
     """Return the time of a step by operator, the launches, and the reads of the device by the host."""
     tables = []
     for row in timed(rows):
         shares = {name[3:]: value for name, value in row.metrics.items() if name.startswith("ms:")}
         total = row.metrics["operators_ms"]
-        counts = {
-            "launches": "launches",
-            "host_syncs": "host syncs",
-            "host_reads": "reads of a tensor's value by the host",
-        }
-        facts = ", ".join(f"{number(row.metrics[name])} {text}" for name, text in counts.items() if name in row.metrics)
+        facts = ", ".join(f"{number(row.metrics[name])} {text}" for name, text in COUNTS.items() if name in row.metrics)
         waiting = percent(row.metrics["data_wait_share"] / 100)
         top = sorted(shares.items(), key=lambda item: -item[1])[:most]
         lines = [[name, number(time), percent(time / total)] for name, time in top]

@@ -68,6 +68,27 @@ def test_repeated_estimates_converge_from_a_random_vector(
     assert estimate.item() == pytest.approx(exact(weight, size, stride, padding), rel=2e-2)
 
 
+def test_a_converged_vector_stays_converged_in_one_estimate() -> None:
+    weight, start = random(4, 2, 3, 3), random(1, 2, 6, 6, seed=1)
+    power_vector, eigenvalue = step_sizes.largest_eigenvalue(weight, start, (1, 1), (1, 1), tolerance=1e-7)
+    _, again = step_sizes.estimate_eigenvalue(weight, power_vector, (1, 1), (1, 1))
+    assert again.item() == pytest.approx(eigenvalue.item(), rel=1e-6)
+
+
+@every_case
+def test_one_krylov_space_estimates_the_eigenvalue_from_below(
+    shape: tuple[int, int, int, int], size: Pair, stride: Pair, padding: Pair
+) -> None:
+    weight, power_vector = random(*shape), random(1, shape[1], *size, seed=1)
+    start = step_sizes.krylov_start(weight, power_vector)
+    power_vector, estimate = step_sizes.krylov_estimate(weight, start, stride, padding, 11)
+    expected = exact(weight, size, stride, padding)
+    assert 0.97 * expected <= estimate.item() <= expected * (1 + 1e-6)
+    assert power_vector.norm().item() == pytest.approx(1, abs=1e-6)
+    quotient = (power_vector * step_sizes.gram(weight, power_vector, stride, padding)).sum()
+    assert quotient.item() == pytest.approx(estimate.item(), rel=1e-5)
+
+
 def test_one_estimate_finds_a_new_constant_mode_that_the_power_vector_hardly_contains() -> None:
     """The atoms turn to the mean of their pixels, as those of deep layers do in the first steps of training."""
     weight = random(32, 16, 3, 3)

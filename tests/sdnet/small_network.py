@@ -1,5 +1,9 @@
 """A network of two CSC layers, and what the tests of its step sizes measure on it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -61,6 +65,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, n_steps: int) -> N
         optimizer.zero_grad()
         F.cross_entropy(model(images()), torch.arange(4)).backward()
         optimizer.step()
+
+
+def run_two_ranks(program: str, folder: Path) -> None:
+    """Run a program of this folder as two processes, `program RANK FOLDER`."""
+    path = Path(__file__).with_name(program)
+    ranks = [subprocess.Popen([sys.executable, path, str(rank), folder], stderr=subprocess.PIPE) for rank in (0, 1)]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=240)
+        assert rank.returncode == 0, said.decode()
 
 
 def norms_off(model: nn.Module) -> float:

@@ -1,7 +1,5 @@
 """`attach`: which layers it updates, how they may be wrapped and stored, and what it refuses."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import sdnet
 from sdnet import CSCConv2d
 
-from .small_network import bits, csc_layers, images, margins, network, norms_off, train
+from .small_network import bits, csc_layers, images, margins, network, norms_off, run_two_ranks, train
 
 
 def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
@@ -344,13 +342,7 @@ def test_a_parametrization_that_came_later_is_refused_before_the_step() -> None:
 
 
 def test_fully_sharded_dictionaries_on_two_ranks_train_as_on_one(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("fsdp_ranks.py")
-    ranks = [
-        subprocess.Popen([sys.executable, program, str(rank), tmp_path], stderr=subprocess.PIPE) for rank in (0, 1)
-    ]
-    for rank in ranks:
-        _, said = rank.communicate(timeout=240)
-        assert rank.returncode == 0, said.decode()
+    run_two_ranks("fsdp_ranks.py", tmp_path)
     found = torch.load(tmp_path / "rank0.pt", weights_only=True)
     model = network()
     optimizer = sgd(model)

@@ -3,8 +3,6 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sdnet
 from sdnet import CSCConv2d
+
+from .small_network import run_two_ranks
 
 SIZE = (9, 8)
 Forward = Callable[[Tensor], Tensor]
@@ -370,13 +370,7 @@ def test_an_ensemble_is_computed_by_vmap() -> None:
 
 
 def test_ddp_leaves_lambda_and_power_vectors_of_every_rank_alone(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("ddp_ranks.py")
-    ranks = [
-        subprocess.Popen([sys.executable, program, str(rank), tmp_path], stderr=subprocess.PIPE) for rank in (0, 1)
-    ]
-    for rank in ranks:
-        _, said = rank.communicate(timeout=120)
-        assert rank.returncode == 0, said.decode()
+    run_two_ranks("ddp_ranks.py", tmp_path)
     states = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     for each in states:
         torch.testing.assert_close(each["lam"], each["expected lam"], rtol=0, atol=0)

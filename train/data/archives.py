@@ -1,4 +1,4 @@
-"""Reading archives in place: nothing is unpacked to disk, and nothing hostile in them is followed."""
+"""Read archives in place, without unpacking them to disk, and refuse links and paths that leave them."""
 
 import lzma
 import os
