@@ -10,9 +10,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from sdnet.kernels import checks
+from sdnet.kernels.arguments import DTYPES
 from sdnet.kernels.coding import coding_of, takes_coding
 from sdnet.kernels.reference import Pair
-from sdnet.layers import WEIGHT_DTYPES, CSCConv2d
+from sdnet.layers import CSCConv2d
 from sdnet.state import LearnLam
 
 Filter = Callable[[nn.Module, str], bool]
@@ -188,7 +189,7 @@ def _obstacle(model: nn.Module, module: nn.Module, sizes: dict[nn.Module, Pair])
         return f"padding 'same' for a kernel of {module.kernel_size} is not symmetric"
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is computed from other parameters"
-    if module.weight.dtype not in WEIGHT_DTYPES:
+    if module.weight.dtype not in DTYPES:
         return f"its weight is {module.weight.dtype}"
     holders = [other for other, weight in model.named_parameters(remove_duplicate=False) if weight is module.weight]
     if len({id(model.get_submodule(holder.rpartition(".")[0])) for holder in holders}) > 1:
