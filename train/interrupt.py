@@ -65,7 +65,7 @@ def end_with_launcher() -> None:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return
-    if any(os.path.basename(word) in (b"accelerate", b"accelerate-launch") for word in command[:2]):
+    if any(os.path.basename(word).startswith(b"accelerate") for word in command[:3]):
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # it ended before the call

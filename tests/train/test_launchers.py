@@ -1,0 +1,185 @@
+"""Real launchers and real signals: `accelerate launch`, torchrun on one node and on two, SIGTERM, SIGKILL, SIGSTOP."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.train import kills
+
+MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
+
+PROGRAM = kills.PROGRAM
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SETTINGS = ("--recipe=demo", "--batch=8", "--width=4", "--image-size=32", "--eval-resize=36", "--threads=1")
+ENDLESS = (*SETTINGS, "--epochs=1000", "--log-every=1000000")
+Process = subprocess.Popen[str]
+TORCHRUN = ("-m", "torch.distributed.run")
+
+
+@pytest.fixture
+def data(make_tree: MakeTree) -> Path:
+    """19 pictures to train on, 7 to evaluate: uneven for two processes."""
+    return make_tree([10, 9], [4, 3])
+
+
+@contextlib.contextmanager
+def started(*command: str | Path) -> Iterator[Process]:
+    """A program in a session of its own, all of which ends with the block."""
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """The ranks that an agent has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def epochs(run: Path) -> list[int]:
+    return [line["epoch"] for line in kills.metrics(run)]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_sigterm_to_accelerate_launch_reaches_the_training(data: Path, tmp_path: Path) -> None:
+    """For one process that launcher forwards nothing and ends at once; the training sees that and ends too."""
+    run = tmp_path / "run"
+    launch = ("-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no")
+    with started(*launch, "--dynamo_backend=no", PROGRAM, "--data", data, "--out", run, *ENDLESS) as launcher:
+        wait_for((run / "last.pt").exists)
+        launcher.send_signal(signal.SIGTERM)
+        said, _ = launcher.communicate(timeout=60)  # until the training closes the output
+    assert launcher.returncode == -signal.SIGTERM
+    assert f"go on with --resume {run}" in said
+    assert not (run / "run.lock").exists()
+
+
+def test_ranks_agree_to_stop_long_before_a_report_and_bear_repeated_signals(data: Path, tmp_path: Path) -> None:
+    """One rank gets SIGTERM first; a moment later a scheduler sends it to everything, while torchrun forwards it."""
+    run = tmp_path / "run"
+    with started(*TORCHRUN, "--standalone", "--nproc_per_node=2", PROGRAM, "--data", data, "--out", run, *ENDLESS) as (
+        agent
+    ):
+        wait_for((run / "last.pt").exists)
+        ranks = children(agent.pid)
+        for target in (ranks[1], agent.pid, *ranks, *ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(target, signal.SIGTERM)
+            time.sleep(0.05)
+        said, _ = agent.communicate(timeout=60)
+    assert said.count("go on with --resume") == 1, said
+    assert "Traceback" not in said.partition("go on with")[0]
+    assert not (run / "run.lock").exists()
+
+
+def test_three_kills_at_random_moments_change_nothing(data: Path, tmp_path: Path) -> None:
+    """`python tests/train/kills.py` does it 20 times, on one rank and on two; RESULTS.md has what came out."""
+    settings = kills.SETTINGS
+    kills.run_killed(data, tmp_path / "whole", 1, 0, 0)
+    assert len(kills.run_killed(data, tmp_path / "killed", 1, 3, seed=3)) == 3
+    assert kills.differences(tmp_path / "killed", tmp_path / "whole") == []
+    assert epochs(tmp_path / "killed") == [1, 2, 3, 4]
+    assert "--ema=0.99" in settings
+    assert (tmp_path / "killed" / "ema.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_with_one_sentence(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(*TORCHRUN, "--standalone", "--nproc_per_node=2", PROGRAM, "--data", data, "--out", run, *ENDLESS) as (
+        agent
+    ):
+        wait_for((run / "last.pt").exists)
+        os.kill(children(agent.pid)[1], signal.SIGKILL)
+        said, _ = agent.communicate(timeout=90)
+    assert agent.returncode != 0
+    sentence = f"error: Process 0 cannot go on: another process of the run has ended; the last checkpoint is {run}"
+    assert said.count(sentence) == 1, said
+    assert not (run / "run.lock").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_run_after_the_timeout(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--data", data, "--out", run, "--timeout=5", *ENDLESS)
+    with started(*TORCHRUN, "--standalone", "--nproc_per_node=2", PROGRAM, *options) as agent:
+        wait_for((run / "last.pt").exists)
+        stopped = children(agent.pid)[1]
+        os.kill(stopped, signal.SIGSTOP)
+        said, _ = agent.communicate(timeout=120)  # the agent kills the stopped rank after 30 s
+    assert "another process of the run did not answer within 5 seconds (--timeout)" in said, said
+
+
+def node(rank: int, port: int, data: Path, run: Path, *options: str) -> contextlib.AbstractContextManager[Process]:
+    """One of two torchrun agents on the loopback device, as on two machines with a common file system."""
+    where = ("--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}", f"--master_port={port}")
+    program = (PROGRAM, "--data", data, "--out", run, "--resume", "auto", *SETTINGS)
+    return started(*TORCHRUN, *where, "--master_addr=127.0.0.1", *program, *options)
+
+
+@pytest.mark.slow
+def test_two_nodes_count_exactly_and_go_on_after_one_was_killed(data: Path, tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    many = ("--epochs=40", "--checkpoint-every=1")
+    with node(0, port, data, run, *many) as first, node(1, port, data, run, *many) as second:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(epochs(run)) >= 2)
+        os.killpg(second.pid, signal.SIGKILL)  # agent and rank
+        said, _ = first.communicate(timeout=90)
+    assert first.returncode != 0
+    assert "cannot go on: another process of the run has ended" in said, said
+    assert len(epochs(run)) < 40
+
+    port = free_port()
+    with node(0, port, data, run, *many) as first, node(1, port, data, run, *many) as second:
+        said, _ = first.communicate(timeout=240)
+        assert (first.wait(), second.wait()) == (0, 0), said
+    lines = kills.metrics(run)
+    assert [line["epoch"] for line in lines] == list(range(1, 41))
+    assert all(round(line["val_top1"] * 7 / 100, 6).is_integer() for line in lines)
+    starts = json.loads((run / "environment.json").read_text())
+    assert [start["processes"] for start in starts] == [2, 2]
+    assert starts[1]["step"] >= 2
+
+
+@pytest.mark.slow
+def test_nodes_that_differ_are_refused_with_one_sentence(data: Path, tmp_path: Path) -> None:
+    run, absent = tmp_path / "run", tmp_path / "absent"
+    differs = "The processes of the run differ: the setting lr is 0.02 in process 0 and 0.5 in process 1."
+    missing = f"In process 1: The data folder {absent} does not exist."
+    for folder, options, sentence in ((data, ["--lr=0.5"], differs), (absent, [], missing)):
+        port = free_port()
+        with node(0, port, data, run) as first, node(1, port, folder, run, *options) as second:
+            said, _ = first.communicate(timeout=90)
+            second.wait()
+        assert said.count(f"error: {sentence}") == 1, said
+        assert not run.exists()
