@@ -3,7 +3,9 @@
 Projecting the atoms means writing to what is stored. `refusal` says for which layers that is not possible.
 """
 
+import copy
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from sdnet.kernels import step_sizes
 from sdnet.kernels.dictionaries import update_dictionaries
 from sdnet.kernels.step_sizes import DictionaryState
 from sdnet.layers import CSCConv2d
+
+UNIT_TOLERANCE = 1e-2
+"""The relative error of a norm that half precision makes of atoms of unit norm, with some room."""
 
 
 def is_sharded(weight: Tensor | None) -> bool:
@@ -61,9 +66,17 @@ def refusal(name: str, layer: CSCConv2d) -> str | None:
         layer: the layer.
     """
     if parametrize.is_parametrized(layer, "weight"):
-        if all(hasattr(step, "right_inverse") for step in _parametrizations(layer)):
-            return None
-        return f"{name}.weight has a parametrization without right_inverse, through which atoms cannot be projected."
+        steps = _parametrizations(layer)
+        if not all(hasattr(step, "right_inverse") for step in steps):
+            return (
+                f"{name}.weight has a parametrization without right_inverse, through which atoms cannot be projected."
+            )
+        if not _holds_unit_atoms(layer):
+            return (
+                f"{name}.weight has the parametrization {steps[0]}, which does not keep atoms of unit norm; remove it "
+                "with torch.nn.utils.parametrize.remove_parametrizations."
+            )
+        return None
     if is_pruned(layer):
         return None
     weight = layer._parameters.get("weight")
@@ -76,6 +89,34 @@ def refusal(name: str, layer: CSCConv2d) -> str | None:
             "use torch.distributed.fsdp.fully_shard instead."
         )
     return None
+
+
+_holding: WeakSet[nn.Module] = WeakSet()
+"""The parametrizations that have been found to hold atoms of unit norm. The answer costs a wait for the device."""
+
+
+@torch.no_grad()
+def _holds_unit_atoms(layer: CSCConv2d) -> bool:
+    """Return whether atoms of unit norm, stored through a parametrization with right inverse, come back as such.
+
+    They do not for `orthogonal` and `spectral_norm`. This is tried on a copy, once for each parametrization.
+    """
+    steps = _parametrizations(layer)
+    if steps in _holding or any(map(is_sharded, steps.parameters())):
+        return True
+    trial = copy.deepcopy(steps)
+    wanted = trial().clone()
+    if not wanted.is_meta and wanted.isfinite().all():
+        step_sizes.project_atoms(wanted)
+        try:
+            trial.right_inverse(wanted)
+        except (RuntimeError, ValueError):  # a NotImplementedError is a RuntimeError
+            return False
+        norms, expected = (torch.linalg.vector_norm(atoms, dim=(1, 2, 3)) for atoms in (trial(), wanted))
+        if not torch.allclose(norms, expected, rtol=UNIT_TOLERANCE):
+            return False
+        _holding.add(steps)
+    return True
 
 
 @torch.no_grad()
