@@ -10,6 +10,7 @@ from sdnet.linear import CSCLinear
 from sdnet.models import SDNet, create_model, list_models
 from sdnet.official import load_official_checkpoint, load_official_model
 from sdnet.pretrained import list_pretrained
+from sdnet.qualify import Qualification, qualify
 from sdnet.settings import check_lambda, set_impl, set_lambda
 from sdnet.step_size import converge_power_vectors, project, refresh_step_size, step_margins
 from sdnet.weights import load_model, read_weights, save_model
@@ -22,6 +23,7 @@ __all__ = [
     "Conversion",
     "Inversion",
     "LayerDiagnostics",
+    "Qualification",
     "Recording",
     "SDNet",
     "attach",
@@ -38,6 +40,7 @@ __all__ = [
     "load_official_checkpoint",
     "load_official_model",
     "project",
+    "qualify",
     "read_weights",
     "record",
     "refresh_step_size",

@@ -80,28 +80,32 @@ STATE = State()
 
 
 def use_table(
-    table: Table, machine: Machine, calls: Sequence[Call] = (), flags: Flags | None = None, why_none: str = ""
+    table: Table,
+    machine: Machine,
+    calls: Sequence[Call] = (),
+    flags: Flags | None = None,
+    why_none: str = "",
+    of_job: bool = True,
 ) -> None:
-    """Use a table for the rest of this process, in place of the one in the cache folder.
+    """Use verdicts from now on.
 
     Args:
         table: the verdicts; none to decide as without a qualification.
         machine: the machine they are of.
-        calls: the calls that the job works with. Smaller batches of the same layers take their verdicts.
+        calls: the calls that the process works with. Smaller batches of the same layers take their verdicts.
         flags: the flags of these calls; None for those of this process.
         why_none: why there are no verdicts, a clause for `explain`.
+        of_job: whether all processes of the job have this table. It then takes the place of the one in the cache
+            folder; otherwise its verdicts are added to that one's.
     """
     digest = key.digest(machine)
-    STATE.of_job, STATE.why_none, STATE.tables = True, why_none, {digest: dict(table)}
+    if of_job:
+        STATE.of_job, STATE.why_none, STATE.tables = True, why_none, {digest: dict(table)}
+    else:
+        STATE.tables[digest] = STATE.tables.get(digest, STATE.store.load(machine)) | table
     for call in calls:
         noted = STATE.classes.setdefault((call.layer, flags or Flags.now(), digest), set())
         noted.add(key.batch_class(call.batch))
-    STATE.decisions.clear()
-
-
-def add_verdicts(table: Table, machine: Machine) -> None:
-    """Add verdicts to the table in use."""
-    STATE.tables.setdefault(key.digest(machine), {}).update(table)
     STATE.decisions.clear()
 
 

@@ -1,0 +1,255 @@
+"""`qualify`: find out which kernels are right and quicker for the layers of a model on this machine."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from sdnet.kernels import checks
+from sdnet.kernels.coding import Coding
+from sdnet.kernels.dictionaries import is_dense
+from sdnet.kernels.dispatch import DTYPES, obstacle_of
+from sdnet.kernels.operators import memory_format_of
+from sdnet.kernels.qualify import agreement, job, parent
+from sdnet.kernels.qualify.key import Call, Flags, Update, machine_of
+from sdnet.kernels.qualify.parent import BUDGET, Outcome
+from sdnet.kernels.qualify.verdicts import Store, Verdict
+from sdnet.kernels.reference import Pair
+from sdnet.layers import CSCConv2d, Recorder
+from sdnet.step_size import Example, csc_layers, input_sizes
+from sdnet.stored_weight import is_plain
+
+LAYOUTS = {True: torch.channels_last, False: torch.contiguous_format}
+
+
+@dataclass(frozen=True)
+class Qualification:
+    """What `qualify` has found out.
+
+    Attributes:
+        verdicts: the verdicts of each layer by its name, one for each kind of call in the example.
+        update: the verdict of the update of the dictionaries; None if the Triton kernels do not take them.
+        notes: sentences about what could not be done.
+    """
+
+    verdicts: dict[str, tuple[Verdict, ...]]
+    update: Verdict | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {verdict}" for name, found in self.verdicts.items() for verdict in found]
+        lines += [f"update of the dictionaries: {self.update}"] if self.update else []
+        return "\n".join([*lines, *self.notes])
+
+
+def qualify(
+    model: nn.Module,
+    example_batch: Example,
+    *,
+    device: torch.device | str | None = None,
+    fresh: bool = False,
+    budget: float = BUDGET,
+    memory: float | None = None,
+    all_tiles: bool = True,
+    cache: str | os.PathLike[str] | None = None,
+    say: Callable[[str], None] = print,
+) -> Qualification:
+    """Find out which kernels are right and quicker for the CSC layers of a model on this machine, and use them.
+
+    For each distinct layer, type, memory format and batch class a child process compares every candidate with PyTorch
+    in fp32, times the right ones, and leaves a verdict in the user's cache folder. Verdicts that are there already are
+    not found out again. From then on `impl="auto"` takes them, in this process and in later ones; without a verdict it
+    takes cuDNN's convolutions. A candidate that is wrong, crashes or takes too long is never taken.
+
+    One forward in evaluation mode shows how the layers are called, so call it with the types and the memory format of
+    the training, for instance under `torch.autocast`, and after the flags of PyTorch (tf32, `cudnn.benchmark`) are set:
+    verdicts depend on them. Call it before anything else uses the GPU, with the model and the batch still on the CPU,
+    where a GPU takes only one process. Under torch.distributed call it in every process: rank 0 qualifies, and all use
+    its verdicts if their machines are alike.
+
+    Args:
+        model: a network with CSC layers.
+        example_batch: a full batch that the model takes: a tensor, a tuple of its positional or a dict of its keyword
+            arguments.
+        device: where the kernels will run; None for the model's device, or the GPU if the model is on a CPU.
+        fresh: whether verdicts that exist are found out again.
+        budget: the most seconds of it all. Layers that are left run on PyTorch, and come first the next time.
+        memory: the most GPU memory of the child process, in GiB; None for all that is free.
+        all_tiles: whether other tiles than the rules' are tried; without them it takes a fraction of the time.
+        cache: the folder of the verdicts; None for the one that the environment variable SDNET_CACHE names, else
+            `sdnet` in XDG_CACHE_HOME or `~/.cache`.
+        say: takes each line of progress.
+
+    Returns:
+        The verdicts.
+
+    Raises:
+        ValueError: an argument has a wrong type or value, or the model has no CSC layers.
+        NotImplementedError: the Triton kernels cannot run on the device.
+
+    Example:
+        >>> model = sdnet.create_model("sdnet18", num_classes=10, stem="cifar").to(memory_format=torch.channels_last)
+        >>> with torch.autocast("cuda", torch.bfloat16):
+        ...     print(sdnet.qualify(model.cuda(), torch.randn(256, 3, 32, 32, device="cuda")))
+    """
+    layers = csc_layers(model)
+    if not layers:
+        raise ValueError("model has no CSC layers; qualify needs at least one.")
+    if not isinstance(example_batch, (Tensor, tuple, dict)):
+        given = checks.shown(example_batch)
+        raise ValueError(f"example_batch is {given}; it must be a tensor, a tuple or a dict of arguments.")
+    fresh, all_tiles = checks.flag("fresh", fresh), checks.flag("all_tiles", all_tiles)
+    budget = checks.number("budget", budget)
+    memory = None if memory is None else checks.number("memory", memory)
+    target = target_device(model, device)
+    calls = recorded_calls(model, example_batch)
+    update = update_of(layers.values())
+    items: list[Call | Update] = [call for found in calls.values() for call in found]
+    known_types = {str(dtype).removeprefix("torch.") for dtype in DTYPES}
+    items = [item for item in items if isinstance(item, Call) and item.dtype in known_types]
+    items += [update] if update else []
+    options = {"fresh": fresh, "budget": budget, "memory_gib": memory, "all_tiles": all_tiles, "say": say}
+    outcome = agreed_outcome(items, target, Store(cache), budget, options)
+    table, flags = outcome.table, Flags.now()
+    return Qualification(
+        {
+            name: tuple(table[call.key(flags)] for call in found if call.key(flags) in table)
+            for name, found in calls.items()
+        },
+        table.get(update.key(flags)) if update else None,
+        outcome.notes,
+    )
+
+
+def agreed_outcome(
+    items: Sequence[Call | Update], device: torch.device, store: Store, budget: float, options: dict[str, Any]
+) -> Outcome:
+    """Qualify, in rank 0 of a job of several processes, and use the verdicts in all of them."""
+
+    def run() -> Outcome:
+        return parent.qualify(items, str(device), store=store, **options)
+
+    several = job.ranks() > 1
+    if several:
+        whole: Any = distributed.distributed_c10d._get_default_store()
+        rank = distributed.get_rank()
+        shared = agreement.next_store(whole)
+        outcome = agreement.agreed(shared, rank, job.ranks(), run, lambda: machine_of(device), budget)
+    else:
+        outcome = run()
+    if outcome.machine is not None or several:
+        calls = [item for item in items if isinstance(item, Call)]
+        job.use_table(
+            outcome.table,
+            outcome.machine or machine_of(device),
+            calls,
+            why_none=" ".join(outcome.notes),
+            of_job=several,
+        )
+    return outcome
+
+
+def target_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Return the device to qualify for.
+
+    Raises:
+        ValueError: there is no such device.
+        NotImplementedError: the Triton kernels cannot run on it.
+    """
+    if device is None:
+        own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        device = own if own.type == "cuda" or not torch.cuda.is_available() else "cuda"
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device is {checks.shown(device)}; it must be a device such as 'cuda' or 'cuda:1'."
+        ) from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {checks.shown(device)}, but torch finds no GPU.")
+    if target.type == "cuda" and target.index is None:
+        target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if target.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise NotImplementedError(
+            f"qualify compares kernels for NVIDIA GPUs, and the device is {target.type}: there PyTorch computes all."
+        )
+    if obstacle := obstacle_of(target, torch.float32):
+        raise NotImplementedError(f"There is nothing to qualify: {obstacle}.")
+    return target
+
+
+class CallRecorder(Recorder):
+    """Keeps how a layer is called."""
+
+    def __init__(self, layer: CSCConv2d) -> None:
+        super().__init__()
+        self.layer, self.calls = layer, dict[Call, None]()
+
+    def keep(self, x: Tensor, codes: Tensor, lam: float | Tensor) -> None:
+        """Note the call."""
+        layout = memory_format_of(x, self.layer.weight)
+        per_sample = isinstance(lam, Tensor) and lam.ndim > 0
+        size = (x.shape[2], x.shape[3])
+        self.calls[call_of(self.layer, size, len(x), codes.dtype, layout == torch.channels_last, per_sample)] = None
+
+
+def call_of(
+    layer: CSCConv2d, size: Pair, batch: int, dtype: torch.dtype, channels_last: bool, lam_per_sample: bool = False
+) -> Call:
+    """Return a call of a layer as verdicts know it."""
+    coding: Coding = layer.coding
+    return Call(
+        channels=layer.in_channels * coding.n_dict,
+        atoms=layer.out_channels,
+        kernel_size=layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        image_size=size,
+        batch=batch,
+        dtype=str(dtype).removeprefix("torch."),
+        channels_last=channels_last,
+        n_steps=coding.n_steps,
+        solver=coding.solver,
+        data_term=coding.data_term,
+        nonnegative=coding.nonnegative,
+        has_mu=coding.mu != 0,
+        n_dict=coding.n_dict,
+        lam_per_sample=lam_per_sample,
+    )
+
+
+def recorded_calls(model: nn.Module, example: Example) -> dict[str, tuple[Call, ...]]:
+    """Return the calls of each CSC layer in one forward in evaluation mode."""
+    recorders = {name: CallRecorder(layer) for name, layer in csc_layers(model).items()}
+    for recorder in recorders.values():
+        recorder.layer.add_recorder(recorder)
+    try:
+        input_sizes(model, example)
+    finally:
+        for recorder in recorders.values():
+            recorder.layer.remove_recorder(recorder)
+    return {name: tuple(recorder.calls) for name, recorder in recorders.items()}
+
+
+def planned_calls(model: nn.Module, batch: int, dtype: torch.dtype, channels_last: bool) -> dict[str, tuple[Call, ...]]:
+    """Return the calls of each CSC layer on images of the size that its step size is for.
+
+    The model may be on the meta device.
+    """
+    found = {}
+    for name, layer in csc_layers(model).items():
+        size = (layer.power_vector.shape[2], layer.power_vector.shape[3])
+        found[name] = (call_of(layer, size, batch, dtype, channels_last),)
+    return found
+
+
+def update_of(layers: Iterable[CSCConv2d]) -> Update | None:
+    """Return the update of the dictionaries that an optimizer trains; None if the Triton kernels do not take them."""
+    states = [layer.dictionary for layer in layers if is_plain(layer)]
+    tensors = [tensor for state in states for tensor in (state.weight, state.power_vector)]
+    if not states or any(tensor.dtype != torch.float32 or not is_dense(tensor) for tensor in tensors):
+        return None
+    return Update.of(states)
