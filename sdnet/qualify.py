@@ -134,9 +134,9 @@ def agreed_outcome(
 
     several = job.ranks() > 1
     if several:
-        whole: Any = distributed.distributed_c10d._get_default_store()
-        rank = distributed.get_rank()
-        shared = agreement.next_store(whole)
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        rank, shared = distributed.get_rank(), agreement.next_store(_get_default_store())
         outcome = agreement.agreed(shared, rank, job.ranks(), run, lambda: machine_of(device), budget)
     else:
         outcome = run()
@@ -161,7 +161,7 @@ def target_device(model: nn.Module, device: torch.device | str | None) -> torch.
     """
     if device is None:
         own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        device = own if own.type == "cuda" or not torch.cuda.is_available() else "cuda"
+        device = own if own.type == "cuda" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -173,9 +173,8 @@ def target_device(model: nn.Module, device: torch.device | str | None) -> torch.
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if target.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise NotImplementedError(
-            f"qualify compares kernels for NVIDIA GPUs, and the device is {target.type}: there PyTorch computes all."
-        )
+        found = "torch finds none" if not torch.cuda.is_available() else f"the device is {target.type}"
+        raise NotImplementedError(f"qualify needs an NVIDIA GPU, and {found}: without one PyTorch computes all.")
     if obstacle := obstacle_of(target, torch.float32):
         raise NotImplementedError(f"There is nothing to qualify: {obstacle}.")
     return target

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import sdnet
+from sdnet.kernels.qualify.key import driver_version
 
 PACKAGES = ("sdnet", "torch", "triton", "numpy", "accelerate", "nvidia-dali-cuda130", "safetensors", "pillow")
 COMMIT_VARIABLE = "SDNET_COMMIT"
@@ -65,15 +66,6 @@ def device_name(device: torch.device) -> str:
         lines = []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
-
-
-def driver_version() -> str | None:
-    """Return the version of the NVIDIA driver, or None if `nvidia-smi` does not tell it."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0].strip()
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
 
 
 def package_version(name: str) -> str | None:

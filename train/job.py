@@ -11,6 +11,7 @@ from sdnet.train.settings import check_settings, setting
 
 Verify = Literal["header", "full"]
 BadFiles = Literal["fail", "skip"]
+Qualify = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Job:
     checkpoint_minutes: float = setting(15.0, "run", "minutes between two checkpoints, 0 for epoch ends only")
     keep_every: int = setting(0, "run", "epochs between two checkpoints that are kept for good, 0 for none")
     timeout: float = setting(1800.0, "run", "seconds that a process waits in training for one that does not answer")
+    qualify: Qualify = setting(
+        "auto", "run", "find out the quickest right kernels on a GPU: those without a verdict, all again, or none"
+    )
+    qualify_seconds: float = setting(600.0, "run", "the most seconds that --qualify takes before the first step")
     verify: Verify = setting("header", "data", "check the header of each image before the training, or decode it")
     bad_files: BadFiles = setting("fail", "data", "stop at images that cannot be read, or leave them out")
     val_labels: Path | None = setting(None, "data", "labels of the images of a flat validation folder")

@@ -33,6 +33,7 @@ from sdnet.train.saving import Digests, Saver
 from sdnet.train.schedule import learning_rate
 from sdnet.train.step_sizes import DIVERGENCE, converge_step_sizes, measured_margins
 from sdnet.train.stopping import Agreement
+from sdnet.train.verdicts import Verdicts
 from sdnet.weights import model_facts
 
 OpenData = Callable[[Job, Rank, torch.device], Data]
@@ -53,7 +54,8 @@ class Trainer:
     """
 
     def __init__(self, job: Job, open_data: OpenData) -> None:
-        self.job, self.run = job, job.run
+        self.job, self.run, self.verdicts = job, job.run, Verdicts()
+        self.verdicts.find(job)  # before this process uses the GPU
         self.accelerator = make_accelerator(job.recipe, job.run)
         check_recipe(job.recipe, self.accelerator)
         self.lock = RunLock(self.run.path)
@@ -99,7 +101,7 @@ class Trainer:
         }
         self.saver = Saver(job, self.accelerator, self.state, digests, facts)
         self.saver.models["last"] = self.model
-        self.saver.shared |= {"model": self.model, "optimizer": self.optimizer}
+        self.saver.shared |= {"model": self.model, "optimizer": self.optimizer, "verdicts": self.verdicts}
         if self.ema:
             self.saver.models["last_ema"] = self.saver.shared["ema"] = self.ema
         if self.accelerator.scaler:
@@ -109,7 +111,7 @@ class Trainer:
             "meter": self.meter,
             "random": RandomState(device),
         }
-        notes = job.notes + fallen_back + self.data.notes
+        notes = job.notes + fallen_back + self.data.notes + self.verdicts.notes
         settings_of_groups = [
             {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
         ]

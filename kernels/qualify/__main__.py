@@ -26,7 +26,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(prog="python -m sdnet.kernels.qualify", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m sdnet.kernels.qualify", description=(__doc__ or "").split("\n\n")[1]
+    )
     models = [name for name, variant in VARIANTS.items() if variant.csc_stem]
     parser.add_argument("--model", choices=models, default="sdnet18", help="whose layers; default sdnet18")
     parser.add_argument("--image-size", type=positive, default=224, help="height and width of the images; default 224")

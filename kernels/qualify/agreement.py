@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from torch import distributed
-
 from sdnet.kernels.qualify.key import Flags, Machine
 from sdnet.kernels.qualify.parent import Outcome
 from sdnet.kernels.qualify.verdicts import decoded_table, encoded_table
@@ -22,7 +20,13 @@ GRACE = 60.0
 
 
 def agreed(
-    store: Any, rank: int, ranks: int, qualify: Callable[[], Outcome], own: Callable[[], Machine], budget: float
+    store: Any,
+    rank: int,
+    ranks: int,
+    qualify: Callable[[], Outcome],
+    own: Callable[[], Machine],
+    budget: float,
+    flags: Flags | None = None,
 ) -> Outcome:
     """Return the outcome that all processes of a job use; its table is empty if they differ.
 
@@ -33,13 +37,18 @@ def agreed(
         qualify: qualifies; called by rank 0 alone.
         own: returns the facts of this process's machine.
         budget: the seconds that `qualify` takes at most.
+        flags: the flags of PyTorch that verdicts depend on; None for those of this process.
     """
+
+    def facts(machine: Machine) -> dict[str, Any]:
+        return {**machine, "flags": list(flags or Flags.now())}
+
     if rank == 0:
-        return decided(store, ranks, qualify, own, budget)
+        return decided(store, ranks, qualify, own, facts)
     limit = timedelta(seconds=budget + GRACE)
     try:
         store.wait(["table"], limit)
-        store.set(f"facts{rank}", json.dumps(facts_of(own())))
+        store.set(f"facts{rank}", json.dumps(facts(own())))
         store.wait(["decision"], limit)
     except RuntimeError:
         store.set(f"facts{rank}", json.dumps({"late": True}))
@@ -52,7 +61,11 @@ def agreed(
 
 
 def decided(
-    store: Any, ranks: int, qualify: Callable[[], Outcome], own: Callable[[], Machine], budget: float
+    store: Any,
+    ranks: int,
+    qualify: Callable[[], Outcome],
+    own: Callable[[], Machine],
+    facts: Callable[[Machine], dict[str, Any]],
 ) -> Outcome:
     """Return what `agreed` returns on rank 0, and send it to the others."""
     try:
@@ -63,7 +76,7 @@ def decided(
         raise
     sent = {"machine": outcome.machine, "table": encoded_table(outcome.table)}
     store.set("table", json.dumps(sent))
-    mine, decision = facts_of(outcome.machine or own()), ""
+    mine, decision = facts(outcome.machine or own()), ""
     for rank in range(1, ranks):
         try:
             store.wait([f"facts{rank}"], timedelta(seconds=GRACE))
@@ -82,11 +95,6 @@ def decided(
     return outcome
 
 
-def facts_of(machine: Machine) -> dict[str, Any]:
-    """Return what must be alike in all processes: the machine, and the flags of PyTorch."""
-    return {**machine, "flags": str(Flags.now())}
-
-
 def different(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Return in which facts two processes differ, a clause; "" if they are alike."""
     if "late" in other:
@@ -101,5 +109,7 @@ USES = [0]
 
 def next_store(store: Any) -> Any:
     """Return a part of a store that no earlier agreement has used."""
+    from torch.distributed.distributed_c10d import PrefixStore
+
     USES[0] += 1
-    return distributed.PrefixStore(f"sdnet-qualify-{USES[0]}", store)
+    return PrefixStore(f"sdnet-qualify-{USES[0]}", store)

@@ -111,7 +111,8 @@ class Call(NamedTuple):
 
     def key(self, flags: "Flags", batch: int | None = None) -> str:
         """Return the key of the call's verdict, for its own batch class or that of another batch."""
-        return f"{self.layer}, batches to {batch_class(self.batch if batch is None else batch)}, {flags}"
+        to = batch_class(self.batch if batch is None else batch)
+        return f"{self.layer}, batches to {to}, {flags.text(self.dtype == 'float32')}"
 
     def encoded(self) -> list[Any]:
         """Return the call as a list that `json` can write."""
@@ -148,7 +149,7 @@ class Update(NamedTuple):
     def key(self, flags: "Flags") -> str:
         """Return the key of the update's verdict."""
         digest = hashlib.sha256(json.dumps(self.layers).encode()).hexdigest()[:12]
-        return f"update of {len(self.layers)} dictionaries {digest}, {flags}"
+        return f"update of {len(self.layers)} dictionaries {digest}, {flags.text(precision=True)}"
 
     def encoded(self) -> list[Any]:
         """Return the update as a list that `json` can write."""
@@ -164,8 +165,8 @@ class Flags(NamedTuple):
     """The flags of PyTorch that choose algorithms.
 
     Attributes:
-        convolutions: the precision of fp32 convolutions, "tf32" or another word.
-        products: the precision of fp32 matrix products.
+        convolutions: the precision of fp32 convolutions, "tf32" or "ieee".
+        products: the precision of fp32 matrix products, "tf32" or "ieee".
         benchmark: whether cuDNN times its algorithms.
         deterministic: whether deterministic algorithms are asked for, of cuDNN or of all operators.
         enabled: whether cuDNN is used at all.
@@ -183,8 +184,8 @@ class Flags(NamedTuple):
         cudnn: Any = torch.backends.cudnn
         matmul: Any = torch.backends.cuda.matmul
         return Flags(
-            convolutions=cudnn.conv.fp32_precision,
-            products=matmul.fp32_precision,
+            convolutions="tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee",
+            products="tf32" if matmul.fp32_precision == "tf32" else "ieee",
             benchmark=cudnn.benchmark,
             deterministic=cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
             enabled=cudnn.enabled,
@@ -197,10 +198,10 @@ class Flags(NamedTuple):
         cudnn.conv.fp32_precision, matmul.fp32_precision = self.convolutions, self.products
         cudnn.benchmark, cudnn.deterministic, cudnn.enabled = self.benchmark, self.deterministic, self.enabled
 
-    def __str__(self) -> str:
-        words = [f"convolutions {self.convolutions}", f"products {self.products}"]
-        words += ["benchmark"] * self.benchmark + ["deterministic"] * self.deterministic
-        return ", ".join(words + ["without cuDNN"] * (not self.enabled))
+    def text(self, precision: bool) -> str:
+        """Return what a key says of the flags; `precision` includes that of fp32 convolutions."""
+        words = [self.convolutions] * precision + ["cudnn.benchmark" if self.benchmark else "no cudnn.benchmark"]
+        return ", ".join([*words, *["deterministic"] * self.deterministic, *["without cuDNN"] * (not self.enabled)])
 
 
 @cache

@@ -187,6 +187,13 @@ def qualify(
     return Outcome(run.machine, table, (*run.notes, *filter(None, [store.complaint])))
 
 
+def known(items: Sequence[Call | Update], machine: Machine, flags: Flags, store: Store) -> Outcome:
+    """Return the verdicts of calls and updates that are there already."""
+    table = store.load(machine)
+    names = [item.key(flags) for item in items]
+    return Outcome(machine, {name: table[name] for name in names if name in table})
+
+
 class Qualification:
     """The run of a qualification over as many child processes as it takes."""
 

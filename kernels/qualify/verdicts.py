@@ -89,8 +89,9 @@ class Verdict:
         return "just now"
 
     def __str__(self) -> str:
-        figures = f" [{'; '.join(map(str, self.trials))}]" if self.trials else ""
-        return f"{self.reason}, measured {self.age}{figures}"
+        if not self.trials:
+            return f"{self.reason}, noted {self.age}"
+        return f"{self.reason}, measured {self.age} [{'; '.join(map(str, self.trials))}]"
 
     def encoded(self) -> dict[str, Any]:
         """Return the verdict as a dictionary that `json` can write."""
