@@ -15,6 +15,7 @@ COMMANDS = {
     "profile": ("profile_steps", "operators, launches and host syncs of a recipe's training steps"),
     "margins": ("measure_margins", "how far step sizes are from divergence while networks learn"),
     "robustness": ("robustness.sweep", "accuracy of a checkpoint over lambda and severity"),
+    "adversaries": ("robustness.adversaries", "accuracy of a checkpoint under PGD and AutoAttack"),
     "reproduce": ("reproduce.command", "the paper's claims: training, rules for lambda, attacks, and cards of results"),
     "report": ("report", "tables and plots from the ledger"),
     "gpu-check": ("gpu_check", "tests that need a GPU, then kernels and train, in ten minutes"),

@@ -49,7 +49,7 @@ PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Row], Path], bool]]] = {
     "plot-kernels": ("kernels", "Speed of the CSC layer over PyTorch", plots.kernel_ratios),
     "plot-roofline": ("kernels", "The CSC layer below the roofline", plots.roofline),
 }
-VIEWS = (*TABLES, *PLOTS, *card_tables.VIEWS)
+VIEWS = (*TABLES, *PLOTS, *card_tables.VIEWS, card_tables.CURVES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,8 +124,9 @@ def render(
     """Return the text between one pair of marks."""
     if view not in VIEWS:
         raise UserError(f"A mark in {document} asks for {view!r}; it must be one of {', '.join(VIEWS)}.")
-    if view in card_tables.VIEWS:
-        return card_tables.render(view, conditions, read_cards(RESULTS / CARDS))
+    if view in (*card_tables.VIEWS, card_tables.CURVES):
+        link = relative(pictures, document)
+        return card_tables.render(view, conditions, read_cards(RESULTS / CARDS), pictures, link, dry)
     theme = (TABLES.get(view) or PLOTS[view])[0]
     chosen = [(path, row) for path, row in found if row.theme == theme and meets(row, conditions)]
     parts = []

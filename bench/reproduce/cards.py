@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdnet.bench.robustness.pictures import PIXEL_MEAN, PIXEL_STD
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
+from sdnet.weights import save_model
 
 if TYPE_CHECKING:
     from sdnet.bench.reproduce.evaluation import Evaluation
 
 CARDS = "cards"
-"""The folder of the cards in that of the ledger."""
+WEIGHTS = "weights"
+"""The folders of the cards and of the weights in that of the ledger."""
 
 SCHEMA = 1
 Card = Mapping[str, Any]
@@ -55,6 +58,26 @@ def write_card(folder: Path, evaluation: "Evaluation", device: torch.device, not
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
+
+
+def write_weights(folder: Path, evaluation: "Evaluation", note: str) -> Path:
+    """Write the weights of an evaluation as <scale>_<network>/model.safetensors, and return the file.
+
+    The header says the network, the classes, how pixels are normalised, the accuracy, the seed and `note`.
+    """
+    cell, scale, sets = evaluation.cell, evaluation.scale, evaluation.sets
+    facts = {
+        "test_top1": f"{evaluation.training()['last']:.2f}",
+        "mean": json.dumps([round(value, 6) for value in PIXEL_MEAN]),
+        "std": json.dumps([round(value, 6) for value in PIXEL_STD]),
+        "scale": scale.name,
+        "seed": str(cell.seed),
+        "note": note,
+    }
+    file = folder / f"{scale.name}_{cell.kind}" / "model.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda temporary: save_model(temporary, evaluation.model, sets.classes, facts))
+    return file
 
 
 def read_cards(folder: Path) -> list[Card]:

@@ -9,7 +9,9 @@ each takes the next network on which no other works.
 
 In --out: <scale>/runs/<network>-seed<n>/, a run folder of train/cifar.py, with the results of its evaluation in
 evaluation/. The cards, <scale>_<network>-seed<n>.json, go to --cards, by default bench/results/cards, from which
-`python -m sdnet.bench report` makes the tables of docs/robustness.md and docs/reproduction.md.
+`python -m sdnet.bench report` makes the tables of docs/robustness.md and docs/reproduction.md. The weights of two
+networks go to --weights, by default bench/results/weights, where `create_model(..., pretrained="small_sdnet18")` finds
+them.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from sdnet.bench.common_options import choose_device
 from sdnet.bench.ledger import RESULTS, writable_folder
-from sdnet.bench.reproduce.cards import CARDS, write_card
+from sdnet.bench.reproduce.cards import CARDS, WEIGHTS, write_card, write_weights
 from sdnet.bench.reproduce.evaluation import Evaluation
 from sdnet.bench.reproduce.scales import SCALES, Cell, Scale
 from sdnet.train.errors import UserError
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of CIFAR-10, as train/cifar.py takes it")
     parser.add_argument("--out", type=Path, default=Path("runs", "reproduce"), help="default runs/reproduce")
     parser.add_argument("--cards", type=Path, default=RESULTS / CARDS, help="default bench/results/cards")
+    parser.add_argument("--weights", type=Path, default=RESULTS / WEIGHTS, help="default bench/results/weights")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="networks, such as sdnet18-seed0; default all")
     parser.add_argument("--stage", choices=["all", "train", "evaluate"], default="all", help="default all")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
@@ -71,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"{cell.name}: evaluation", flush=True)
             evaluation = Evaluation(cell, scale, data, run_folder, device)
             write_card(options.cards, evaluation, device, options.note)  # the accuracy, before what takes hours
+            if cell.weights:
+                write_weights(options.weights, evaluation, options.note)
             evaluation.measure()
             write_card(options.cards, evaluation, device, options.note)
     return int(failed)

@@ -19,6 +19,7 @@ class Cell:
         shortcut: whether the blocks have residual connections.
         table: whether the table of rules is measured.
         attacks: whether it is attacked.
+        weights: whether its weights are written beside the cards.
     """
 
     model: str
@@ -26,6 +27,7 @@ class Cell:
     shortcut: bool = True
     table: bool = False
     attacks: bool = False
+    weights: bool = False
 
     @property
     def kind(self) -> str:
@@ -39,9 +41,9 @@ class Cell:
 
 
 CELLS = (
-    Cell("sdnet18", 0, table=True, attacks=True),
+    Cell("sdnet18", 0, table=True, attacks=True, weights=True),
     Cell("resnet18", 0, table=True, attacks=True),
-    Cell("sdnet18_all", 0, shortcut=False, table=True),
+    Cell("sdnet18_all", 0, shortcut=False, table=True, weights=True),
     Cell("resnet18", 1),
     Cell("sdnet18", 1),
     Cell("sdnet18_all", 0, table=True),

@@ -4,14 +4,17 @@ Every table says how many networks and pictures it is of; rows of one seed are l
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from sdnet.bench.reproduce.cards import Card, interval
+from sdnet.bench.robustness import plots
 from sdnet.bench.robustness.attack_runs import STANDARD_ATTACKS
 from sdnet.bench.robustness.stored import unpack
 from sdnet.bench.tables import NOTHING, markdown
 from sdnet.robustness.corruptions import NOISES
+from sdnet.robustness.fitting import best_of
 from sdnet.train.errors import UserError
 
 ROW_NAMES = {
@@ -203,6 +206,27 @@ def checked(value: bool | float | None) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else points(value)
 
 
+def draw_curves(cards: Sequence[Card], path: Path) -> bool:
+    """Draw accuracy over lambda and the line of rule a, of the first SDNet with a table; return whether one has."""
+    found = [card for card in tabled(cards) if "rule a" in card["table"]["values"]]
+    if not found:
+        return False
+    values, conditions = found[0]["table"]["values"], found[0]["table"]["conditions"]
+    lambdas, severities = conditions["lambdas"], conditions["severities"]
+    names = {noise: {0: "clean"} | {n: f"{noise} {n}" for n in severities} for noise in NOISES}
+    scores = {noise: {n: values[f"held-out, {name}"] for n, name in of.items()} for noise, of in names.items()}
+    points = {
+        noise: [
+            (values[f"held-out facts, {name}"]["residual"], best_of(lambdas, values[f"held-out, {name}"]))
+            for name in of.values()
+        ]
+        for noise, of in names.items()
+    }
+    plots.curves_plot(path, lambdas, scores, points)
+    return True
+
+
+CURVES = "cards-curves"
 VIEWS: dict[str, Callable[[Sequence[Card]], str]] = {
     "cards-accuracy": accuracy_table,
     "cards-paired": paired_table,
@@ -215,8 +239,18 @@ VIEWS: dict[str, Callable[[Sequence[Card]], str]] = {
 }
 
 
-def render(view: str, conditions: Mapping[str, list[str]], cards: Sequence[Card]) -> str:
+def render(
+    view: str, conditions: Mapping[str, list[str]], cards: Sequence[Card], pictures: Path, link: str, dry: bool = False
+) -> str:
     """Return the text between one pair of marks: a table of the cards of one scale, and what it was measured with.
+
+    Args:
+        view: one of `VIEWS`, or `CURVES` for a plot.
+        conditions: those of the mark.
+        cards: all cards.
+        pictures: the folder of the plots.
+        link: the same folder as links of the document name it.
+        dry: draw no plots.
 
     Raises:
         UserError: The mark does not name one scale.
@@ -227,7 +261,13 @@ def render(view: str, conditions: Mapping[str, list[str]], cards: Sequence[Card]
     chosen = [card for card in cards if card["scale"] == scales[0]]
     if not chosen:
         return "Not measured yet.\n"
-    table = VIEWS[view](chosen)
+    if view == CURVES:
+        picture = pictures / f"robustness-{scales[0]}.png"
+        if not (picture.exists() if dry else draw_curves(chosen, picture)):
+            return "Not measured yet.\n"
+        table = f"![Accuracy over lambda, and the best lambda over the residual]({link}/{picture.name})"
+    else:
+        table = VIEWS[view](chosen)
     return f"{table}\n\n{caption(view, chosen)}\n"
 
 
@@ -244,6 +284,8 @@ def caption(view: str, cards: Sequence[Card]) -> str:
         facts.append(f"{cards[0]['test_pictures']} test pictures")
     else:
         facts.append("one seed")
+    if view == CURVES:
+        facts.append(f"sdnet18, accuracy on {table['held']} held-out training pictures")
     if view in ("cards-rules", "cards-severities"):
         facts.append(f"{table['test'] or 'all'} test pictures in batches of 200")
         facts.append(f"severities {', '.join(map(str, table['severities']))} of CIFAR-10-C")

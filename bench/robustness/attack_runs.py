@@ -169,8 +169,7 @@ class AttackRuns:
 
     def autoattack(self, bound: Bound) -> None:
         """Run the four attacks of the standard AutoAttack, each on the pictures that are still classified rightly."""
-        count = min(self.options.autoattack, len(self.pixels))
-        if not count:
+        if not (count := min(self.options.autoattack, len(self.pixels))):
             return
         pixels, labels = self.pixels[:count], self.labels[:count]
         name = f"AutoAttack, {bound_name(bound)}"

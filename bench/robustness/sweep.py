@@ -3,8 +3,8 @@
     python -m sdnet.bench robustness --checkpoint RUN --data DIR --out DIR
 
 For every noise, severity and lambda it measures the accuracy, the residual |x - A z|² of the first layer and its
-sparsity. In --out: results.json, table.md, accuracy.png (accuracy over lambda for every severity), line.png (the best
-lambda over the residual, with the line) and pictures.png (clean, noisy, and rebuilt from the codes of the first layer).
+sparsity. In --out: results.json, table.md, curves.png (accuracy over lambda for every severity, and the best lambda
+over the residual with the line) and pictures.png (clean, noisy, and rebuilt from the codes of the first layer).
 The same command goes on after an interruption.
 
 The pictures are --data, a folder of CIFAR as train/cifar.py takes it, with noise made here; or --published, a folder of
@@ -207,8 +207,7 @@ def write(out: Path, lambdas: Sequence[float], groups: Sequence[Group], results:
         "sparsity: share of zero codes at the best lambda.\n\n"
     )
     (out / "table.md").write_text(text + markdown(header, lines) + "\n", encoding="utf-8")
-    plots.accuracy_plot(out / "accuracy.png", lambdas, curves)
-    plots.line_plot(out / "line.png", points)
+    plots.curves_plot(out / "curves.png", lambdas, curves, points)
 
 
 @torch.no_grad()

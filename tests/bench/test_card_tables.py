@@ -1,5 +1,6 @@
 """The tables of the cards hold what the cards hold, and the committed documents hold the committed cards."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,10 @@ def card(
     }
 
 
+def render(view: str, scale: str, cards: list[dict[str, Any]], pictures: Path = Path()) -> str:
+    return tables.render(view, {"scale": [scale]}, cards, pictures, "figures")
+
+
 def test_accuracies_of_all_seeds_are_shown() -> None:
     text = tables.accuracy_table([card("sdnet18", 0, 50.0), card("sdnet18", 1, 52.5)])
     assert "| sdnet18 | 0, 1 | 50.00, 52.50 | 49.00, 51.50 | 51.00, 53.50 | 3, 3 |" in text
@@ -72,7 +77,7 @@ def test_attacks_and_checks_are_apart() -> None:
 
 
 def test_a_mark_names_one_scale_and_its_conditions_are_shown() -> None:
-    shown = tables.render("cards-attacks", {"scale": ["tiny"]}, [card("resnet18", 0, 50.0)])
+    shown = render("cards-attacks", "tiny", [card("resnet18", 0, 50.0)])
     for words in (
         "JPEG",
         "width 16",
@@ -83,9 +88,20 @@ def test_a_mark_names_one_scale_and_its_conditions_are_shown() -> None:
         "aaaaaaa, bbbbbbb",
     ):
         assert words in shown
-    assert tables.render("cards-rules", {"scale": ["full"]}, [card("resnet18", 0, 50.0)]) == "Not measured yet.\n"
+    assert render("cards-rules", "full", [card("resnet18", 0, 50.0)]) == "Not measured yet.\n"
     with pytest.raises(UserError, match="A mark cards-rules needs the one condition scale=NAME"):
-        tables.render("cards-rules", {}, [])
+        tables.render("cards-rules", {}, [], Path(), "figures")
+
+
+def test_curves_are_drawn_of_the_held_out_accuracies(tmp_path: Path) -> None:
+    names = ["clean", *(f"{noise} {n}" for noise in ("gaussian", "shot", "impulse", "speckle") for n in (1, 5))]
+    values: dict[str, Any] = {f"held-out, {name}": [50.0, 40.0] for name in names}
+    values |= {f"held-out facts, {name}": {"residual": float(i)} for i, name in enumerate(names)}
+    drawn = card("sdnet18", 0, 50.0, values=values | {"rule a": {"slope": 1.0, "intercept": 0.0}})
+    drawn["table"]["conditions"]["lambdas"] = [0.1, 0.2]
+    assert "(figures/robustness-tiny.png)" in render("cards-curves", "tiny", [drawn], tmp_path)
+    assert (tmp_path / "robustness-tiny.png").stat().st_size > 1000
+    assert render("cards-curves", "tiny", [card("resnet18", 0, 50.0)], tmp_path / "none") == "Not measured yet.\n"
 
 
 @pytest.mark.parametrize("document", report.CARD_DOCUMENTS, ids=lambda path: path.name)

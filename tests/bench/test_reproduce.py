@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sdnet
 from sdnet.bench.__main__ import main
 from sdnet.bench.reproduce import cards
 from sdnet.bench.reproduce.scales import SCALES, Cell, Scale
@@ -34,7 +35,7 @@ MICRO = Scale(
         autoattack_linf=(1,),
         autoattack_l2=(),
     ),
-    cells=(Cell("sdnet18", 0, table=True, attacks=True),),
+    cells=(Cell("sdnet18", 0, table=True, attacks=True, weights=True),),
 )
 
 
@@ -62,7 +63,16 @@ def test_one_command_trains_evaluates_and_writes_a_card_and_goes_on(
     pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["reproduce", "--scale", "tiny", "--data", str(pictures), "--out", str(tmp_path / "out")]
-    command += ["--cards", str(tmp_path / "cards"), "--device", "cpu", "--note", "pictures of noise"]
+    command += [
+        "--weights",
+        str(tmp_path / "weights"),
+        "--cards",
+        str(tmp_path / "cards"),
+        "--device",
+        "cpu",
+        "--note",
+        "pictures of noise",
+    ]
     assert main(command) == 0, capfd.readouterr().out
     (card,) = cards.read_cards(tmp_path / "cards")
     assert (card["network"], card["seed"], card["note"]) == ("sdnet18", 0, "pictures of noise")
@@ -77,6 +87,9 @@ def test_one_command_trains_evaluates_and_writes_a_card_and_goes_on(
     attacked = card["attacks"]["b"]["values"]
     assert {"clean", "PGD-2, Linf 2/255", "PGD-2, L2 0.25", "AutoAttack, Linf 1/255"} <= set(attacked)
     assert attacked["check: two forwards are equal"] is True
+
+    model = sdnet.create_model("sdnet18", width=2, pretrained=tmp_path / "weights" / "tiny_sdnet18")
+    assert model.class_names == ("a", "b", "c", "d")
 
     # Every value is taken from its file now, and a missing one is measured again to the same value.
     rules = tmp_path / "out" / "tiny" / "runs" / "sdnet18-seed0" / "evaluation" / "rules.json"

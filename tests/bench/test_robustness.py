@@ -53,8 +53,7 @@ def test_a_published_set_is_swept(
     assert 0 < values["fog 4, lambda 0.1"]["sparsity"] < values["fog 4, lambda 0.8"]["sparsity"] < 1
     assert values["fog 4, lambda 0.1"]["residual"] < values["fog 4, lambda 0.8"]["residual"]
     assert "| fog 2 |" in (tmp_path / "table.md").read_text()
-    assert (tmp_path / "accuracy.png").stat().st_size > 1000
-    assert (tmp_path / "line.png").stat().st_size > 1000
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_noise_on_pictures_is_swept_over_all_layers(
@@ -97,3 +96,19 @@ def test_a_network_without_lambda_is_refused(tmp_path: Path, capfd: pytest.Captu
     command = ["robustness", "--device", "cpu", "--checkpoint", str(file), "--out", str(tmp_path)]
     assert main([*command, "--published", "/nowhere"]) == 2
     assert "holds a network without CSC layers, so it has no lambda" in capfd.readouterr().err
+
+
+def test_a_checkpoint_is_attacked(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data, generator = tmp_path / "data", np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in "abcd":
+            (data / split / name).mkdir(parents=True)
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data / split / name / "0.png")
+    command = ["adversaries", "--checkpoint", str(checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]
+    command += ["--device", "cpu", "--pictures", "4", "--linf", "2", "--l2", "--steps", "2", "--restarts", "1"]
+    assert main([*command, "--autoattack", "0", "--k", "1.5"]) == 0, capfd.readouterr().err
+    values = json.loads((tmp_path / "out" / "attacks.json").read_text())["values"]
+    assert values["PGD-2, Linf 2/255"] <= values["clean"]
+    assert values["check: two forwards are equal"] is True
+    assert "| PGD-2, Linf 2/255 |" in (tmp_path / "out" / "attacks.md").read_text()

@@ -1,0 +1,85 @@
+"""`adversaries`: the accuracy of a network under PGD and AutoAttack, and checks that masked gradients would fail.
+
+    python -m sdnet.bench adversaries --checkpoint RUN --data DIR --out DIR
+
+With --k, lambda is chosen by the noise estimate (`NoiseRule`), and the adversary's gradients flow through it. In --out:
+attacks.json and attacks.md. The same command goes on after an interruption.
+"""
+
+import argparse
+from pathlib import Path
+
+from sdnet.bench.common_options import at_least, choose_device
+from sdnet.bench.ledger import writable_folder
+from sdnet.bench.robustness.attack_runs import AttackOptions, AttackRuns
+from sdnet.bench.robustness.checkpoints import load_checkpoint
+from sdnet.bench.robustness.measure import digest_of, pixel_model
+from sdnet.bench.robustness.pictures import CLEAN, test_pictures
+from sdnet.bench.robustness.stored import StoredResults
+from sdnet.bench.robustness.sweep import lam
+from sdnet.bench.tables import markdown
+from sdnet.robustness.model import RobustModel
+from sdnet.robustness.rules import NoiseRule
+from sdnet.step_size import csc_layers
+from sdnet.train.errors import UserError
+from sdnet.weights import weights_file
+
+DEFAULTS = AttackOptions(pictures=1000, linf=(0.5, 1, 2, 4, 8), autoattack=1000)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder or a weights file")
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="of a run folder; default last")
+    parser.add_argument("--data", type=Path, required=True, help="a folder of CIFAR or other small pictures")
+    parser.add_argument("--k", type=lam, help="choose lambda by the noise estimate with this factor")
+    parser.add_argument("--pictures", type=at_least(1), default=DEFAULTS.pictures, help="default 1000")
+    parser.add_argument(
+        "--linf", nargs="*", type=lam, default=list(DEFAULTS.linf), metavar="EPS", help="in 1/255; default 0.5 1 2 4 8"
+    )
+    parser.add_argument(
+        "--l2", nargs="*", type=lam, default=list(DEFAULTS.l2), metavar="EPS", help="default 0.1 0.25 0.5"
+    )
+    parser.add_argument("--steps", type=at_least(1), default=DEFAULTS.steps, help="of PGD; default 20")
+    parser.add_argument("--restarts", type=at_least(1), default=DEFAULTS.restarts, help="of PGD; default 2")
+    parser.add_argument("--autoattack", type=at_least(0), default=DEFAULTS.autoattack, help="pictures; default 1000")
+    parser.add_argument("--queries", type=at_least(1), default=DEFAULTS.queries, help="of Square; default 5000")
+    parser.add_argument("--batch", type=at_least(1), default=DEFAULTS.batch, help="pictures of a forward; default 100")
+    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the results")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Attack, and write the results and a table."""
+    device = choose_device(options.device)
+    model = load_checkpoint(options.checkpoint, options.weights, device)
+    if options.k is not None and not csc_layers(model):
+        raise UserError(f"--k is for networks with CSC layers; {options.checkpoint} holds none.")
+    if model.config.get("stem") == "imagenet":
+        raise UserError("adversaries takes small pictures; this network has the ImageNet stem.")
+    writable_folder(options.out)
+    pictures, digest = test_pictures(options.data, options.pictures, device)
+    attacks = AttackOptions(
+        pictures=options.pictures,
+        linf=tuple(options.linf),
+        l2=tuple(options.l2),
+        steps=options.steps,
+        restarts=options.restarts,
+        autoattack=options.autoattack,
+        autoattack_linf=tuple(eps for eps in options.linf if eps <= 2),
+        autoattack_l2=tuple(options.l2),
+        queries=options.queries,
+        batch=options.batch,
+    )
+    of_run = options.checkpoint / f"{options.weights}.safetensors"
+    weights = digest_of(of_run if of_run.is_file() else weights_file(options.checkpoint))
+    conditions = {"weights": weights, "pictures": digest, "k": options.k, "attacks": attacks.conditions()}
+    results = StoredResults(options.out / "attacks.json", conditions)
+    rule = None if options.k is None else NoiseRule(options.k)
+    robust = pixel_model(RobustModel(model, rule))
+    AttackRuns(robust, pictures.corrupted(CLEAN), pictures.labels, attacks, results).measure()
+    lines = [[name, str(value)] for name, value in results.values.items() if ": after" not in name]
+    shown = markdown(["attack", "accuracy, %"], [line for line in lines if not line[0].endswith(": clean")])
+    (options.out / "attacks.md").write_text(shown + "\n", encoding="utf-8")
+    print(shown)
+    return 0
