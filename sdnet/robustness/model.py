@@ -18,7 +18,8 @@ class RobustModel(nn.Module):
     """Wrap a network so that a rule chooses lambda of its first CSC layer at every forward.
 
     The weights are shared with the network, which stays as it is, and a forward changes no state. It works under
-    `torch.no_grad` and `torch.compile`, for batches of any size. Gradients flow through per-sample rules to the images.
+    `torch.no_grad` and `torch.compile`, for batches of any size. Per-sample rules compile into one graph, and gradients
+    flow through them to the images; `UnlabelledRule` runs outside the graph, and no gradient flows through it.
 
     Args:
         model: an `SDNet`, compiled or not.

@@ -152,8 +152,8 @@ class UnlabelledRule(Rule):
     def _adapt(self, layer: CSCConv2d, x: Tensor) -> Tensor:
         """Minimise the loss of a batch by gradient descent."""
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            x = at_least_single(x.detach().clone())
-            start = layer.lam.mean().clamp_min(1e-6).to(x.dtype)
+            x = x.detach().clone()
+            start = layer.lam.mean().clamp_min(1e-6)
             u = (start + torch.log(-torch.expm1(-start))).requires_grad_()  # softplus(u) is the training lambda
             optimizer = torch.optim.Adam([u], lr=self.lr)
             for _ in range(self.steps):
@@ -164,7 +164,7 @@ class UnlabelledRule(Rule):
 
     def loss(self, layer: CSCConv2d, x: Tensor, lam: Tensor) -> Tensor:
         """Return the loss of a batch at one lambda, 0-d."""
-        energy = layer.coding.n_dict * reduce(x.square(), "n c h w -> n", "sum")
+        energy = layer.coding.n_dict * reduce(at_least_single(x).square(), "n c h w -> n", "sum")
         relative = layer.coding.n_dict * residual_of(layer, x, lam) / energy.clamp_min(1e-12)
         return (relative / (lam + self.epsilon)).mean()
 

@@ -1,5 +1,6 @@
 """Rules choose lambda from the image alone, and recover what was planted."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,23 @@ def test_rules_change_no_state_and_work_without_gradients(model: sdnet.SDNet, im
     assert not logits.equal(model(images)), "the rule has no effect"
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_rules_work_in_bfloat16_and_under_autocast(model: sdnet.SDNet, images: Tensor, rule: Rule) -> None:
+    expected = RobustModel(model, rule).lam_of(images)
+    half = copy.deepcopy(model).bfloat16()
+    for lam in (RobustModel(half, rule).lam_of(images.bfloat16()), autocast_lambda(model, rule, images)):
+        assert isinstance(lam, Tensor)
+        assert lam.dtype == torch.float32
+        torch.testing.assert_close(lam, torch.as_tensor(expected), rtol=0.05, atol=0.02)
+    with torch.no_grad():
+        assert RobustModel(half, rule)(images.bfloat16()).isfinite().all()
+
+
+def autocast_lambda(model: sdnet.SDNet, rule: Rule, images: Tensor) -> float | Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return RobustModel(model, rule).lam_of(images)
+
+
 @pytest.mark.parametrize("rule", PER_SAMPLE, ids=lambda rule: type(rule).__name__)
 def test_per_sample_rules_compile_into_one_graph(model: sdnet.SDNet, images: Tensor, rule: Rule) -> None:
     robust = RobustModel(model, rule)
@@ -117,7 +135,7 @@ def test_gradients_flow_through_the_noise_estimate(model: sdnet.SDNet, images: T
     assert isinstance(lam, Tensor)
     (through_rule,) = torch.autograd.grad(lam.sum(), x)
     assert float(through_rule.abs().sum()) > 0
-    fixed = RobustModel(model, float(lam))
+    fixed = RobustModel(model, float(lam.detach()))
     gradients = [torch.autograd.grad(m(x)[:, 0].sum(), x)[0] for m in (RobustModel(model, NoiseRule(2.0)), fixed)]
     assert not torch.allclose(gradients[0], gradients[1])
 
