@@ -73,7 +73,7 @@ def flags_of(dtype: str) -> Flags:
 
 
 def call_of(workload: Workload) -> Call:
-    """Return a workload as verdicts know it."""
+    """Return the key of a workload in the table of verdicts."""
     layer = workload.layer
     return Call(
         channels=layer.channels,

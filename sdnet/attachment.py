@@ -13,7 +13,7 @@ from sdnet.step_size import csc_layers
 from sdnet.stored_weight import is_sharded, refusal, stored_parameters, update_layers
 
 
-class Upkeep:
+class DictionaryHook:
     """The hook of `attach`: after every step of an optimizer it updates the CSC layers that this optimizer trains."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, iterations: int) -> None:
@@ -53,14 +53,14 @@ class Upkeep:
 class Attachment(RemovableHandle):
     """What `attach` returns; `remove()` ends the updates. It can also be used in a `with` statement."""
 
-    def __init__(self, upkeep: Upkeep) -> None:
-        self._upkeep: Upkeep | None = upkeep
+    def __init__(self, hook: DictionaryHook) -> None:
+        self._hook: DictionaryHook | None = hook
 
     def remove(self) -> None:
         """End the updates."""
-        if self._upkeep is not None:
-            self._upkeep.before.remove()
-            self._upkeep.after.remove()
+        if self._hook is not None:
+            self._hook.before.remove()
+            self._hook.after.remove()
 
     def __getstate__(self) -> Any:
         """Return nothing: a copy or a pickle of the handle has no updates to end, because copies have no hook."""
@@ -68,7 +68,7 @@ class Attachment(RemovableHandle):
 
     def __setstate__(self, state: Any) -> None:
         """Make the handle of a copy."""
-        self._upkeep = None
+        self._hook = None
 
 
 def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> RemovableHandle:
@@ -119,14 +119,14 @@ def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> Remov
         if reason := refusal(name, layer):
             raise ValueError(reason)
     for other in optimizer._optimizer_step_post_hooks.values():
-        if isinstance(other, Upkeep) and not set(trained.values()).isdisjoint(csc_layers(other.model).values()):
+        if isinstance(other, DictionaryHook) and not set(trained.values()).isdisjoint(csc_layers(other.model).values()):
             raise ValueError(
                 "model and optimizer are attached already; attach them once, or remove() the first handle."
             )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for layer in layers.values():
             torch.distributed.broadcast(layer.power_vector, src=0)
-    return Attachment(Upkeep(model, optimizer, iterations))
+    return Attachment(DictionaryHook(model, optimizer, iterations))
 
 
 def innermost_optimizer(optimizer: Any) -> Optimizer:

@@ -185,7 +185,7 @@ class CSCConv2d(CodingState):
         """
         self._check_input(x)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._check_upkeep()
+            self._warn_if_stale()
         lam = self.forward_lambda() if lam is None else lam
         options = self.coding, self.stride, self.padding, self.impl, self.keep_residuals
         if self.prox is None:
@@ -229,7 +229,7 @@ class CSCConv2d(CodingState):
         options = coding, self.stride, self.padding, self.impl, self.keep_residuals, iteration
         return solve(x, self.weight, self.step_size, lam, *options)
 
-    def _check_upkeep(self) -> None:
+    def _warn_if_stale(self) -> None:
         """Warn, once in a process, if the weight changed since the last training forward and the step size did not.
 
         Tensors count their changes, so this neither reads values nor waits for a device.
@@ -290,7 +290,7 @@ class CSCConv2d(CodingState):
         """
         self._check_input(x)
         if self.prox is not None:
-            raise ValueError("prox is given; the layer knows the proximal operator alone and not the penalty.")
+            raise ValueError("prox is given; the proximal operator does not determine the penalty.")
         check_codes(codes, self.out_channels, x.shape[0])
         with without_autocast(x.device):
             x, codes = at_least_single(x), at_least_single(codes)

@@ -121,10 +121,11 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor)
     optimizer.step()
 
 
-@pytest.mark.parametrize("upkeep_by", ["torch", "triton"])
-def test_a_training_step_and_its_upkeep_without_a_host_read(upkeep_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if upkeep_by == "triton":  # which is for a GPU
-        monkeypatch.setattr(stored_weight, "update_dictionaries", triton_step_sizes.update_dictionaries)
+@pytest.mark.parametrize("updated_by", ["torch", "triton"])
+def test_a_training_step_and_its_update_without_a_host_read(updated_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if updated_by == "triton":  # which is for a GPU
+        update = triton_step_sizes.update_dictionaries
+        monkeypatch.setattr(stored_weight, "update_dictionaries", lambda states, n, impls: update(states, n))
     torch.manual_seed(0)
     options: Any = {"lam": 0.02, "input_size": (6, 5), "impl": "triton"}
     model = nn.Sequential(

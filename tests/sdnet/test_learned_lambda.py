@@ -170,7 +170,7 @@ def test_a_layer_takes_another_proximal_operator() -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(csc))(x), codes)
     assert sdnet.diagnose(csc, x)[""].objective.isnan().all()
     assert sdnet.diagnose(csc, x)[""].relative_residual.max() < 1
-    with pytest.raises(ValueError, match=r"^prox is given; the layer knows the proximal operator alone"):
+    with pytest.raises(ValueError, match=r"^prox is given; the proximal operator does not determine the penalty"):
         csc.objective(x, codes)
 
 
