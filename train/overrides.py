@@ -13,7 +13,8 @@ FIXED = {
     **dict.fromkeys(("batch", "accumulate", "holdout"), "it decides how many steps an epoch has"),
     **dict.fromkeys(("optimizer", "decay_norms", "decay_atoms"), "the stored state of the optimiser would not fit"),
     **dict.fromkeys(("seed", "extras"), "the order and the augmentation of the running epoch depend on it"),
-    "name": "it is the name of the run",
+    **dict.fromkeys(("name", "init_from"), "it concerns the beginning of a run"),
+    "freeze": "the stored state of the optimiser would not fit",
 }
 """The settings that a run keeps, and why."""
 

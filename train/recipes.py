@@ -36,6 +36,9 @@ class Recipe:
     lam: float = setting(0.1, "model", "lambda, the weight of |z|_1")
     impl: Impl = setting("auto", "model", "implementation of the CSC operator")
 
+    init_from: str = setting("", "model", "weights to begin with: a file, a run, a hub folder, an official checkpoint")
+    freeze: tuple[str, ...] = setting((), "model", "parts that keep their weights, such as stem stages.0")
+
     coding: Coding = Coding()
 
     image_size: int = setting(224, "images", "height and width of the input of the model, in pixels", least=1)

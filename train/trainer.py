@@ -21,6 +21,7 @@ from sdnet.train.ema import Ema
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import NonFiniteLossError, UserError
 from sdnet.train.execution import execution
+from sdnet.train.init_from import freeze, initialise, read_initial
 from sdnet.train.interrupt import Interrupt
 from sdnet.train.job import Job
 from sdnet.train.lock import RunLock
@@ -75,6 +76,7 @@ class Trainer:
         check_equal(accelerator, equal_facts(job, checkpoint))
         if checkpoint:
             checkpoint.check_processes(processes)
+        initial = None if checkpoint else on_all(accelerator, lambda: read_initial(recipe))
         rank = Rank(accelerator.process_index, processes)
         # The first process of a machine goes first: the others reuse what it has found out about the files.
         self.data = on_all(accelerator, lambda: open_data(job, rank, device), first=True)
@@ -88,9 +90,11 @@ class Trainer:
 
         with execution(recipe):
             self.model = make_model(recipe, len(self.data.classes), device)
+        begun = initialise(self.model, initial, self.data.classes) if initial else ()
+        self.frozen = freeze(self.model, recipe.freeze)
         self.ema = Ema(self.model, recipe.ema) if recipe.ema else None
         optimizer = make_optimizer(recipe, self.model)
-        if csc_layers(self.model):
+        if any(layer.weight.requires_grad for layer in csc_layers(self.model).values()):
             sdnet.attach(self.model, optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.gradient_norm = torch.zeros((), device=device)
@@ -111,7 +115,7 @@ class Trainer:
             "meter": self.meter,
             "random": RandomState(device),
         }
-        notes = job.notes + fallen_back + self.data.notes + self.verdicts.notes
+        notes = job.notes + fallen_back + begun + self.data.notes + self.verdicts.notes
         settings_of_groups = [
             {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
         ]
@@ -171,6 +175,8 @@ class Trainer:
         """Train on the batches of the epoch that are left."""
         recipe, accelerator, state = self.job.recipe, self.accelerator, self.state
         self.model.train()
+        for part in self.frozen:
+            part.eval()  # the statistics of batch norm stay too
         self.watch, self.first_batch = Stopwatch(), state.batch
         left = self.steps_per_epoch * recipe.accumulate - state.batch
         for images, labels in self.watch.timed(islice(self.data.train, left)):

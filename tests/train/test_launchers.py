@@ -110,7 +110,7 @@ def test_three_kills_at_random_moments_change_nothing(data: Path, tmp_path: Path
     assert kills.differences(tmp_path / "killed", tmp_path / "whole") == []
     assert epochs(tmp_path / "killed") == [1, 2, 3, 4]
     assert "--ema=0.99" in settings
-    assert (tmp_path / "killed" / "ema.safetensors").exists()
+    assert (tmp_path / "killed" / "last_ema.safetensors").exists()
 
 
 @pytest.mark.slow
