@@ -43,7 +43,6 @@ def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
             cpu=processes > 1 and not torch.cuda.is_available(),  # else Accelerate makes no group of CPU processes
             mixed_precision=recipe.mixed_precision,
             gradient_accumulation_steps=recipe.accumulate,
-            log_with="tensorboard",
             project_dir=run.path,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=START_TIMEOUT)] if processes > 1 else None,
         )

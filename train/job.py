@@ -12,6 +12,9 @@ from sdnet.train.settings import check_settings, setting
 Verify = Literal["header", "full"]
 BadFiles = Literal["fail", "skip"]
 Qualify = Literal["auto", "always", "never"]
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "trackio", "aim", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Job:
         "auto", "run", "find out the quickest right kernels on a GPU: those without a verdict, all again, or none"
     )
     qualify_seconds: float = setting(600.0, "run", "the most seconds that --qualify takes before the first step")
+    tracker: tuple[Tracker, ...] = setting(("tensorboard",), "run", "experiment trackers of Accelerate, or none")
     verify: Verify = setting("header", "data", "check the header of each image before the training, or decode it")
     bad_files: BadFiles = setting("fail", "data", "stop at images that cannot be read, or leave them out")
     val_labels: Path | None = setting(None, "data", "labels of the images of a flat validation folder")

@@ -1,10 +1,13 @@
-"""The display of a run: a live bar on a terminal, plain lines in a log."""
+"""The display of a run: a live bar on a terminal, plain lines in a log, and a log file."""
 
 import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO, TypeVar
 
 import torch
 from rich.console import Console, Group
@@ -13,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 Item = TypeVar("Item")
+SECONDS_BETWEEN_LINES = 10.0
+"""In a log, how long a task is silent."""
 
 
 class Stopwatch:
@@ -45,52 +50,158 @@ class Stopwatch:
 
 
 class Display:
-    """The progress of a run, shown while the display is open as a context manager.
+    """What a run shows: lines that stay, and on a terminal a bar and the last report below them.
+
+    With a clock, every line ends with the time of day. All lines go into a log file too, with the date. On a terminal
+    nothing of the bar stays when the display closes.
 
     Args:
         steps: The optimiser steps of the whole run.
         done: The optimiser steps already taken when the display opens.
         active: Whether this process shows anything; only one should.
+        clock: Whether lines end with the time of day.
     """
 
-    def __init__(self, steps: int, done: int, active: bool) -> None:
+    def __init__(self, steps: int = 0, done: int = 0, active: bool = True, clock: bool = False) -> None:
+        self.active, self._clock = active, clock
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
-        self.steps = steps
-        self._begin, self._done = 0.0, done
+        self._begin = 0.0
         self._live: Live | None = None
-        if active and self.console.is_terminal:
-            self._text = Text("starting")
-            self._bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-            self._task = self._bar.add_task("", total=steps, completed=done)
-            self._live = Live(Group(self._text, self._bar), console=self.console)
+        self._facts, self._told = Text(), 0.0
+        self._bar = Progress(
+            BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn(), expand=True
+        )
+        self._task = self._bar.add_task("")
+        self._log: TextIO | None = None
+        self._early: list[str] = []
+        self.set_length(steps, done)
+
+    def set_length(self, steps: int, done: int) -> None:
+        """Set the length of a run that was not known when the display was made."""
+        self._steps, self._begin_step = steps, done
+        self._bar.update(self._task, total=steps, completed=done)
+
+    def log_to(self, path: Path) -> None:
+        """Write all lines to the end of a file too, those that were shown before included."""
+        if self.active and self._log is None:
+            self._log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            for line in self._early:
+                self._note(line)
+            self._early = []
 
     def __enter__(self) -> "Display":
         self._begin = time.perf_counter()
-        if self._live:
-            self._live.start()
+        if self.active and self.console.is_terminal:
+            self._start("starting", self._bar)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
+        self._stop()
+        if self._log:
+            self._log.close()
+            self._log = None
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(one_line(text, self.console.encoding), markup=False)
+        text = one_line(text, self.console.encoding)
+        self.console.print(f"{text}  {datetime.now():%H:%M:%S}" if self._clock else text, markup=False)
+        self._note(f"{text}  {datetime.now():%Y-%m-%d %H:%M:%S}")
 
     def show(self, step: int, text: str) -> None:
         """Show where the run stands: above the bar, or in a line with the time that is left.
 
         Args:
             step: The optimiser steps taken.
-            text: What to say about them.
+            text: What to say about them; two spaces stand between its parts.
         """
+        left = (time.perf_counter() - self._begin) / max(step - self._begin_step, 1) * (self._steps - step)
+        line = f"step {step}/{self._steps}  {text}  {_clock(left)} left"
         if self._live:
-            self._text.plain = text
+            self._facts.plain = folded(text, self.console.width)
             self._bar.update(self._task, completed=step)
+            self._note(f"{line}  {datetime.now():%Y-%m-%d %H:%M:%S}")
+        else:
+            self.say(line)
+
+    @contextmanager
+    def phase(self, title: str) -> Iterator[None]:
+        """Show on a terminal what is being done inside the block."""
+        if not (self.active and self.console.is_terminal):
+            yield
             return
-        left = (time.perf_counter() - self._begin) / max(step - self._done, 1) * (self.steps - step)
-        self.say(f"step {step}/{self.steps}  {text}  {_clock(left)} left")
+        before, nested = self._facts.plain, self._live is not None
+        if nested:
+            self._facts.plain = title
+        else:
+            self._start(title)
+        try:
+            yield
+        finally:
+            if nested:
+                self._facts.plain = before
+            else:
+                self._stop()
+
+    def tell(self, task: str, done: int, total: int) -> None:
+        """Show how far a long task is; in a log only now and then.
+
+        Args:
+            task: What is done, such as "checking images".
+            done: How much of it is done.
+            total: How much there is to do.
+        """
+        text = f"{task}  {done}/{total}"
+        if self._live:
+            self._facts.plain = text
+        elif self.active and time.perf_counter() - self._told > SECONDS_BETWEEN_LINES:
+            if self._told:
+                self.say(text)
+            self._told = time.perf_counter()
+
+    def counted(self, task: str, batches: Iterable[Item], total: int) -> Iterator[Item]:
+        """Yield batches, and tell how many of them are done.
+
+        Args:
+            task: What is done with them.
+            batches: The batches.
+            total: Their number.
+        """
+        self._told, before = 0.0, self._facts.plain
+        for done, batch in enumerate(batches):
+            self.tell(task, done, total)
+            yield batch
+        self._facts.plain = before
+
+    def _start(self, title: str, *below: Progress) -> None:
+        self._facts.plain = title
+        self._live = Live(Group(self._facts, *below), console=self.console, transient=True)
+        self._live.start()
+
+    def _stop(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _note(self, line: str) -> None:
+        """Write a line to the log file, or keep it until there is one."""
+        if self._log is None:
+            self._early.append(line)
+            return
+        try:
+            self._log.write(line + "\n")
+        except OSError:  # a full disk ends the run at the next checkpoint, with the state that it had then
+            self._log = None
+
+
+def folded(text: str, width: int) -> str:
+    """Return a text whose parts, with two spaces between them, are on as many lines as the width needs."""
+    lines: list[str] = []
+    for part in text.split("  "):
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def one_line(text: str, encoding: str) -> str:
@@ -107,12 +218,12 @@ def one_line(text: str, encoding: str) -> str:
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def peak_memory(device: torch.device) -> str:
+def peak_memory(device: torch.device) -> float:
     """Return the most memory that this process has held, in GB: of the GPU, or resident on a CPU."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+        return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _clock(seconds: float) -> str:

@@ -4,6 +4,7 @@ recipe.json        the settings of the run
 model.json         the arguments of `sdnet.create_model`, and the names of the classes
 environment.json   versions, commit, devices and command line, one entry per start
 metrics.jsonl      one line per epoch: epoch, step, losses, rate, top-1 and top-5, step margin, images/s, data wait
+train.log          the lines that the program showed, with the date
 curve.png          loss and accuracy over the epochs
 tensorboard/       the same, and the training loss within epochs
 left_out.tsv       files of the data that are not used, and why; special characters of names are escaped
@@ -48,6 +49,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.environment_file = path / "environment.json"
         self.curve_file = path / "curve.png"
+        self.log_file = path / "train.log"
         self.checkpoint_file = path / "last.pt"
         self.previous_file = path / "previous.pt"
 

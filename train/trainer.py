@@ -16,7 +16,8 @@ import sdnet
 from sdnet.step_size import csc_layers
 from sdnet.train.build import check_recipe, equal_facts, make_accelerator, make_model
 from sdnet.train.checkpoint import Checkpoint, LoaderPosition, RandomState, TrainState, restore
-from sdnet.train.data.loader import Data, Rank
+from sdnet.train.data.loader import Data, Loader, Rank
+from sdnet.train.data.watch import listening
 from sdnet.train.ema import Ema
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import NonFiniteLossError, UserError
@@ -30,10 +31,12 @@ from sdnet.train.optimizer import make_optimizer
 from sdnet.train.outcome import by_weights, describe_outcome, describe_scores
 from sdnet.train.progress import Display, Stopwatch, peak_memory
 from sdnet.train.ranks import check_equal, naming_lost_process, on_all, on_main, set_timeout
+from sdnet.train.reports import layer_scalars, summary
 from sdnet.train.saving import Digests, Saver
 from sdnet.train.schedule import learning_rate
 from sdnet.train.step_sizes import DIVERGENCE, converge_step_sizes, measured_margins
 from sdnet.train.stopping import Agreement
+from sdnet.train.trackers import check_trackers, start_trackers
 from sdnet.train.verdicts import Verdicts
 from sdnet.weights import model_facts
 
@@ -56,8 +59,10 @@ class Trainer:
 
     def __init__(self, job: Job, open_data: OpenData) -> None:
         self.job, self.run, self.verdicts = job, job.run, Verdicts()
+        check_trackers(job)
         self.verdicts.find(job)  # before this process uses the GPU
         self.accelerator = make_accelerator(job.recipe, job.run)
+        self.display = Display(active=self.accelerator.is_main_process, clock=True)
         check_recipe(job.recipe, self.accelerator)
         self.lock = RunLock(self.run.path)
         on_main(self.accelerator, self.lock.acquire)
@@ -79,7 +84,8 @@ class Trainer:
         initial = None if checkpoint else on_all(accelerator, lambda: read_initial(recipe))
         rank = Rank(accelerator.process_index, processes)
         # The first process of a machine goes first: the others reuse what it has found out about the files.
-        self.data = on_all(accelerator, lambda: open_data(job, rank, device), first=True)
+        with self.display.phase("reading the data"), listening(self.display.tell):
+            self.data = on_all(accelerator, lambda: open_data(job, rank, device), first=True)
         digests = Digests(self.data.digest, self.data.val_digest)
         check_equal(accelerator, {"the training set": digests.train, "the validation set": digests.val})
         if checkpoint:
@@ -88,7 +94,7 @@ class Trainer:
         if not self.steps_per_epoch:
             raise UserError(f"The training set is smaller than one batch of {recipe.batch}.")
 
-        with execution(recipe):
+        with self.display.phase(f"building {recipe.model}"), execution(recipe):
             self.model = make_model(recipe, len(self.data.classes), device)
         begun = initialise(self.model, initial, self.data.classes) if initial else ()
         self.frozen = freeze(self.model, recipe.freeze)
@@ -134,8 +140,7 @@ class Trainer:
         self.agreement = Agreement(processes, job.timeout)
         set_timeout(job.timeout)
         self.interrupt, self.watch, self.first_batch = Interrupt(), Stopwatch(), self.state.batch
-        total = recipe.epochs * self.steps_per_epoch
-        self.display = Display(total, self.state.step, self.accelerator.is_main_process)
+        self.display.set_length(recipe.epochs * self.steps_per_epoch, self.state.step)
 
     def train(self) -> None:
         """Run to the last epoch.
@@ -152,8 +157,8 @@ class Trainer:
     def _train(self) -> None:
         self._open_run()
         with self.interrupt, self.display, execution(self.job.recipe, self.display.say):
-            for note in self.notes:
-                self.display.say(note)
+            if self.accelerator.is_main_process:
+                self._say_what_runs()
             while not self._finished():
                 self._train_epoch()
                 self._finish_epoch()
@@ -165,6 +170,13 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.display.say(f"Done: {describe_outcome(self.run.metrics())}; the run folder is {self.run.path}")
         self.accelerator.end_training()
+
+    def _say_what_runs(self) -> None:
+        for line in (
+            *summary(self.job.recipe, self.model, self.data, self.accelerator, self.steps_per_epoch),
+            *self.notes,
+        ):
+            self.display.say(line)
 
     def _finished(self) -> bool:
         """Return whether all epochs are done, or too many went by without a better top-1."""
@@ -196,7 +208,7 @@ class Trainer:
                     self.ema.update(state.step)
                 state.step += 1
                 if state.step % self.job.log_every == 0:
-                    self._report()
+                    self._report(images)
                 signal, due = self.agreement.after_step(self.interrupt.signal, self.saver.due())
                 if signal:
                     self._stop(signal)
@@ -260,15 +272,19 @@ class Trainer:
     def _scores_of(self, model: nn.Module) -> dict[str, float]:
         data, device = self.data, self.accelerator.device
         with self.accelerator.autocast():
-            scores = evaluate(model, data.val, data.val_size, device)
+            scores = evaluate(model, self._shown(data.val, "validation"), data.val_size, device)
             if data.holdout:
-                held = evaluate(model, data.holdout, data.holdout_size, device)
+                held = evaluate(model, self._shown(data.holdout, "held-out"), data.holdout_size, device)
                 scores |= {name.replace("val_", "holdout_"): value for name, value in held.items()}
         for name, value in scores.items():
             if not math.isfinite(value):
                 what = "The validation loss" if name == "val_loss" else "The loss of the held-out images"
                 raise self._not_finite(what, f"after step {self.state.step}")
         return scores
+
+    def _shown(self, loader: Loader, images: str) -> Loader:
+        """Return the batches of a loader, counted by the display."""
+        return cast(Loader, self.display.counted(f"evaluating {images} images, batch", loader, len(loader)))
 
     def _check_margins(self, margins: dict[str, float]) -> dict[str, float]:
         """Warn, once in a run, of a step size with which FISTA can diverge.
@@ -322,17 +338,19 @@ class Trainer:
         kept = f"the last good checkpoint is {file}" if file.exists() else "no checkpoint had been written yet"
         return NonFiniteLossError(f"{what} became infinite or NaN {when}, in epoch {self.state.epoch + 1}; {kept}.")
 
-    def _report(self) -> None:
+    def _report(self, images: Tensor) -> None:
         """Show and log where the run stands; a few host syncs."""
         loss, rate, step = self._read_loss().recent, self.optimizer.param_groups[0]["lr"], self.state.step
+        speed, wait, memory = self._speed(), self.watch.wait_share, peak_memory(self.accelerator.device)
         if self.accelerator.is_main_process:  # the layers of all ranks are equal
-            margin = self._check_margins(measured_margins(self.model))
-            facts = {"loss": loss, "lr": rate, **margin}
+            facts = {"loss": loss, "lr": rate, **self._check_margins(measured_margins(self.model))}
+            facts |= {"images_per_second": speed, "data_wait": wait, "memory_gb": memory}
+            facts |= layer_scalars(self.model, images, self.gradient_norm)
             self.accelerator.log({f"train/{name}": value for name, value in facts.items()}, step)
         self.display.show(
             step,
-            f"epoch {self.state.epoch + 1}  loss {loss:.3f}  lr {rate:.2g}  {self._speed():.0f} images/s  "
-            f"waiting for data {self.watch.wait_share:.0%}  {peak_memory(self.accelerator.device)}",
+            f"epoch {self.state.epoch + 1}  loss {loss:.3f}  lr {rate:.2g}  {speed:.0f} images/s  "
+            f"waiting for data {wait:.0%}  {memory:.1f} GB",
         )
 
     def _checkpoint(self) -> None:
@@ -366,6 +384,7 @@ class Trainer:
 
         def write() -> None:
             self.run.create(self.job.recipe, self.model.config, self.data.classes)
+            self.display.log_to(self.run.log_file)
             if self.fallen_back:
                 self.run.set_aside_damaged()
             self.run.keep_metrics(self.state.epoch)
@@ -377,5 +396,4 @@ class Trainer:
         self.saver.on_main(write)
         if self.job.resume:
             self.saver.export()
-        purge = {"tensorboard": {"purge_step": self.state.step + 1}}
-        self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        start_trackers(self.accelerator, self.job, self.state.step)

@@ -92,7 +92,7 @@ def send_signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_run_leaves_its_folder(whole: Path) -> None:
-    files = {"recipe.json", "model.json", "environment.json", "metrics.jsonl", "curve.png", "tensorboard"}
+    files = {"recipe.json", "model.json", "environment.json", "metrics.jsonl", "curve.png", "train.log", "tensorboard"}
     state = {"best.safetensors", "last.safetensors", "last.pt", "previous.pt"}
     assert {file.name for file in whole.iterdir()} == files | state
     assert RunFolder(whole).recipe() == SMALL

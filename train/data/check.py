@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.formats import HEAD, TAIL, looks_whole, why_unusable
 from sdnet.train.data.names import printable
 from sdnet.train.data.span import Span
+from sdnet.train.data.watch import tell
 from sdnet.train.errors import DataError, UserError
 from sdnet.train.files import write_atomically
 from sdnet.train.job import Verify
@@ -48,7 +48,10 @@ def check_images(images: ImageSet, verify: Verify, threads: int) -> list[BadImag
         return [BadImage(index, images.name(index), reason) for index, reason in verdicts if reason]
 
     with ThreadPoolExecutor(threads) as executor:
-        bad = list(chain.from_iterable(executor.map(check, range(0, len(images), CHUNK))))
+        bad: list[BadImage] = []
+        for chunk, found in enumerate(executor.map(check, range(0, len(images), CHUNK))):
+            tell("checking images", min((chunk + 1) * CHUNK, len(images)), len(images))
+            bad += found
     _remember(cache, stamp, verify, bad)
     return bad
 

@@ -25,6 +25,7 @@ from sdnet.train.data.mixing import mixing_of
 from sdnet.train.data.names import printable
 from sdnet.train.data.resident import ResidentLoader
 from sdnet.train.data.sources import read_checked
+from sdnet.train.data.watch import tell
 from sdnet.train.errors import UserError
 from sdnet.train.job import BadFiles, Job, Verify
 
@@ -88,6 +89,7 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
         left_out=found.left_out,
         notes=found.notes,
         holdout=None if held is None else evaluated(held, "The held-out set"),
+        train_size=len(train.labels),
         holdout_size=recipe.holdout,
         program="cifar",
     )
@@ -132,6 +134,7 @@ def decode_all(images: ImageSet) -> Arrays:
         first = decode(0)
         decoded = np.empty((len(images), 3, *first.shape[:2]), np.uint8)
         for index, pixels in enumerate(executor.map(decode, range(len(images)))):
+            tell("decoding images", index, len(images))
             if pixels.shape != first.shape:
                 sizes = [f"{shape[1]} x {shape[0]}" for shape in (pixels.shape, first.shape)]
                 raise UserError(f"The image {images.name(index)} is {sizes[0]}, the first {sizes[1]}.")

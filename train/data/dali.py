@@ -67,6 +67,7 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
         left_out=checked.left_out,
         notes=checked.notes,
         holdout=None if held is None else DaliLoader(held, **evaluation),
+        train_size=len(train),
         holdout_size=recipe.holdout,
     )
 

@@ -66,6 +66,8 @@ class Data:
         train: The loader of training batches.
         val: The loader of validation batches.
         val_size: The number of validation images over all ranks.
+        train_size: The number of training images over all ranks, those included that an epoch leaves out; 0 if it is
+            not known.
         classes: The names of the classes, in the order of the labels.
         digest: A fingerprint of the training set.
         notes: Sentences that the user should read before the training.
@@ -83,6 +85,7 @@ class Data:
     digest: str
     notes: tuple[str, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
+    train_size: int = 0
     holdout: Loader | None = None
     holdout_size: int = 0
     program: Program = "imagenet"
