@@ -1,9 +1,7 @@
 """The experiment trackers of Accelerate, by name; each gets the same scalars."""
 
-from typing import cast
-
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker, get_available_trackers
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
 from sdnet.train.errors import UserError
@@ -46,7 +44,8 @@ def start_trackers(accelerator: Accelerator, job: Job, step: int) -> None:
         "dvclive": {"dir": f"{folder}/dvclive"},
     }
     board = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
-    accelerator.log_with = [cast(LoggerType, board if name == "tensorboard" else name) for name in names]
+    started: list[str | LoggerType | GeneralTracker] = [board if name == "tensorboard" else name for name in names]
+    accelerator.log_with = started
     accelerator.init_trackers(PROJECT, init_kwargs=options)
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":
