@@ -42,14 +42,17 @@ def percent(flags: Tensor) -> float:
 
 
 @torch.no_grad()
-def mean_lambda(robust: RobustModel, pixels: Tensor, batch: int = BATCH) -> float:
-    """Return the mean lambda that the rule of a robust model chooses."""
-    normalise = pixel_model(robust).normalise
-    parts = [
-        torch.as_tensor(robust.lam_of(normalise(pixels[at : at + batch]))).float().mean()
-        for at in range(0, len(pixels), batch)
-    ]
-    return float(torch.stack(parts).mean())
+def correct_with_lambda(
+    robust: RobustModel, pixels: Tensor, labels: Tensor, batch: int = BATCH
+) -> tuple[Tensor, float]:
+    """Return which pictures a robust model classifies rightly, [N] bool, and the mean lambda that its rule chose."""
+    normalise, right, lambdas = pixel_model(robust).normalise, [], []
+    for at in range(0, len(pixels), batch):
+        x = normalise(pixels[at : at + batch])
+        lam = torch.as_tensor(robust.lam_of(x), device=x.device)
+        right.append(robust.model(x, lam=lam).argmax(1) == labels[at : at + batch])
+        lambdas.append(lam.float().mean().expand(len(x)))
+    return torch.cat(right), float(torch.cat(lambdas).mean())
 
 
 @torch.no_grad()

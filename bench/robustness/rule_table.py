@@ -17,7 +17,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sdnet.bench.robustness.measure import correct, cost_of, first_layer_facts, mean_lambda, percent, pixel_model
+from sdnet.bench.robustness.measure import (
+    correct,
+    correct_with_lambda,
+    cost_of,
+    first_layer_facts,
+    percent,
+    pixel_model,
+)
 from sdnet.bench.robustness.pictures import CLEAN, PIXEL_MEAN, PIXEL_STD, SEED, Group, Sets
 from sdnet.bench.robustness.stored import StoredResults
 from sdnet.robustness.corruptions import NOISES
@@ -107,10 +114,13 @@ class RuleTable:
 
     def cell(self, row: str, group: Group, pixels: Tensor, labels: Tensor) -> None:
         """Measure the accuracy of a row under a noise, and the mean lambda that its rule chose."""
-        robust = self.robust(row, group)
-        self.results.get(key(row, group), lambda: percent(correct(pixel_model(robust), pixels, labels)))
-        if row in ("a", "b", "c"):
-            self.results.get(f"mean lambda, {key(row, group)}", lambda: mean_lambda(robust, pixels))
+        robust, name = self.robust(row, group), key(row, group)
+        if row not in ("a", "b", "c"):
+            self.results.get(name, lambda: percent(correct(pixel_model(robust), pixels, labels)))
+        elif name not in self.results.values:
+            right, lam = correct_with_lambda(robust, pixels, labels)
+            self.results.get(f"mean lambda, {name}", lambda: lam)
+            self.results.get(name, lambda: percent(right))
 
     def measure_alone(self) -> None:
         """Measure rows at batch 1; rows that treat every picture by itself give the same at any batch."""

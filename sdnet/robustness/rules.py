@@ -116,13 +116,13 @@ class ResidualRule(Rule):
 class UnlabelledRule(Rule):
     """Choose one lambda for an unlabelled batch by the loss of ACSC (Qin, Liu, Cui and Xing, 2026).
 
-        loss(lambda) = mean over the batch of R / (lambda + epsilon),   R = |x - A z|² / |x|²,
+        loss(lambda) = mean over images of R / (lambda + epsilon),   R = |x - A z|² / |x|²,
 
     with lambda = softplus(u), by `steps` steps of gradient descent on u with Adam, from the training lambda. R is the
     squared residual over that of codes of zero. R grows with lambda and is at most about 1, so the loss falls without
     end once lambda is large: the number of steps and the learning rate bound lambda, and the rule always ends. ACSC
-    sums over all layers and may re-estimate batch-norm statistics too; here the first layer alone is adapted, and batch
-    norm is a switch of `RobustModel`. The batch statistics make an image's lambda depend on the other images.
+    sums over all layers, takes about 100 images, and may re-estimate batch-norm statistics too; here the first layer
+    alone is adapted, and batch norm is a switch of `RobustModel`. Lambda of an image depends on others of its batch.
 
     No gradient flows through this rule.
 
@@ -130,6 +130,7 @@ class UnlabelledRule(Rule):
         steps: the number of steps, at least 1.
         lr: the learning rate of Adam for u, at least 0.
         epsilon: the constant in the denominator, above 0.
+        images: the loss is the mean over the first so many images of a batch, at least 1.
 
     Raises:
         ValueError: an argument is out of range.
@@ -137,8 +138,9 @@ class UnlabelledRule(Rule):
 
     per_sample = False
 
-    def __init__(self, steps: int = 20, lr: float = 0.1, epsilon: float = 1e-3) -> None:
+    def __init__(self, steps: int = 20, lr: float = 0.1, epsilon: float = 1e-3, images: int = 100) -> None:
         super().__init__()
+        self.images = checks.integer("images", images, 1)
         self.steps, self.lr = checks.integer("steps", steps, 1), checks.number("lr", lr)
         self.epsilon = checks.number("epsilon", epsilon)
         if not epsilon:
@@ -152,7 +154,7 @@ class UnlabelledRule(Rule):
     def _adapt(self, layer: CSCConv2d, x: Tensor) -> Tensor:
         """Minimise the loss of a batch by gradient descent."""
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            x = x.detach().clone()
+            x = x[: self.images].detach().clone()
             start = layer.lam.mean().clamp_min(1e-6)
             u = (start + torch.log(-torch.expm1(-start))).requires_grad_()  # softplus(u) is the training lambda
             optimizer = torch.optim.Adam([u], lr=self.lr)
@@ -170,7 +172,7 @@ class UnlabelledRule(Rule):
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""
-        return f"steps={self.steps}, lr={self.lr:.4g}, epsilon={self.epsilon:.4g}"
+        return f"steps={self.steps}, lr={self.lr:.4g}, epsilon={self.epsilon:.4g}, images={self.images}"
 
 
 def residual_of(layer: CSCConv2d, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
