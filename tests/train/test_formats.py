@@ -234,6 +234,16 @@ def test_a_jpeg_with_arithmetic_codes_is_found_by_a_full_check(tmp_path: Path) -
     )
 
 
+def test_a_jpeg_of_four_colours_without_adobes_mark_is_found_by_a_full_check(tmp_path: Path) -> None:
+    """Pillow takes its values as they are, DALI inverts them."""
+    data = ACCEPTED["JPEG, CMYK"]()
+    at = data.index(b"Adobe") - 4  # the mark and its length
+    (tmp_path / "image.jpg").write_bytes(data[:at] + data[at + 16 :])
+    assert inspect(Span(tmp_path / "image.jpg")) == (
+        "is a JPEG file of four colours without Adobe's mark, which is not supported: convert it to 8-bit gray or RGB"
+    )
+
+
 @pytest.mark.parametrize("verify", ["header", "full"])
 def test_an_image_of_too_many_pixels_is_found_by_its_header(tmp_path: Path, verify: Verify) -> None:
     huge = png(8, 2, np.zeros((1, 1), np.uint8))().replace(struct.pack(">II", 90, 60), struct.pack(">II", 30000, 30000))

@@ -54,6 +54,22 @@ def test_a_label_that_is_the_name_of_a_class_means_that_class(
     assert labels("\n".join(rows), FILES, classes) == expected
 
 
+SPACED = ["a", "a, b", "golden", "golden retriever"]
+
+
+@pytest.mark.parametrize("listed", [["golden retriever", "golden", "golden"], ["a, b", "a", "golden retriever"]])
+@pytest.mark.parametrize("row", ["{label}", "{file} {label}", "{file},{label}", "{file}\t{label} "])
+def test_the_name_of_a_class_may_hold_spaces_and_commas(labels: Labels, listed: list[str], row: str) -> None:
+    rows = [row.format(file=file, label=label) for file, label in zip(FILES, listed, strict=True)]
+    assert labels("\n".join(rows), FILES, SPACED) == [SPACED.index(label) for label in listed]
+
+
+def test_a_part_of_a_name_or_one_of_two_columns_is_no_class(labels: Labels) -> None:
+    listed = "v1.JPEG golden retriever\nv2.JPEG golden\nv3.JPEG cat\n"
+    assert "names the class golden retriever" in refusal(labels, listed, FILES, ["cat", "golden"])
+    assert "names the class n01 n02" in refusal(labels, "v1.JPEG n01 n02\nv2.JPEG n02 n01\nv3.JPEG n03 n01\n")
+
+
 @pytest.mark.parametrize("classes", [WNIDS, ["cat", "dog", "emu"], ["00", "01", "02"], ["000", "one", "two"]])
 def test_numbers_from_0_are_indices_of_the_sorted_classes(labels: Labels, classes: list[str]) -> None:
     assert labels("2\n0\n1\n", FILES, classes) == [2, 0, 1]

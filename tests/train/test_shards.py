@@ -1,6 +1,7 @@
 """Shards of any origin: labels, damaged tars, and indices that do not fit their tars."""
 
 import io
+import json
 import os
 import tarfile
 from collections.abc import Callable, Sequence
@@ -167,6 +168,63 @@ def test_an_index_that_is_older_than_its_tar_is_found(tmp_path: Path, jpeg: byte
     assert [checked.train.where(at).read() for at in range(len(checked.train))] == [data for _, data in files[::2]]
     assert list(checked.train.labels) == [int(data) for _, data in files[1::2]]
     assert [name for name, _ in checked.left_out] == [str(root / "train-0.idx")]
+
+
+def test_an_index_that_gives_images_the_labels_of_others_is_not_used(tmp_path: Path, jpeg: bytes) -> None:
+    root = shards(tmp_path / "shards", jpeg, [0, 1], [0])
+    found = read_samples(root / "train-0.tar")
+    members = [
+        (Member(image, *place[:2]), Member(label, *place[2:]))
+        for image, label, place in zip(found.images, found.labels, found.places.tolist(), strict=True)
+    ]
+    (one, its), (other, others) = members
+    (root / "train-0.idx").write_text("v1.2 2\n" + index_line(one, others) + index_line(other, its))
+    sentence = r"train-0\.idx is broken: a line joins 0000\.jpg and 0001\.cls, which are of two samples"
+    with pytest.raises(UserError, match=sentence):
+        read_checked(root)
+    assert list(read_checked(root, bad_files="skip").train.labels) == [0, 1]
+
+
+def test_labels_in_capital_letters_and_samples_without_one(tmp_path: Path, jpeg: bytes) -> None:
+    root = shards(tmp_path / "shards", jpeg, [0, 1], [0, 1])
+    pack(root / "train-0.tar", [(name.upper(), data) for name, data in samples(jpeg, [0, 1])])
+    assert list(read_checked(root).train.labels) == [0, 1]
+    pack(root / "train-0.tar", samples(jpeg, [0, 1])[:-1])
+    with pytest.raises(
+        UserError, match=r"label 1, which .* \(.*0001\.jpg belongs to a sample that is not one image and"
+    ):
+        read_checked(root)
+
+
+SHARD = {"file": "train-0.tar", "pictures": 1, "bytes": 10240}
+MANIFESTS: dict[str, tuple[object, str]] = {
+    "no classes": ({"version": 1}, "its classes are not a list of names"),
+    "a class twice": ({"version": 1, "classes": ["a", "a"]}, "it names a class twice"),
+    "no splits": ({"version": 1, "classes": ["a"], "splits": []}, "it lacks the splits train and val"),
+    "no shards": ({"version": 1, "classes": ["a"], "splits": {"train": 1, "val": {}}}, "a split has no list of shards"),
+    "no sizes": (
+        {"version": 1, "classes": ["a"], "splits": {"train": {"shards": [SHARD | {"bytes": "1"}]}, "val": {}}},
+        "it does not give the images and bytes of train-0.tar",
+    ),
+    **{
+        file: (
+            {"version": 1, "classes": ["a"], "splits": {"train": {"shards": [SHARD | {"file": file}]}, "val": {}}},
+            f"{file} is not the name of a tar beside it",
+        )
+        for file in ("../train-0.tar", "/etc/passwd", "a/train-0.tar", "..", "notes.txt")
+    },
+}
+
+
+@pytest.mark.parametrize(("manifest", "flaw"), MANIFESTS.values(), ids=MANIFESTS)
+def test_a_manifest_of_another_form_or_with_paths_is_refused(
+    tmp_path: Path, jpeg: bytes, manifest: object, flaw: str
+) -> None:
+    root = shards(tmp_path / "shards", jpeg, [0], [0])
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as caught:
+        read_checked(root)
+    assert str(caught.value) == f"The manifest {root / 'manifest.json'} is broken: {flaw}."
 
 
 def test_an_index_over_a_tar_with_folders_is_used_without_a_word(tmp_path: Path, jpeg: bytes) -> None:

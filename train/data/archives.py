@@ -113,7 +113,8 @@ def read_members(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
             if any(block.strip(b"\0") for block in iter(lambda: _read(tar, _CHUNK), b"")):
                 raise UserError(f"The archive {printable(path)} is damaged: more follows after its end.")
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"The archive {printable(path)} cannot be read: {error}.") from error
+        reason = next(iter(str(error).splitlines()), "it is damaged").rstrip(":.")
+        raise UserError(f"The archive {printable(path)} cannot be read: {reason}.") from error
     return contents
 
 

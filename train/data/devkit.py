@@ -22,6 +22,8 @@ KIT = "ILSVRC2012_devkit_t12"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 LISTS = ("val.txt", "val_labels.txt", "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt")
 
+_SEPARATOR = re.compile(r"[\s,]+")
+
 
 def find_truth(root: Path) -> Path | None:
     """Return the ground truth that lies in a folder: a list, or the development kit as an archive or unpacked."""
@@ -46,7 +48,7 @@ def read_truth(path: Path, files: Sequence[str], classes: Sequence[str]) -> list
     elif path.name == TRUTH and (path.parent / META).is_file():
         names = _read_kit(path.parent)
     else:
-        names = _read_list(path, files)
+        names = _read_list(path, files, classes)
     if len(names) != len(files):
         raise UserError(f"{here} has {len(names)} labels for {len(files)} validation images.")
     index = {name: label for label, name in enumerate(classes)}
@@ -80,17 +82,24 @@ def _numbered(here: str, numbers: set[str], classes: Sequence[str]) -> Mapping[s
     return {number: int(number) for number in numbers if int(number) < len(classes)}
 
 
-def _read_list(path: Path, files: Sequence[str]) -> list[str]:
-    """Return the class of each image by the names in a list, or in its order if it has no names."""
-    here = printable(path)
-    rows = [re.split(r"[\s,]+", line.strip()) for line in _lines(path) if line.strip()]
-    rows = rows[1:] if rows and rows[0][0] == "ImageId" else rows
+def _read_list(path: Path, files: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Return the class of each image by the names in a list, or in its order if it has no names.
+
+    The name of a class may hold spaces and commas. Kaggle's table alone has further columns.
+    """
+    here, known = printable(path), set(classes)
+    lines = [line.strip() for line in _lines(path) if line.strip()]
+    if all(line in known for line in lines):
+        return lines
+    rows = [_SEPARATOR.split(line, maxsplit=1) for line in lines]
+    if rows[0][0] == "ImageId":
+        rows = [[name, *(_SEPARATOR.split(others)[0] for others in rest)] for name, *rest in rows[1:]]
     if all(len(row) == 1 for row in rows):
         return [row[0] for row in rows]
     if short := next((row for row in rows if len(row) < 2), None):
         raise UserError(f"The list {here} has a line without a label: {printable(short[0])}.")
     listed: dict[str, str] = {}
-    for name, label, *_ in rows:
+    for name, label in rows:
         if listed.setdefault(name, label) != label:
             raise UserError(f"The list {here} gives {printable(name)} two labels: {listed[name]} and {label}.")
     # A row may give the path of an image, its name, or its name without the extension.

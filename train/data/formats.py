@@ -50,6 +50,8 @@ def why_unsupported(image: Image.Image, data: bytes) -> str | None:
         return f"is a PGM or PPM file in text form or with a maximum other than 255, which is not supported: {_ADVICE}"
     if image.format in ("JPEG", "MPO") and (frame := _jpeg_frame(data)) not in _JPEG_FRAMES:
         return f"is a JPEG file of a kind (frame {frame:#x}) that is not supported: {_ADVICE}"
+    if image.format in ("JPEG", "MPO") and image.mode == "CMYK" and "adobe" not in image.info:
+        return f"is a JPEG file of four colours without Adobe's mark, which is not supported: {_ADVICE}"
     if image.format == "BMP" and int.from_bytes(data[14:18], "little") >= 40:  # older headers are plain
         bits, compression = (int.from_bytes(data[at : at + 2], "little") for at in (28, 30))
         if bits not in _BMP_LAYOUTS.get(compression, ()):

@@ -97,8 +97,14 @@ def _read_index(index: Path) -> _Groups:
     if odd := next((length for length in lengths if length % 4), None):
         raise ValueError(f"a line has {odd} fields, not four for each member")
     fields = " ".join(lines).split(" ")
+    names, counts = fields[3::4], [length // 4 for length in lengths]
+    sample = np.repeat(np.arange(len(counts)), counts)
+    for at in np.flatnonzero(sample[1:] == sample[:-1]).tolist():
+        one, other = names[at], names[at + 1]
+        if one.rpartition(".")[0] != other.rpartition(".")[0] and _key(one) != _key(other):
+            raise ValueError(f"a line joins {printable(one)} and {printable(other)}, which are of two samples")
     places = np.array([fields[1::4], fields[2::4]], np.int64).T.reshape(-1, 2)
-    return _Groups(fields[3::4], places, [length // 4 for length in lengths])
+    return _Groups(names, places, counts)
 
 
 def _accounts_for(path: Path, groups: _Groups) -> bool:
@@ -123,12 +129,17 @@ def _accounts_for(path: Path, groups: _Groups) -> bool:
         return bool(fits) and why_incomplete(file, 0, int(ends[-1]), os.fstat(file.fileno()).st_size) is None
 
 
+def _key(name: str) -> str:
+    """Return what the members of one sample have in common: their path up to the first dot of the name."""
+    folder, base = os.path.split(name)
+    return os.path.join(folder, base.split(".", 1)[0])
+
+
 def _grouped(members: Sequence[Member]) -> _Groups:
     """Group members with one path up to the first dot of their name that follow each other into a sample."""
     key, counts = None, []
     for member in members:
-        folder, base = os.path.split(member.name)
-        this = os.path.join(folder, base.split(".", 1)[0])
+        this = _key(member.name)
         if this == key:
             counts[-1] += 1
         else:
@@ -142,7 +153,7 @@ def _samples(groups: _Groups, path: Path) -> Samples:
     """Return the samples that are one image and one label, and the others as lost."""
     names, begin = groups.names, 0
     is_image = [name.lower().endswith(EXTENSIONS) for name in names]
-    is_label = [name.endswith(".cls") for name in names]
+    is_label = [name.lower().endswith(".cls") for name in names]
     images: list[int] = []
     labels: list[int] = []
     lost: list[Lost] = []

@@ -84,11 +84,11 @@ def read_shards(root: Path) -> tuple[TarSet, TarSet]:
         _read_split(root, dict.fromkeys(sorted(path.name for path in root.glob(f"{split}-*.tar"))), None)
         for split in ("train", "val")
     )
-    classes = _classes(root, set(train.labels), set(val.labels))
+    classes = _classes(root, set(train.labels), set(val.labels), [*train.lost, *val.lost])
     return replace(train, classes=classes), replace(val, classes=classes)
 
 
-def _classes(root: Path, train: set[int], val: set[int]) -> tuple[str, ...]:
+def _classes(root: Path, train: set[int], val: set[int], lost: Sequence[Lost]) -> tuple[str, ...]:
     """Return the names of the classes of shards without a manifest: their numbers.
 
     Raises:
@@ -96,14 +96,15 @@ def _classes(root: Path, train: set[int], val: set[int]) -> tuple[str, ...]:
             others.
     """
     here, count = printable(root), max(train) + 1
+    cause = f" ({lost[0].name} {lost[0].reason})" if lost else ""
     if missing := sorted(set(range(count)) - train)[:1]:
         raise UserError(
             f"The labels of the training shards in {here} run from {min(train)} to {count - 1} without {missing[0]}: "
-            "they must count from 0 without a gap, or the network would have classes without images."
+            f"they must count from 0 without a gap, or the network would have classes without images{cause}."
         )
     if extra := sorted(val - train)[:1]:
         raise UserError(
-            f"The validation shards in {here} have the label {extra[0]}, which the training shards do not have."
+            f"The validation shards in {here} have the label {extra[0]}, which the training shards do not have{cause}."
         )
     return tuple(f"{label:0{len(str(count - 1))}}" for label in range(count))
 
@@ -119,11 +120,38 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"The manifest {printable(path)} is broken: {error}.") from error
     if not isinstance(manifest, dict) or manifest.get("version") != 1:
         raise UserError(f"The manifest {printable(path)} was not written by this version of sdnet.train.prepare.")
+    if flaw := _flaw(manifest):
+        raise UserError(f"The manifest {printable(path)} is broken: {flaw}.")
     return manifest
+
+
+def _flaw(manifest: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a manifest; None if it has the form that sdnet.train.prepare writes.
+
+    A shard is named by its file name alone, so that a manifest cannot lead to files elsewhere.
+    """
+    classes, splits = manifest.get("classes"), manifest.get("splits")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return "its classes are not a list of names"
+    if len(set(classes)) != len(classes):
+        return "it names a class twice"
+    if not isinstance(splits, dict) or not {"train", "val"} <= splits.keys():
+        return "it lacks the splits train and val"
+    for split in splits.values():
+        shards = split.get("shards") if isinstance(split, dict) else None
+        if not isinstance(shards, list):
+            return "a split has no list of shards"
+        for shard in shards:
+            file = shard.get("file") if isinstance(shard, dict) else None
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".tar"):
+                return f"{printable(str(file))} is not the name of a tar beside it"
+            if not all(isinstance(shard.get(count), int) for count in ("pictures", "bytes")):
+                return f"it does not give the images and bytes of {printable(file)}"
+    return None
 
 
 def sample_key(class_name: str, number: int) -> str:
