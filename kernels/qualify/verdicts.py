@@ -219,7 +219,7 @@ def read(file: Path, machine: Machine) -> Table:
     try:
         content = json.loads(file.read_text())
         return decoded_table(content["verdicts"]) if content["machine"] == machine else {}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
