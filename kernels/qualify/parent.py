@@ -242,7 +242,7 @@ class Qualification:
         try:
             answer = self.child.read(self.remaining(START))
         except ChildError as error:
-            answer = {"event": "failed", "reason": f"the child process {error}"}
+            answer = {"event": "failed", "reason": f"the child {error}"}
         if answer["event"] != "machine":
             self.notes.append(f"The kernels could not be qualified: {answer.get('reason', 'no answer')}.")
             return False
