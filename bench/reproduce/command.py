@@ -29,6 +29,7 @@ from sdnet.bench.ledger import RESULTS, writable_folder
 from sdnet.bench.reproduce.cards import CARDS, WEIGHTS, write_card, write_weights
 from sdnet.bench.reproduce.evaluation import Evaluation
 from sdnet.bench.reproduce.scales import SCALES, Cell, Scale
+from sdnet.bench.robustness.attack_runs import autoattack_class
 from sdnet.train.errors import UserError
 from sdnet.train.run_folder import RunFolder
 
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
     out = options.out / scale.name
     for folder in (out, options.cards):
         writable_folder(folder)
+    if options.stage != "train" and scale.attacks.autoattack:
+        autoattack_class()  # before hours of work, whether it is installed
     data = pictures_of(options.data, scale, out)
     failed = False
     for cell in (names[name] for name in options.only or names):
@@ -131,8 +134,7 @@ def trained(run_folder: Path, scale: Scale) -> bool:
 
 def train(cell: Cell, scale: Scale, data: Path, run_folder: Path) -> int:
     """Train one network by the training program, from its last checkpoint if there is one; return its exit status."""
-    place = "--resume" if RunFolder(run_folder).checkpoint_file.exists() else "--out"
-    command = [sys.executable, "-m", "sdnet.train.cifar", "--data", data, place, run_folder]
+    command = [sys.executable, "-m", "sdnet.train.cifar", "--data", data, "--out", run_folder, "--resume", "auto"]
     command += ["--recipe", "cifar_sdnet18", "--name", cell.name, "--model", cell.model]
     command += [] if cell.shortcut else ["--no-shortcut"]
     command += ["--width", scale.width, "--epochs", scale.epochs, "--holdout", scale.holdout, "--seed", cell.seed]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sdnet.bench.common_options import at_least, choose_device
 from sdnet.bench.ledger import writable_folder
-from sdnet.bench.robustness.attack_runs import AttackOptions, AttackRuns
+from sdnet.bench.robustness.attack_runs import AttackOptions, AttackRuns, autoattack_class
 from sdnet.bench.robustness.checkpoints import load_checkpoint
 from sdnet.bench.robustness.measure import digest_of, pixel_model
 from sdnet.bench.robustness.pictures import CLEAN, test_pictures
@@ -58,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
     if model.config.get("stem") == "imagenet":
         raise UserError("adversaries takes small pictures; this network has the ImageNet stem.")
     writable_folder(options.out)
+    if options.autoattack:
+        autoattack_class()  # before hours of work, whether it is installed
     pictures, digest = test_pictures(options.data, options.pictures, device)
     attacks = AttackOptions(
         pictures=options.pictures,

@@ -198,18 +198,27 @@ class AttackRuns:
         return left
 
 
+def autoattack_class() -> Any:
+    """Return the class `AutoAttack` of pyautoattack.
+
+    Raises:
+        UserError: pyautoattack is not installed.
+    """
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise UserError("AutoAttack needs pyautoattack: pip install 'sdnet[robust]'.") from error
+    return AutoAttack
+
+
 def run_attack(model: nn.Module, attack: str, bound: Bound, pixels: Tensor, labels: Tensor, queries: int) -> Tensor:
     """Return what one attack of the standard AutoAttack finds, as `pyautoattack` runs it.
 
     Raises:
         UserError: `pyautoattack` is not installed, or there are fewer than 4 classes.
     """
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise UserError("AutoAttack needs pyautoattack: pip install 'sdnet[robust]'.") from error
     norm, eps = bound
-    attacker: Any = AutoAttack(
+    attacker: Any = autoattack_class()(
         model, norm="Linf" if norm == "linf" else "L2", eps=eps, seed=SEED, version="standard", device=pixels.device
     )
     attacker.attacks_to_run, attacker.square.n_queries = [attack], queries
