@@ -119,8 +119,8 @@ class UnlabelledRule(Rule):
         loss(lambda) = mean over images of R / (lambda + epsilon),   R = |x - A z|² / |x|²,
 
     with lambda = softplus(u), by `steps` steps of gradient descent on u with Adam, from the training lambda. R is the
-    squared residual over that of codes of zero. R grows with lambda and is at most about 1, so the loss falls without
-    end once lambda is large: the number of steps and the learning rate bound lambda, and the rule always ends. ACSC
+    squared residual over that of codes of zero. R grows with lambda and is at most about 1, so the loss has no
+    minimum and decreases to zero as lambda grows: the number of steps and the learning rate bound lambda. ACSC
     sums over all layers, takes about 100 images, and may re-estimate batch-norm statistics too; here the first layer
     alone is adapted, and batch norm is a switch of `RobustModel`. Lambda of an image depends on others of its batch.
 
