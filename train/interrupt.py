@@ -14,6 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE = 2.0
 """Seconds after which Ctrl-C means a second press, and not one press that a launcher passed on as well."""
 
+LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed.run")
+"""How the words of a launcher's command begin."""
+
 
 class Interrupt:
     """Note the first of `SIGNALS` while this context manager is open.
@@ -53,10 +56,11 @@ class Interrupt:
 
 
 def end_with_launcher() -> None:
-    """Let this process receive SIGTERM when `accelerate launch` ends, on Linux.
+    """Let this process receive SIGTERM when the launcher that has started it ends, on Linux.
 
-    For a single process that launcher passes on no signal: SIGTERM ends the launcher, and without this call the
-    training would go on without it. Where another program has started this process, nothing changes.
+    `accelerate launch` passes no signal on to a single process, and a killed torchrun leaves its processes behind:
+    without this call the training would go on alone, and hold the GPU and the run folder. Where another program has
+    started this process, nothing changes.
     """
     if sys.platform != "linux":
         return
@@ -65,7 +69,7 @@ def end_with_launcher() -> None:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return
-    if any(os.path.basename(word).startswith(b"accelerate") for word in command[:3]):
+    if any(os.path.basename(word).startswith(LAUNCHERS) for word in command[:4]):
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # it ended before the call

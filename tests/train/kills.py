@@ -8,6 +8,7 @@ optimiser, EMA, random numbers and the position of the loader, the exported weig
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -48,7 +49,6 @@ def run_killed(data: Path, run: Path, ranks: int, kills: int, seed: int) -> list
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
         if len(moments) < kills:
             moments.append(kill_somewhere(process, chance))
@@ -74,9 +74,23 @@ def kill_somewhere(process: subprocess.Popen[str], chance: random.Random) -> str
                 time.sleep(chance.uniform(0, 0.3))  # a step takes about 0.1 s, a checkpoint too
                 said = f"after {line.split('  ')[0]}"
                 break
-    os.killpg(process.pid, signal.SIGKILL)  # launcher and ranks
+    kill_all(process.pid)
     process.communicate()
     return said
+
+
+def kill_all(pid: int) -> None:
+    """Kill a program and the processes that it has started; torchrun starts each rank in a session of its own."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(pid, signal.SIGSTOP)  # it cannot tell its children that one of them has died
+        ranks = children(pid)
+        for each in (*ranks, pid):
+            os.kill(each, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that another one has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def differences(run: Path, expected: Path) -> list[str]:

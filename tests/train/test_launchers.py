@@ -33,20 +33,18 @@ def data(make_tree: MakeTree) -> Path:
 
 @contextlib.contextmanager
 def started(*command: str | Path) -> Iterator[Process]:
-    """A program in a session of its own, all of which ends with the block."""
+    """A program that ends with the block, as do the processes that it has started."""
     with subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     ) as process:
         try:
             yield process
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kills.kill_all(process.pid)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
@@ -54,11 +52,6 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come about in time"
         time.sleep(0.05)
-
-
-def children(pid: int) -> list[int]:
-    """The ranks that an agent has started."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def epochs(run: Path) -> list[int]:
@@ -91,7 +84,7 @@ def test_ranks_agree_to_stop_long_before_a_report_and_bear_repeated_signals(data
         agent
     ):
         wait_for((run / "last.pt").exists)
-        ranks = children(agent.pid)
+        ranks = kills.children(agent.pid)
         for target in (ranks[1], agent.pid, *ranks, *ranks):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(target, signal.SIGTERM)
@@ -114,13 +107,26 @@ def test_three_kills_at_random_moments_change_nothing(data: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_ranks_stop_when_their_agent_was_killed(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(*TORCHRUN, "--standalone", "--nproc_per_node=2", PROGRAM, "--data", data, "--out", run, *ENDLESS) as (
+        agent
+    ):
+        wait_for((run / "last.pt").exists)
+        agent.kill()
+        said, _ = agent.communicate(timeout=90)
+    assert said.count("go on with --resume") == 1, said
+    assert not (run / "run.lock").exists()
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_with_one_sentence(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(*TORCHRUN, "--standalone", "--nproc_per_node=2", PROGRAM, "--data", data, "--out", run, *ENDLESS) as (
         agent
     ):
         wait_for((run / "last.pt").exists)
-        os.kill(children(agent.pid)[1], signal.SIGKILL)
+        os.kill(kills.children(agent.pid)[1], signal.SIGKILL)
         said, _ = agent.communicate(timeout=90)
     assert agent.returncode != 0
     sentence = f"error: Process 0 cannot go on: another process of the run has ended; the last checkpoint is {run}"
@@ -134,7 +140,7 @@ def test_a_stopped_rank_ends_the_run_after_the_timeout(data: Path, tmp_path: Pat
     options = ("--data", data, "--out", run, "--timeout=5", *ENDLESS)
     with started(*TORCHRUN, "--standalone", "--nproc_per_node=2", PROGRAM, *options) as agent:
         wait_for((run / "last.pt").exists)
-        stopped = children(agent.pid)[1]
+        stopped = kills.children(agent.pid)[1]
         os.kill(stopped, signal.SIGSTOP)
         said, _ = agent.communicate(timeout=120)  # the agent kills the stopped rank after 30 s
     assert "another process of the run did not answer within 5 seconds (--timeout)" in said, said
@@ -153,7 +159,7 @@ def test_two_nodes_count_exactly_and_go_on_after_one_was_killed(data: Path, tmp_
     many = ("--epochs=40", "--checkpoint-every=1")
     with node(0, port, data, run, *many) as first, node(1, port, data, run, *many) as second:
         wait_for(lambda: (run / "metrics.jsonl").exists() and len(epochs(run)) >= 2)
-        os.killpg(second.pid, signal.SIGKILL)  # agent and rank
+        kills.kill_all(second.pid)
         said, _ = first.communicate(timeout=90)
     assert first.returncode != 0
     assert "cannot go on: another process of the run has ended" in said, said
