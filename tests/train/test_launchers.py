@@ -47,7 +47,7 @@ def started(*command: str | Path) -> Iterator[Process]:
             kills.kill_all(process.pid)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about in time"
@@ -71,7 +71,7 @@ def test_sigterm_to_accelerate_launch_reaches_the_training(data: Path, tmp_path:
     with started(*launch, "--dynamo_backend=no", PROGRAM, "--data", data, "--out", run, *ENDLESS) as launcher:
         wait_for((run / "last.pt").exists)
         launcher.send_signal(signal.SIGTERM)
-        said, _ = launcher.communicate(timeout=60)  # until the training closes the output
+        said, _ = launcher.communicate(timeout=180)  # until the training closes the output
     assert launcher.returncode == -signal.SIGTERM
     assert f"go on with --resume {run}" in said
     assert not (run / "run.lock").exists()
@@ -89,7 +89,7 @@ def test_ranks_agree_to_stop_long_before_a_report_and_bear_repeated_signals(data
             with contextlib.suppress(ProcessLookupError):
                 os.kill(target, signal.SIGTERM)
             time.sleep(0.05)
-        said, _ = agent.communicate(timeout=60)
+        said, _ = agent.communicate(timeout=180)
     assert said.count("go on with --resume") == 1, said
     assert "Traceback" not in said.partition("go on with")[0]
     assert not (run / "run.lock").exists()
@@ -114,7 +114,7 @@ def test_ranks_stop_when_their_agent_was_killed(data: Path, tmp_path: Path) -> N
     ):
         wait_for((run / "last.pt").exists)
         agent.kill()
-        said, _ = agent.communicate(timeout=90)
+        said, _ = agent.communicate(timeout=180)
     assert said.count("go on with --resume") == 1, said
     assert not (run / "run.lock").exists()
 
@@ -127,7 +127,7 @@ def test_a_killed_rank_ends_the_run_with_one_sentence(data: Path, tmp_path: Path
     ):
         wait_for((run / "last.pt").exists)
         os.kill(kills.children(agent.pid)[1], signal.SIGKILL)
-        said, _ = agent.communicate(timeout=90)
+        said, _ = agent.communicate(timeout=180)
     assert agent.returncode != 0
     sentence = f"error: Process 0 cannot go on: another process of the run has ended; the last checkpoint is {run}"
     assert said.count(sentence) == 1, said
@@ -142,7 +142,7 @@ def test_a_stopped_rank_ends_the_run_after_the_timeout(data: Path, tmp_path: Pat
         wait_for((run / "last.pt").exists)
         stopped = kills.children(agent.pid)[1]
         os.kill(stopped, signal.SIGSTOP)
-        said, _ = agent.communicate(timeout=120)  # the agent kills the stopped rank after 30 s
+        said, _ = agent.communicate(timeout=240)  # the agent kills the stopped rank after 30 s
     assert "another process of the run did not answer within 5 seconds (--timeout)" in said, said
 
 
@@ -156,21 +156,21 @@ def node(rank: int, port: int, data: Path, run: Path, *options: str) -> contextl
 @pytest.mark.slow
 def test_two_nodes_count_exactly_and_go_on_after_one_was_killed(data: Path, tmp_path: Path) -> None:
     run, port = tmp_path / "run", free_port()
-    many = ("--epochs=40", "--checkpoint-every=1")
+    many = ("--epochs=12", "--checkpoint-every=1")
     with node(0, port, data, run, *many) as first, node(1, port, data, run, *many) as second:
         wait_for(lambda: (run / "metrics.jsonl").exists() and len(epochs(run)) >= 2)
         kills.kill_all(second.pid)
-        said, _ = first.communicate(timeout=90)
+        said, _ = first.communicate(timeout=180)
     assert first.returncode != 0
     assert "cannot go on: another process of the run has ended" in said, said
-    assert len(epochs(run)) < 40
+    assert len(epochs(run)) < 12
 
     port = free_port()
     with node(0, port, data, run, *many) as first, node(1, port, data, run, *many) as second:
-        said, _ = first.communicate(timeout=240)
+        said, _ = first.communicate(timeout=600)
         assert (first.wait(), second.wait()) == (0, 0), said
     lines = kills.metrics(run)
-    assert [line["epoch"] for line in lines] == list(range(1, 41))
+    assert [line["epoch"] for line in lines] == list(range(1, 13))
     assert all(round(line["val_top1"] * 7 / 100, 6).is_integer() for line in lines)
     starts = json.loads((run / "environment.json").read_text())
     assert [start["processes"] for start in starts] == [2, 2]
@@ -185,7 +185,7 @@ def test_nodes_that_differ_are_refused_with_one_sentence(data: Path, tmp_path: P
     for folder, options, sentence in ((data, ["--lr=0.5"], differs), (absent, [], missing)):
         port = free_port()
         with node(0, port, data, run) as first, node(1, port, folder, run, *options) as second:
-            said, _ = first.communicate(timeout=90)
+            said, _ = first.communicate(timeout=180)
             second.wait()
         assert said.count(f"error: {sentence}") == 1, said
         assert not run.exists()
