@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdnet.kernels import checks
 from sdnet.models import SDNet, create_model
+from sdnet.step_size import csc_layers
 
 IN_A_FOLDER = ("model.safetensors", "best.safetensors", "last.safetensors")
 """The files that `load_model` looks for in a folder: of the hub, and of a training run."""
@@ -72,6 +73,10 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
         model = create_model(**(weights.model | changes))
     except TypeError as error:
         raise ValueError(f"'{file}' belongs to a network of another version of sdnet: {error}") from error
+    if weights.classes and len(weights.classes) != model.config["num_classes"]:
+        raise ValueError(
+            f"'{file}' has the names of {len(weights.classes)} classes for a network of {model.config['num_classes']}."
+        )
     load_tensors(model, weights.tensors, file)
     model.class_names = weights.classes
     return model.eval()
@@ -89,12 +94,17 @@ def load_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> Non
     faults += [
         f"misshapen {name}: {list(tensor.shape)} in the file, {list(own[name].shape)} in the model"
         for name, tensor in tensors.items()
-        if name in own and own[name].shape != tensor.shape
+        if name in own and own[name].shape != tensor.shape and not same_but_for_size(name, own[name], tensor)
     ]
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise ValueError(f"'{file}' holds the weights of another network: {shown}.")
     model.load_state_dict(dict(tensors))
+
+
+def same_but_for_size(name: str, own: Tensor, tensor: Tensor) -> bool:
+    """Return whether two tensors are power vectors for images of two sizes, of which a layer takes either."""
+    return name.endswith("power_vector") and tensor.ndim == 4 and own.shape[:2] == tensor.shape[:2]
 
 
 def read_weights(path: str | PathLike[str]) -> Weights:
@@ -113,7 +123,7 @@ def read_weights(path: str | PathLike[str]) -> Weights:
             facts = dict(content.metadata() or {})
             tensors = {name: content.get_tensor(name) for name in sorted(content.keys())}
         model, classes = json.loads(facts.pop("model", "{}")), json.loads(facts.pop("classes", "[]"))
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"'{file}' cannot be read as a weights file: {error}.") from error
     if not isinstance(model, dict) or not isinstance(classes, list):
         raise ValueError(f"'{file}' cannot be read as a weights file: its entry 'model' or 'classes' is malformed.")
@@ -125,6 +135,8 @@ def save_model(
 ) -> None:
     """Write the weights of a network of `create_model` to a file that `load_model` reads.
 
+    The file says lambda and the options of the coding as the layers have them now.
+
     Args:
         path: The file.
         model: The network.
@@ -132,9 +144,15 @@ def save_model(
         facts: More entries of the header.
 
     Raises:
-        ValueError: `classes` does not have a name for each class.
+        ValueError: An argument has a wrong type, `classes` does not have a name for each class, or the layers have
+            options that differ, which the file cannot say.
     """
-    content = weights_bytes(model.state_dict(), {**(facts or {}), **model_facts(model.config, classes)})
+    if not isinstance(path, (str, PathLike)):
+        raise ValueError(f"path is of type {type(path).__name__}; it must be the path of a file.")
+    model = getattr(model, "_orig_mod", model)  # of a compiled network
+    if not isinstance(model, SDNet):
+        raise ValueError(f"model is of type {type(model).__name__}; it must be a network of sdnet.create_model.")
+    content = weights_bytes(model.state_dict(), {**(facts or {}), **model_facts(current_config(model), classes)})
     file = Path(path)
     temporary = file.with_name(f".{file.name}.tmp")
     try:
@@ -142,6 +160,31 @@ def save_model(
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def current_config(model: SDNet) -> dict[str, Any]:
+    """Return the arguments of `create_model` that build a network with the options that its layers have now.
+
+    Raises:
+        ValueError: The layers differ in lambda or their coding, or have a lambda per sample.
+    """
+    config = dict(model.config)
+    layers = csc_layers(model)
+    found: list[dict[str, Any]] = []
+    for name, layer in layers.items():
+        options = dict(vars(layer.coding))
+        if layer.learn_lam == "no":
+            if layer.lam.ndim:
+                raise ValueError(f"lam of {name} has shape {list(layer.lam.shape)}; a weights file says one number.")
+            options["lam"] = float(layer._exact_lam)
+        found.append(options)
+    different = [name for name, options in zip(layers, found, strict=True) if options != found[0]]
+    if different:
+        raise ValueError(
+            f"lam or other options of {different[0]} differ from those of {next(iter(layers))}, and a weights file "
+            "says them once for all layers; set them alike, and change them after load_model."
+        )
+    return config | (found[0] if found else {})
 
 
 def model_facts(config: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[str, str]:

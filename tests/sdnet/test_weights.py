@@ -1,6 +1,7 @@
 """Weights files: a network comes back from its file alone, and what is wrong with a file is said."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import sdnet
 from sdnet.step_size import csc_layers
-from sdnet.weights import weights_bytes
+from sdnet.weights import model_facts, weights_bytes
 
 
 @pytest.fixture
@@ -68,3 +69,38 @@ def test_a_file_that_cannot_be_used_is_named(model: sdnet.SDNet, tmp_path: Path)
         sdnet.load_model(file, width=8)
     with pytest.raises(ValueError, match=r"^classes has 2 names; the network has 3 classes\.$"):
         sdnet.save_model(file, model, classes=["cat", "dog"])
+
+
+def test_a_file_says_the_options_that_the_layers_have_now(model: sdnet.SDNet, tmp_path: Path) -> None:
+    sdnet.set_lambda(model, 0.7)
+    for layer in csc_layers(model).values():
+        layer.n_steps = 5
+    sdnet.refresh_step_size(model, image_size=(12, 20))
+    sdnet.save_model(tmp_path / "net.safetensors", model)
+    x = torch.randn(2, 3, 12, 20)
+    assert torch.equal(sdnet.load_model(tmp_path / "net.safetensors")(x), model(x))
+
+
+def test_options_that_a_file_cannot_say_are_refused(model: sdnet.SDNet, tmp_path: Path) -> None:
+    sdnet.set_lambda(model, 0.7, layers="first")
+    with pytest.raises(ValueError, match=r"options of stages\.0\.0\.conv1 differ from those of stem\.conv"):
+        sdnet.save_model(tmp_path / "net.safetensors", model)
+    sdnet.set_lambda(model, torch.rand(4))
+    with pytest.raises(ValueError, match=r"lam of stem\.conv has shape \[4, 1, 1, 1\]; a weights file says one number"):
+        sdnet.save_model(tmp_path / "net.safetensors", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments_of_save_model_are_refused(model: sdnet.SDNet, tmp_path: Path) -> None:
+    save: Any = sdnet.save_model
+    with pytest.raises(ValueError, match="path is of type SDNet; it must be the path of a file"):
+        save(model, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=r"model is of type Linear; it must be a network of sdnet\.create_model"):
+        save(tmp_path / "net.safetensors", torch.nn.Linear(2, 2))
+
+
+def test_names_of_another_number_of_classes_are_refused(model: sdnet.SDNet, tmp_path: Path) -> None:
+    facts = model_facts(model.config) | {"classes": '["cat"]'}
+    (tmp_path / "net.safetensors").write_bytes(weights_bytes(model.state_dict(), facts))
+    with pytest.raises(ValueError, match="has the names of 1 classes for a network of 3"):
+        sdnet.load_model(tmp_path / "net.safetensors")
