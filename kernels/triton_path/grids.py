@@ -12,11 +12,13 @@ def boxes(tile: Tile, batch: int, size: Pair) -> int:
     return ceil_div(batch, tile.images) * ceil_div(size[0], tile.rows) * ceil_div(size[1], tile.columns)
 
 
+@cache
 def analysis_programs(shape: Shape, tile: Tile) -> tuple[int]:
     """Return the launch grid of the analysis."""
     return (boxes(tile, shape.batch, shape.codes_size) * ceil_div(shape.atoms, tile.atoms),)
 
 
+@cache
 def synthesis_programs(shape: Shape, tile: Tile) -> tuple[int, int]:
     """Return the launch grid of the synthesis; its second axis is the phase."""
     pixels = boxes(tile, shape.batch, shape.phase_size)
@@ -25,6 +27,7 @@ def synthesis_programs(shape: Shape, tile: Tile) -> tuple[int, int]:
     return pixels * ceil_div(shape.channels, tile.channels), shape.phases
 
 
+@cache
 def correlation_blocks(shape: Shape, tile: Tile) -> int:
     """Return the number of blocks of the weight gradient: programs for one split of the pixels."""
     if tile.form == "few":

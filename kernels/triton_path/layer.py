@@ -1,8 +1,8 @@
 """A dictionary on images of one size, as the launchers see it: `Layer`."""
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +35,10 @@ class Layer:
     padding: Pair
     layout: torch.memory_format
 
-    @cached_property
+    @property
     def codes_size(self) -> Pair:
         """Height and width of the codes."""
-        height, width = self.weight.shape[2:]
-        return codes_size_of(self.image_size, (height, width), self.stride, self.padding)
+        return self.facts.shape.codes_size
 
     @cached_property
     def packed(self) -> Tensor:
@@ -53,33 +52,26 @@ class Layer:
         return "tf32" if self.weight.dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32" else "ieee"
 
     @cached_property
+    def facts(self) -> "Facts":
+        """What the launchers derive from the layer."""
+        weight = self.weight
+        key = weight.shape, weight.element_size(), self.batch, self.image_size, self.stride, self.padding
+        return facts_of(*key, self.layout == torch.channels_last, self.precision, hardware.arch_of(weight.device))
+
+    @property
     def geometry(self) -> Geometry:
         """The compile-time constants of the kernels."""
-        last = self.layout == torch.channels_last
-        return Geometry.of(self.weight, self.stride, self.padding, last, self.precision)
+        return self.facts.geometry
 
-    @cached_property
+    @property
     def sizes(self) -> Sizes:
         """The sizes that kernels take at run time."""
-        return Sizes(*self.image_size, *self.codes_size, taps=self.geometry.taps)
+        return self.facts.sizes
 
-    @cached_property
+    @property
     def shape(self) -> Shape:
         """The layer as the rules for paths and tiles see it."""
-        atoms, channels, height, width = self.weight.shape
-        return Shape(
-            batch=self.batch,
-            channels=channels,
-            atoms=atoms,
-            image_size=self.image_size,
-            codes_size=self.codes_size,
-            kernel_size=(height, width),
-            stride=self.stride,
-            itemsize=self.weight.element_size(),
-            precision=self.precision,
-            channels_last=self.layout == torch.channels_last,
-            arch=hardware.arch_of(self.weight.device),
-        )
+        return self.facts.shape
 
     def empty_codes(self) -> Tensor:
         """Return codes [N, K, h, w] without values."""
@@ -92,3 +84,50 @@ class Layer:
     def _empty(self, channels: int, size: Pair) -> Tensor:
         shape, weight = (self.batch, channels, *size), self.weight
         return torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=self.layout)
+
+
+class Facts(NamedTuple):
+    """What follows from a layer's sizes, types and device.
+
+    Attributes:
+        geometry: the compile-time constants of the kernels.
+        sizes: the sizes that kernels take at run time.
+        shape: the layer as the rules for paths and tiles see it.
+    """
+
+    geometry: Geometry
+    sizes: Sizes
+    shape: Shape
+
+
+@lru_cache(maxsize=1024)
+def facts_of(
+    weight_shape: torch.Size,
+    itemsize: int,
+    batch: int,
+    image_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    channels_last: bool,
+    precision: str,
+    arch: int,
+) -> Facts:
+    """Return the facts of a layer, the same for each of its calls."""
+    atoms, channels, height, width = weight_shape
+    codes_size = codes_size_of(image_size, (height, width), stride, padding)
+    geometry = Geometry(channels, atoms, height, width, *stride, *padding, channels_last, precision)
+    sizes = Sizes(*image_size, *codes_size, taps=height * width)
+    shape = Shape(
+        batch=batch,
+        channels=channels,
+        atoms=atoms,
+        image_size=image_size,
+        codes_size=codes_size,
+        kernel_size=(height, width),
+        stride=stride,
+        itemsize=itemsize,
+        precision=precision,
+        channels_last=channels_last,
+        arch=arch,
+    )
+    return Facts(geometry, sizes, shape)

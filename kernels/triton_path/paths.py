@@ -12,6 +12,7 @@ and quicker. The rule serves `impl="triton"`, which needs no verdict.
 
 import json
 import os
+from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol, get_args
 
 from torch import Tensor
@@ -156,6 +157,7 @@ def requested_path() -> str:
     return asked
 
 
+@lru_cache(maxsize=4096)
 def choose_path(shape: Shape, asked: str = AUTO) -> ChosenPath:
     """Return the path of a layer: what is asked for, else a rule.
 

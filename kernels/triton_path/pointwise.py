@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdnet.kernels.torch_path import Problem
 from sdnet.kernels.triton_path.jit import constexpr, jit
+from sdnet.kernels.triton_path.launch import launch
 
 BLOCK = 2048
 """Elements of a program: 16 for each of 128 threads, 32 bytes of a 16-bit type."""
@@ -119,12 +120,12 @@ def shrink_step(
     out = dense if in_place else torch.empty_like(dense)
     if v.numel() == 0:
         return out
-    shrink_step_kernel[launch_grid(v.numel())](
+    arguments = (
         dense, z_dense, previous_dense, problem.step_size, problem.lam.contiguous(), out,
-        v.numel(), v[0].numel(), beta, problem.coding.mu,
-        CODES=z is not None, MOMENTUM=momentum, PER_SAMPLE=problem.lam.ndim > 0, NONNEGATIVE=problem.coding.nonnegative,
-        BLOCK=BLOCK,
+        v.numel(), v[0].numel(), float(beta), float(problem.coding.mu),
+        z is not None, momentum, problem.lam.ndim > 0, problem.coding.nonnegative, BLOCK,
     )  # fmt: skip
+    launch(shrink_step_kernel, launch_grid(v.numel()), arguments)
     return out
 
 
@@ -135,7 +136,7 @@ def subtract(x: Tensor, reconstruction: Tensor, n_dict: int = 1, in_place: bool 
     if out.numel() == 0:
         return out
     inner = x.shape[1] if dense.stride(1) == 1 else x[0].numel()
-    subtract_kernel[launch_grid(out.numel())](x, dense, out, out.numel(), inner, COPIES=n_dict, BLOCK=BLOCK)
+    launch(subtract_kernel, launch_grid(out.numel()), (x, dense, out, out.numel(), inner, n_dict, BLOCK))
     return out
 
 
@@ -145,5 +146,5 @@ def mask(grad: Tensor, codes: Tensor, minus: Tensor | None = None) -> Tensor:
     out = torch.empty_like(dense, dtype=grad.dtype)
     if out.numel() == 0:
         return out
-    mask_kernel[launch_grid(out.numel())](g, h, dense, out, out.numel(), MINUS=minus is not None, BLOCK=BLOCK)
+    launch(mask_kernel, launch_grid(out.numel()), (g, h, dense, out, out.numel(), minus is not None, BLOCK))
     return out

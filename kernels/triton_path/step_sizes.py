@@ -35,6 +35,7 @@ from torch import Tensor
 from sdnet.kernels.reference import codes_size
 from sdnet.kernels.step_sizes import ATOM_FLOOR, DIRECTIONS, FLOOR, PATTERN_ROUNDS, SAFETY, DictionaryState
 from sdnet.kernels.triton_path import lanczos
+from sdnet.kernels.triton_path.launch import launch
 from sdnet.kernels.triton_path.tiles import ceil_div
 
 PIXELS, REDUCTION = 64, 32
@@ -199,36 +200,37 @@ def update_dictionaries(
         precision = "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
     plan = plan_of(tuple(LayerRow.of(dictionary) for dictionary in dictionaries), dictionaries[0].weight.device)
     table = plan.table
-    lanczos.project_kernel[(len(plan.project),)](plan.project, table, ATOM_FLOOR, BLOCK=PROJECTED)
-    by_element = {"BLOCK": CHUNK}
+    launch(lanczos.project_kernel, (len(plan.project),), (plan.project, table, ATOM_FLOOR, PROJECTED))
+    chunks = plan.chunks
     for _ in range(iterations):
         _start(plan)
         _multiply(plan, 0, 2, precision)
-        lanczos.combine_kernel[(len(plan.chunks),)](plan.chunks, table, **by_element)
-        lanczos.extend_kernel[(len(plan.chunks),)](plan.chunks, table, 2, **by_element)
+        launch(lanczos.combine_kernel, (len(chunks),), (chunks, table, CHUNK))
+        launch(lanczos.extend_kernel, (len(chunks),), (chunks, table, 2, CHUNK))
         _multiply(plan, 2, 1, precision)
-        lanczos.remove_kernel[(len(plan.chunks),)](plan.chunks, table, **by_element)
-        lanczos.extend_kernel[(len(plan.chunks),)](plan.chunks, table, 3, **by_element)
+        launch(lanczos.remove_kernel, (len(chunks),), (chunks, table, CHUNK))
+        launch(lanczos.extend_kernel, (len(chunks),), (chunks, table, 3, CHUNK))
         _multiply(plan, 3, 1, precision)
-        lanczos.finish_kernel[(len(plan.chunks),)](plan.chunks, table, FLOOR, **by_element)
-        lanczos.step_kernel[(len(table),)](table, FLOOR, SAFETY, **by_element)
+        launch(lanczos.finish_kernel, (len(chunks),), (chunks, table, FLOOR, CHUNK))
+        launch(lanczos.step_kernel, (len(table),), (table, FLOOR, SAFETY, CHUNK))
     for weight, power_vector, step_size, *_ in dictionaries:  # tells autograd of the changes, which it did not see
         torch.autograd.graph.increment_version([weight, power_vector, step_size])
 
 
 def _start(plan: Plan) -> None:
-    lanczos.mean_kernel[(len(plan.mean),)](plan.mean, plan.table, BC=CHANNELS, BP=TILE, SPAN=SPAN)
+    chunks, table = plan.chunks, plan.table
+    launch(lanczos.mean_kernel, (len(plan.mean),), (plan.mean, table, CHANNELS, TILE, SPAN))
     for i in range(PATTERN_ROUNDS):
-        lanczos.pattern_kernel[(len(plan.pattern),)](
-            plan.pattern, plan.table, i % 2, FIRST=i == 0, BK=ATOMS, BC=CHANNELS
-        )
-    lanczos.start_kernel[(len(plan.chunks),)](plan.chunks, plan.table, PATTERN_ROUNDS % 2, BLOCK=CHUNK, BC=CHANNELS)
-    lanczos.extend_kernel[(len(plan.chunks),)](plan.chunks, plan.table, 1, BLOCK=CHUNK)
+        arguments = (plan.pattern, table, i % 2, i == 0, ATOMS, CHANNELS)
+        launch(lanczos.pattern_kernel, (len(plan.pattern),), arguments)
+    launch(lanczos.start_kernel, (len(chunks),), (chunks, table, PATTERN_ROUNDS % 2, CHUNK, CHANNELS))
+    launch(lanczos.extend_kernel, (len(chunks),), (chunks, table, 1, CHUNK))
 
 
 def _multiply(plan: Plan, j: int, count: int, precision: str) -> None:
     """Multiply `count` directions from q_j on by M."""
-    blocks = {"BM": PIXELS, "BK": REDUCTION, "PRECISION": precision}
-    lanczos.analysis_kernel[(len(plan.analysis), count)](plan.analysis, plan.table, j, BN=WIDE, **blocks)
+    arguments = (plan.analysis, plan.table, j, PIXELS, WIDE, REDUCTION, precision)
+    launch(lanczos.analysis_kernel, (len(plan.analysis), count), arguments)
     for block, owner in plan.synthesis.items():
-        lanczos.synthesis_kernel[(len(owner), count)](owner, plan.table, j, BN=block, **blocks)
+        arguments = (owner, plan.table, j, PIXELS, block, REDUCTION, precision)
+        launch(lanczos.synthesis_kernel, (len(owner), count), arguments)

@@ -26,6 +26,7 @@ from sdnet.kernels.triton_path.fused.descriptors import ALIGNMENT, pixel_boxes
 from sdnet.kernels.triton_path.geometry import Geometry
 from sdnet.kernels.triton_path.grids import boxes, correlation_blocks, splits_of
 from sdnet.kernels.triton_path.jit import constexpr, jit_of_batch
+from sdnet.kernels.triton_path.launch import launch
 from sdnet.kernels.triton_path.tiles import Shape, Tile, ceil_div, correlation_tile
 
 ScaledPair = tuple[Tensor, Tensor, Tensor | float]
@@ -139,7 +140,7 @@ def weight_correlation(
         stride: of the convolution.
         padding: of the convolution.
         precision: the products of fp32, "tf32" or "ieee".
-        tile: how the work is cut; chosen by a rule unless given.
+        tile: how the work is cut; chosen by a rule unless given and able to read these tensors.
         splits: into how many parts the pixels are cut; chosen by a rule unless given.
     """
     runs = list(launches_of(pairs))
@@ -149,7 +150,7 @@ def weight_correlation(
     images, codes = with_equal_strides([r for r, _, _ in ordered]), with_equal_strides([m for _, m, _ in ordered])
     r, m = images[0], codes[0]
     shape = shape_of(images, codes, weight, stride, precision)
-    if tile is None:
+    if tile is None or (tile.form == "descriptors" and not shape.aligned):
         tile = correlation_tile(shape)
     layer = Geometry.of(weight, stride, padding, shape.channels_last, precision)
     blocks, count = correlation_blocks(shape, tile), boxes(tile, shape.batch, shape.codes_size)
@@ -163,23 +164,21 @@ def weight_correlation(
         used = [next(operands) for _ in (*head, *tail)]
         used += used[:1] * (PAIRS - len(used))  # the kernel does not look at these
         scales = head[0][2] if head else part, part, tail[0][2] if tail else 1.0
-        launch = Launch(len(head), len(tail), is_wide((r, m), tile.images))
+        constants = Launch(len(head), len(tail), is_wide((r, m), tile.images))
         if tile.form == "descriptors":
             sides = tile.channels, tile.atoms
             described = [pixel_boxes(t, tile.images, n) for pair in used for t, n in zip(pair, sides, strict=True)]
-            correlate_by_descriptors_kernel[blocks, splits](
-                *described, *scales, ceil_div(shape.batch, tile.images), sizes, launch, layer, tile, **tile.options
-            )
+            groups = ceil_div(shape.batch, tile.images)
+            arguments = (*described, *scales, groups, sizes, constants, layer, tile)
+            launch(correlate_by_descriptors_kernel, (blocks, splits), arguments, tile.options)
         else:
-            correlate_kernel[blocks, splits](
-                *(tensor for pair in used for tensor in pair), *scales, count, shape.batch, sizes,
-                (*r.stride(), *m.stride()), launch, layer, tile, **tile.options,
-            )  # fmt: skip
+            strides = (*r.stride(), *m.stride())
+            operands_of_launch = (tensor for pair in used for tensor in pair)
+            arguments = (*operands_of_launch, *scales, count, shape.batch, sizes, strides, constants, layer, tile)
+            launch(correlate_kernel, (blocks, splits), arguments, tile.options)
 
     out = torch.empty_like(weight)
     grid = (ceil_div(out.numel(), REDUCED),)
-    add_splits_kernel[grid](
-        partial, out, partial.shape[0], out.numel(), out.stride(),
-        C=layer.C, KH=layer.KH, KW=layer.KW, BS=SPLITS, BE=REDUCED,
-    )  # fmt: skip
+    sums = (partial, out, partial.shape[0], out.numel(), out.stride(), layer.C, layer.KH, layer.KW, SPLITS, REDUCED)
+    launch(add_splits_kernel, grid, sums)
     return out

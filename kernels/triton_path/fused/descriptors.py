@@ -10,6 +10,8 @@ instruction does little for each read of the pixels from shared memory. A tile t
 Images are described as [H, W, N, C], codes as [h, w, N, K], and the dictionary as the matrix [K, taps C].
 """
 
+from functools import lru_cache
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -103,6 +105,27 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
+@lru_cache(maxsize=4096)
+def pixel_form(shape: torch.Size, itemsize: int) -> tuple[list[int], list[int]]:
+    """Return the sizes and strides of channels_last tensors [N, C, H, W] described as [H, W, N, C]."""
+    batch, depth, height, width = shape
+    # Not the tensor's own strides: an axis of length one may have any.
+    strides = [width * depth, depth, height * width * depth, 1]
+    if any(stride * itemsize % ALIGNMENT for stride in strides[:3]) or 0 in shape:
+        raise ValueError(f"a descriptor cannot take a tensor of shape {list(shape)}; channels fill {ALIGNMENT} bytes.")
+    return [height, width, batch, depth], strides
+
+
+def descriptor(tensor: Tensor, sizes: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """Return `TensorDescriptor(tensor, sizes, strides, block)` without the checks of what the callers know."""
+    if tensor.data_ptr() % ALIGNMENT:
+        raise ValueError(f"a descriptor takes tensors at addresses that are multiples of {ALIGNMENT} alone.")
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape = tensor, sizes, strides, block
+    made.padding, made.round_f32_to_tf32 = "zero", False
+    return made
+
+
 def pixel_boxes(tensor: Tensor, images: int, channels: int) -> TensorDescriptor:
     """Describe a channels_last tensor [N, C, H, W] as [H, W, N, C], in boxes of one pixel.
 
@@ -119,13 +142,14 @@ def pixel_boxes(tensor: Tensor, images: int, channels: int) -> TensorDescriptor:
             f"a tensor of shape {list(tensor.shape)} has strides {list(tensor.stride())}; a descriptor takes "
             "channels_last tensors alone."
         )
-    batch, depth, height, width = tensor.shape
-    # Not the tensor's own strides: an axis of length one may have any.
-    strides = [width * depth, depth, height * width * depth, 1]
-    return TensorDescriptor(tensor, [height, width, batch, depth], strides, [1, 1, images, channels])
+    sizes, strides = pixel_form(tensor.shape, tensor.itemsize)
+    return descriptor(tensor, sizes, strides, [1, 1, images, channels])
 
 
 def matrix_blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Describe a dense tensor as the matrix of its first axis and all others, in blocks of rows x columns."""
-    count, length = tensor.shape[0], tensor[0].numel()
-    return TensorDescriptor(tensor, [count, length], [length, 1], [rows, columns])
+    count = tensor.shape[0]
+    length = tensor.numel() // count
+    if length * tensor.itemsize % ALIGNMENT:
+        raise ValueError(f"a descriptor cannot take rows of {length} elements; they must fill {ALIGNMENT} bytes.")
+    return descriptor(tensor, [count, length], [length, 1], [rows, columns])

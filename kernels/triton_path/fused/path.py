@@ -13,6 +13,7 @@ from sdnet.kernels.torch_path import Problem
 from sdnet.kernels.triton_path.fused.descriptors import aligned, matrix_blocks, pixel_boxes
 from sdnet.kernels.triton_path.fused.kernels import codes_gradient_kernel, proximal_step_kernel, synthesis_kernel
 from sdnet.kernels.triton_path.grids import analysis_programs, synthesis_programs
+from sdnet.kernels.triton_path.launch import launch
 from sdnet.kernels.triton_path.layer import Layer
 from sdnet.kernels.triton_path.tiles import Tile, Tiles
 
@@ -40,13 +41,13 @@ class FusedPath:
         extrapolated = layer.empty_codes() if next_beta else None
         if out.numel():
             lam = problem.lam.contiguous()  # a view of one number per sample may have any strides
-            proximal_step_kernel[analysis_programs(layer.shape, tile)](
+            arguments = (
                 _boxes(aligned(residual), tile, tile.channels), _dictionary(layer, tile, tile.atoms, tile.channels),
                 *(_boxes(t, tile, tile.atoms) for t in (codes, previous if beta else None, out, extrapolated)),
                 problem.step_size, lam, scale, (float(problem.coding.mu), float(beta), float(next_beta)),
-                layer.batch, layer.sizes, layer.geometry, tile,
-                NONNEGATIVE=problem.coding.nonnegative, PER_SAMPLE=lam.ndim > 0, **tile.options,
+                layer.batch, layer.sizes, layer.geometry, tile, problem.coding.nonnegative, lam.ndim > 0,
             )  # fmt: skip
+            launch(proximal_step_kernel, analysis_programs(layer.shape, tile), arguments, tile.options)
         return out, extrapolated
 
     def residual(self, x: Tensor, point: Tensor) -> Tensor:
@@ -72,12 +73,13 @@ class FusedPath:
         out = layer.empty_codes()
         d_y = layer.empty_codes() if at_y and beta else None
         if out.numel():
-            codes_gradient_kernel[analysis_programs(layer.shape, tile)](
+            arguments = (
                 _boxes(d_residual, tile, tile.channels), _dictionary(layer, tile, tile.atoms, tile.channels),
                 *(_boxes(t, tile, tile.atoms) for t in (m, codes, after, out, d_y)),
                 problem.step_size, (float(problem.coding.mu), float(beta), float(next_beta)),
-                layer.batch, layer.sizes, layer.geometry, tile, AT_Y=at_y, **tile.options,
+                layer.batch, layer.sizes, layer.geometry, tile, at_y,
             )  # fmt: skip
+            launch(codes_gradient_kernel, analysis_programs(layer.shape, tile), arguments, tile.options)
         return out, d_y if at_y or not beta else m
 
     def _synthesis(
@@ -86,12 +88,13 @@ class FusedPath:
         layer, problem, tile = self.layer, self.problem, self.tiles.synthesis
         image = layer.empty_images()
         if image.numel():
-            synthesis_kernel[synthesis_programs(layer.shape, tile)](
+            arguments = (
                 _boxes(codes, tile, tile.atoms), _dictionary(layer, tile, tile.atoms, tile.channels),
                 x, add, image, problem.step_size, scale, float(problem.coding.mu), layer.batch, layer.sizes,
                 layer.geometry, tile,
-                X_CHANNELS=image.shape[1] if x is None else x.shape[1], **tile.options,
+                image.shape[1] if x is None else x.shape[1],
             )  # fmt: skip
+            launch(synthesis_kernel, synthesis_programs(layer.shape, tile), arguments, tile.options)
         return image
 
 
