@@ -65,7 +65,7 @@ class RobustModel(nn.Module):
         return self.model(x) if self.rule is None else self.model(x, lam=self.lam_of(x))
 
     def lam_of(self, x: Tensor) -> float | Tensor:
-        """Return the lambda that the rule chooses for images: [N], or 0-d for a rule that takes the whole batch.
+        """Return the lambda that the rule chooses for images, see `Rule.forward`.
 
         Args:
             x: the images, [N, C, H, W].
@@ -78,7 +78,7 @@ class RobustModel(nn.Module):
             raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, {layer.in_channels}, H, W].")
         if isinstance(self.rule, Rule):
             return self.rule(layer, x)
-        return layer.lam.flatten() if self.rule is None else self.rule
+        return layer.lam if self.rule is None else self.rule
 
 
 def first_layer(model: nn.Module) -> CSCConv2d:

@@ -38,7 +38,8 @@ class Rule(nn.Module):
 
         Shape:
             - x: [N, C, H, W].
-            - Output: [N], or 0-d for a rule that is not per sample.
+            - Output: [N], or 0-d for a rule that is not per sample; [N, K, 1, 1] for a per-sample rule where the training
+              lambda has a value per atom.
         """
 
 
@@ -65,9 +66,8 @@ class NoiseRule(Rule):
         self.k = checks.number("k", k)
 
     def forward(self, layer: CSCConv2d, x: Tensor) -> Tensor:
-        """Return max(training lambda, k sigma) for every image, [N]; differentiable with respect to x."""
-        sigma = estimate_noise(x)
-        return torch.maximum(self.k * sigma, layer.lam.flatten().to(sigma.dtype))
+        """Return max(training lambda, k sigma) for every image, see `Rule.forward`; gradients flow to x."""
+        return at_least_training(self.k * estimate_noise(x), layer)
 
     def extra_repr(self) -> str:
         """Return the factor, for `repr`."""
@@ -102,11 +102,9 @@ class ResidualRule(Rule):
         self.most = checks.number("most", most)
 
     def forward(self, layer: CSCConv2d, x: Tensor) -> Tensor:
-        """Return lambda of every image, [N]; differentiable with respect to x."""
-        residual = residual_of(layer, x)
-        least = layer.lam.flatten().to(residual.dtype)
-        line = self.slope * residual + self.intercept
-        return torch.maximum(line.clamp(max=max(self.most, 0.0)), least)
+        """Return lambda of every image, see `Rule.forward`; differentiable with respect to x."""
+        line = self.slope * residual_of(layer, x) + self.intercept
+        return at_least_training(line.clamp(max=self.most), layer)
 
     def extra_repr(self) -> str:
         """Return the line, for `repr`."""
@@ -155,7 +153,7 @@ class UnlabelledRule(Rule):
         """Minimise the loss of a batch by gradient descent."""
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             x = x[: self.images].detach().clone()
-            start = layer.lam.mean().clamp_min(1e-6)
+            start = layer.lam.detach().mean().clamp_min(1e-6)
             u = (start + torch.log(-torch.expm1(-start))).requires_grad_()  # softplus(u) is the training lambda
             optimizer = torch.optim.Adam([u], lr=self.lr)
             for _ in range(self.steps):
@@ -173,6 +171,12 @@ class UnlabelledRule(Rule):
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""
         return f"steps={self.steps}, lr={self.lr:.4g}, epsilon={self.epsilon:.4g}, images={self.images}"
+
+
+def at_least_training(lam: Tensor, layer: CSCConv2d) -> Tensor:
+    """Return the larger of lambda of every image, [N], and the training lambda of a layer: [N], or [N, K, 1, 1]."""
+    larger = torch.maximum(lam.view(-1, 1, 1, 1), layer.lam.to(lam.dtype))
+    return larger.flatten() if larger.shape[1] == 1 else larger
 
 
 def residual_of(layer: CSCConv2d, x: Tensor, lam: float | Tensor | None = None) -> Tensor:

@@ -140,6 +140,18 @@ def test_gradients_flow_through_the_noise_estimate(model: sdnet.SDNet, images: T
     assert not torch.allclose(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_a_training_lambda_per_atom_is_the_least(rule: Rule, images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = sdnet.create_model("sdnet18", 10, stem="cifar", width=8, learn_lam="atom").eval()
+    with torch.no_grad():
+        robust = RobustModel(model, rule)
+        lam = torch.as_tensor(robust.lam_of(images))
+        assert lam.shape == ((4, 8, 1, 1) if rule.per_sample else ())
+        assert (lam >= 0.1 - 1e-6).all()
+        assert robust(images).isfinite().all()
+
+
 def test_the_line_is_recovered() -> None:
     residuals = [10.0, 20.0, 50.0, 80.0]
     slope, intercept = line_through(residuals, [0.01 * r + 0.2 for r in residuals])
@@ -158,7 +170,7 @@ def test_fit_finds_the_lambdas_that_were_planted(model: sdnet.SDNet, monkeypatch
         right = lam == by_energy[round(float(x.square().sum()), 2)]
         return torch.tensor([[1.0, 0.0] if right else [0.0, 1.0]]).expand(len(x), 2)
 
-    residuals = [float(residual_of(model.stem.conv, x).double().mean()) for x, _ in groups]  # type: ignore[arg-type]
+    residuals = [float(residual_of(model.stem.conv, x).detach().double().mean()) for x, _ in groups]  # type: ignore[arg-type]
     monkeypatch.setattr(sdnet.SDNet, "forward", planted)
     rule = fit_residual_rule(model, groups, [0.1, 0.2, 0.4, 0.6, 0.8])
     slope, intercept = line_through(residuals, best)
