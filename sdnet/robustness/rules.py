@@ -38,7 +38,7 @@ class Rule(nn.Module):
 
         Shape:
             - x: [N, C, H, W].
-            - Output: [N], or 0-d for a rule that is not per sample; [N, K, 1, 1] for a per-sample rule where the training
+            - Output: [N], or 0-d for a rule that is not per sample; [N, K, 1, 1] for a per-sample rule if the training
               lambda has a value per atom.
         """
 
