@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=at_least(1), default=DEFAULTS.queries, help="of Square; default 5000")
     parser.add_argument("--batch", type=at_least(1), default=DEFAULTS.batch, help="pictures of a forward; default 100")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
-    parser.add_argument("--out", type=Path, required=True, help="the folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("runs", "adversaries"), help="default runs/adversaries")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", choices=["first", "all"], default="first", help="whose lambda; default first")
     parser.add_argument("--pictures", type=at_least(1), help="how many pictures, a seeded choice; default all")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
-    parser.add_argument("--out", type=Path, required=True, help="the folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("runs", "robustness"), help="default runs/robustness")
 
 
 def lam(text: str) -> float:
