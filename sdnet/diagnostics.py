@@ -66,6 +66,11 @@ class Recording:
             raise RuntimeError("no batch has gone through the model since record().")
         return {name: _diagnostics(self._layers[name], *last) for name, last in recorded.items()}
 
+    def inputs(self) -> dict[str, Tensor]:
+        """Return the input of every CSC layer that the last batch went through, by the name of the layer."""
+        recorded = {name: recorder.last for name, recorder in self._recorders.items()}
+        return {name: last[0] for name, last in recorded.items() if last is not None}
+
     def remove(self) -> None:
         """Stop recording and forget the batch."""
         for name, layer in self._layers.items():
