@@ -17,6 +17,7 @@ COMMANDS = {
     "robustness": ("robustness.sweep", "accuracy of a checkpoint over lambda and severity"),
     "adversaries": ("robustness.adversaries", "accuracy of a checkpoint under PGD and AutoAttack"),
     "reproduce": ("reproduce.command", "the paper's claims: training, rules for lambda, attacks, and cards of results"),
+    "look": ("look", "pictures of a checkpoint: atoms, codes, inversions, objective, dictionaries"),
     "report": ("report", "tables and plots from the ledger"),
     "gpu-check": ("gpu_check", "tests that need a GPU, then kernels and train, in ten minutes"),
 }

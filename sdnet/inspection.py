@@ -13,7 +13,7 @@ from sdnet.kernels import checks
 from sdnet.layers import CSCConv2d
 from sdnet.stored_weight import effective_weight
 
-OPTIMUM_TOLERANCE = 1e-9
+OPTIMUM_TOLERANCE = 1e-7
 """The relative change of the codes, in fp64, at which the minimum of the objective counts as reached."""
 
 NORM_FLOOR = 1e-12

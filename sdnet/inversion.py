@@ -16,6 +16,13 @@ modules between the image and the layer do was recorded in one forward pass in e
 | `MaxPool2d`, `AvgPool2d` | bilinear interpolation to the size of its input                                          |
 | a module that changes nothing (`Identity`, `Dropout` in evaluation mode, `ReLU` after codes) | nothing to undo      |
 
+With `restore_contrast=True` the estimate y of the output of a batch normalisation is first multiplied by
+
+    sqrt(mean over channels of (gamma^2 + beta^2) / mean over channels and pixels of y^2),
+
+one number for each sample, so that it has the mean square that the batch normalisation gives. A z of a few steps is too
+small, by a factor that multiplies from layer to layer; this undoes it without looking at the image.
+
 A sum with a shortcut, and every other module or function, cannot be undone: layers behind it are refused.
 """
 
@@ -74,7 +81,7 @@ class Inversion:
 
 
 @torch.no_grad()
-def invert(model: nn.Module, image: Tensor, layer: str) -> Inversion:
+def invert(model: nn.Module, image: Tensor, layer: str, *, restore_contrast: bool = False) -> Inversion:
     """Rebuild an image from the codes of one CSC layer.
 
     Every layer of an `_all` model without shortcuts can be inverted, and in any model the CSC layers that are reached
@@ -85,6 +92,8 @@ def invert(model: nn.Module, image: Tensor, layer: str) -> Inversion:
         model: a network with CSC layers.
         image: a batch of images, as `model` takes it.
         layer: the module name of a CSC layer, such as "stem.conv".
+        restore_contrast: whether reconstructions are scaled to the mean square that batch normalisation gives, see the
+            head of this module. It shows more of deep layers whose codes come from few steps.
 
     Shape:
         - image: [N, C, H, W].
@@ -108,19 +117,21 @@ def invert(model: nn.Module, image: Tensor, layer: str) -> Inversion:
     if not isinstance(layer, str) or layer not in layers:
         names = ", ".join(layers) or "none, as model has no CSC layers"
         raise ValueError(f"layer is {checks.shown(layer)}; it must be the name of a CSC layer of model: {names}.")
-    found = _inverted(layer, _record(model, image), image)
+    restore_contrast = checks.flag("restore_contrast", restore_contrast)
+    found = _inverted(layer, _record(model, image), image, restore_contrast)
     if found.kind == "refused":
         raise ValueError(f"{layer} cannot be inverted: {found.reason}.")
     return found
 
 
 @torch.no_grad()
-def invert_layers(model: nn.Module, image: Tensor) -> dict[str, Inversion]:
+def invert_layers(model: nn.Module, image: Tensor, *, restore_contrast: bool = False) -> dict[str, Inversion]:
     """Rebuild an image from the codes of every CSC layer, with one forward pass.
 
     Args:
         model: a network with CSC layers.
         image: a batch of images, as `model` takes it.
+        restore_contrast: see `invert`.
 
     Returns:
         The inversion of every CSC layer that the forward reaches, by its name, in the order of the calls. Layers that
@@ -132,8 +143,9 @@ def invert_layers(model: nn.Module, image: Tensor) -> dict[str, Inversion]:
     layers = csc_layers(model)
     if not layers:
         raise ValueError("model has no CSC layers, so there is nothing to invert.")
+    restore_contrast = checks.flag("restore_contrast", restore_contrast)
     calls = _record(model, image)
-    return {call.name: _inverted(call.name, calls, image) for call in calls if call.name in layers}
+    return {call.name: _inverted(call.name, calls, image, restore_contrast) for call in calls if call.name in layers}
 
 
 def match_contrast(picture: Tensor, image: Tensor) -> Tensor:
@@ -230,7 +242,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.empty(0))
 
 
-def _inverted(layer: str, calls: list[Call], image: Tensor) -> Inversion:
+def _inverted(layer: str, calls: list[Call], image: Tensor, restore_contrast: bool) -> Inversion:
     """Return the inversion of one layer."""
     own = [index for index, call in enumerate(calls) if call.name == layer]
     if not own:
@@ -244,7 +256,7 @@ def _inverted(layer: str, calls: list[Call], image: Tensor) -> Inversion:
     try:
         if len(own) > 1:
             raise _CannotUndoError(f"the forward calls it {len(own)} times")
-        picture = _down_to_the_image(own[0], estimate, calls, image)
+        picture = _down_to_the_image(own[0], estimate, calls, image, restore_contrast)
     except _CannotUndoError as refused:
         return Inversion(layer, "refused", str(refused), None, None, None, own_error, own_psnr)
     error = relative_error(picture, image)
@@ -258,7 +270,9 @@ class _CannotUndoError(Exception):
     """Its text says what cannot be undone."""
 
 
-def _down_to_the_image(index: int, estimate: Tensor, calls: list[Call], image: Tensor) -> Tensor:
+def _down_to_the_image(
+    index: int, estimate: Tensor, calls: list[Call], image: Tensor, restore_contrast: bool
+) -> Tensor:
     """Undo the modules from the input of call `index` down to the image."""
     while calls[index].x is not image:
         above = calls[index]
@@ -271,6 +285,9 @@ def _down_to_the_image(index: int, estimate: Tensor, calls: list[Call], image: T
                 "shortcut, which cannot be undone"
             )
         index = makers[-1]
+        module = calls[index].module
+        if restore_contrast and isinstance(module, nn.BatchNorm2d):
+            estimate = _with_mean_square_of(module, estimate)
         estimate = _undo(calls[index], estimate)
     return estimate
 
@@ -304,6 +321,14 @@ def _synthesis(layer: CSCConv2d, codes: Tensor, x: Tensor) -> Tensor:
         return layer.reconstruct(codes).unflatten(-1, (layer.coding.n_dict, -1)).mean(-2)
     reconstructions = layer.reconstruct(codes, (x.shape[2], x.shape[3]))
     return reduce(reconstructions, "n (d c) h w -> n c h w", "mean", d=layer.coding.n_dict)
+
+
+def _with_mean_square_of(norm: nn.BatchNorm2d, y: Tensor) -> Tensor:
+    """Return y with the mean square that a batch normalisation gives its output, sample by sample."""
+    gamma = torch.ones(norm.num_features).to(y) if norm.weight is None else norm.weight
+    square = gamma.square().mean() + (0 if norm.bias is None else norm.bias.square().mean())
+    found = reduce(y.square(), "n c h w -> n 1 1 1", "mean")
+    return y * (square / found.clamp_min(NORM_FLOOR)).sqrt()
 
 
 def _undo_batch_norm(name: str, norm: nn.BatchNorm2d, y: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ environment.json   versions, commit, devices and command line, one entry per sta
 metrics.jsonl      one line per epoch: epoch, step, losses, rate, top-1 and top-5, step margin, images/s, data wait
 train.log          the lines that the program showed, with the date
 curve.png          loss and accuracy over the epochs
+atoms.png          the atoms of the first CSC layer after the last epoch
 tensorboard/       the same, and the training loss within epochs
 left_out.tsv       files of the data that are not used, and why; special characters of names are escaped
 best.safetensors   weights of the epoch with the highest validation top-1

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from sdnet.train.atoms import draw_atoms
 from sdnet.train.checkpoint import Checkpoint, State, Stateful, TrainState, states_of
 from sdnet.train.ema import Ema
 from sdnet.train.job import Job
@@ -70,7 +71,7 @@ class Saver:
         return late or (every > 0 and self.state.step % every == 0)
 
     def save(self, scores: Scores | None = None, copies: Mapping[str, str] | None = None, keep: bool = False) -> None:
-        """Write the checkpoint and then the weights of `models`, with converged step sizes.
+        """Write the checkpoint, then the weights of `models` with converged step sizes, and after an epoch the atoms.
 
         Args:
             scores: What the models reached, if this is after an evaluation.
@@ -89,6 +90,8 @@ class Saver:
             checkpoint = Checkpoint(self.digests.train, states_of(self.shared), ranks, self.digests.val)
             checkpoint.save(self.run.checkpoint_file, self.run.previous_file)
             self._export()
+            if not self.state.batch:
+                draw_atoms(self.accelerator, self.models["last"], self.run.path, self.state.step)
             if keep:
                 self.run.keep_checkpoint(self.state.epoch)
 

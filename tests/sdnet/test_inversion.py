@@ -133,6 +133,22 @@ def test_more_steps_and_less_lambda_bring_the_picture_closer() -> None:
     assert bool((many.error < 0.1 * few.error).all())
 
 
+def test_contrast_is_restored_to_the_mean_square_of_batch_norm() -> None:
+    """One step of 0.3 codes an orthogonal dictionary as A z = 0.3 x, which the mean square of x undoes."""
+    first, batch_norm, last, x = orthogonal(3, 1), norm(3), orthogonal(3, 1, n_steps=1), image(batch=1)
+    model = nn.Sequential(first, batch_norm, last)
+    batch_norm.eps, batch_norm.momentum = 1e-12, 1.0
+    batch_norm.train()(first(x))
+    batch_norm.running_var *= 63 / 64  # pyright: ignore[reportOperatorIssue]  # the deviation of the sample itself
+    last.step_size.fill_(0.3)
+    assert sdnet.invert(model, x, "2").kind == "approximate"
+    restored = sdnet.invert(model, x, "2", restore_contrast=True)
+    assert restored.kind == "exact"
+    torch.testing.assert_close(restored.picture, x, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"^restore_contrast is 'yes'; it must be True or False\.$"):
+        sdnet.invert(model, x, "2", restore_contrast="yes")  # pyright: ignore[reportArgumentType]
+
+
 def test_layers_behind_a_shortcut_are_refused_with_the_reason() -> None:
     model = calibrated("sdnet18_all", stem="cifar", shortcut=True)
     found = sdnet.invert_layers(model, image(size=(16, 16)))

@@ -92,7 +92,8 @@ def send_signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_run_leaves_its_folder(whole: Path) -> None:
-    files = {"recipe.json", "model.json", "environment.json", "metrics.jsonl", "curve.png", "train.log", "tensorboard"}
+    files = {"recipe.json", "model.json", "environment.json", "metrics.jsonl", "train.log", "tensorboard"}
+    files |= {"curve.png", "atoms.png"}
     state = {"best.safetensors", "last.safetensors", "last.pt", "previous.pt"}
     assert {file.name for file in whole.iterdir()} == files | state
     assert RunFolder(whole).recipe() == SMALL
@@ -240,6 +241,7 @@ def test_the_largest_step_margin_is_logged(whole: Path) -> None:
     reports = [(event.step, event.value) for event in events.Scalars("train/step_margin")]
     assert [step for step, _ in reports] == [2, 4, 6, 8, 10]
     assert all(0.8 < margin < 1.1 for _, margin in reports)
+    assert [event.step for event in events.Images("atoms/stem.conv")] == [5, 10]
 
 
 def test_a_step_size_that_diverges_is_reported_once(

@@ -1,0 +1,84 @@
+"""`python -m sdnet.bench look`: the files that it writes for a checkpoint and an image, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import sdnet
+from sdnet.bench.__main__ import main
+from sdnet.weights import save_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network without shortcuts whose batch norms know its statistics."""
+    torch.manual_seed(0)
+    model = sdnet.create_model("sdnet18_all", 4, stem="cifar", width=4, image_size=16, shortcut=False, lam=0.02)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model(torch.randn(16, 3, 16, 16))
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_model(path, model)
+    return path
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(values).resize((28, 20), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def test_it_draws_everything_and_writes_the_numbers(
+    checkpoint: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "look"
+    arguments = ["--checkpoint", str(checkpoint), "--image", str(picture), "--out", str(out), "--n-steps", "10"]
+    assert main(["look", *arguments, "--optimum-steps", "40"]) == 0
+    names = {"atoms.png", "codes.png", "inversions.png", "objective.png", "dictionary.png", "look.json"}
+    assert {path.name for path in out.iterdir()} == names
+    for path in out.glob("*.png"):
+        with Image.open(path) as drawn:
+            assert drawn.width == 7 * 300, "print resolution"
+    facts = json.loads((out / "look.json").read_text())
+    assert (facts["images"], len(facts["layers"])) == (1, 17)
+    stem = facts["layers"]["stem.conv"]
+    assert stem["kind"] == "approximate"
+    assert 0 < stem["error"] < 1
+    assert stem["psnr_matched"] > stem["psnr"] > 5
+    assert 0 < stem["coherence_without_shifts"] <= stem["coherence"] <= 1
+    assert stem["gap_of_the_forward"] > 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n| `st") == 17
+    assert "| `stem.conv` | approximate |" in printed
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"--checkpoint": "nowhere"}, "There is no weights file at 'nowhere'."),
+        ({"--image": "pyproject.toml"}, "pyproject.toml cannot be read as an image: cannot identify image file"),
+        ({"--layer": "stem"}, "--layer is stem; it must be one of stem.conv, stages.0.0.conv1"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_get_one_sentence_and_write_nothing(
+    changed: dict[str, str],
+    sentence: str,
+    checkpoint: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = {"--checkpoint": str(checkpoint), "--image": str(picture), "--out": str(tmp_path / "look"), **changed}
+    assert main(["look", *(word for pair in options.items() for word in pair)]) == 2
+    assert capsys.readouterr().err.startswith(sentence)
+    assert not (tmp_path / "look").exists()
