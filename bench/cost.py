@@ -1,6 +1,6 @@
 """The work of a CSC layer on the fused Triton path, counted: passes over tensors, bytes and floating-point operations.
 
-    python -m sdnet.bench.cost [--image-size 224] [--batch 256] [--n-steps 2] [--keep-residual]
+    python -m sdnet.bench.cost [--image-size 224] [--batch 256] [--n-steps 2] [--no-keep-residual]
 
 A pass is one reading or one writing of a whole tensor, as if nothing stayed in a cache: images have the size of x,
 [N, C, H, W] (residuals and reconstructions too), codes [N, K, h, w]. A convolution reads each operand once. The
@@ -8,11 +8,11 @@ floating-point operations are those of the convolutions, without products with t
 conversions by autocast are not counted. The problem is the published one (squared data term, one dictionary, one-sided
 codes, a scalar lambda without gradient, no momentum), so that the counts are exact for up to two steps.
 
-Two steps take 8 passes forward and 21 backward (18 if the forward pass keeps the residual). Other formulations take
-more:
+Two steps take 8 passes forward and 18 backward (21 if the forward pass does not keep the residual). Other formulations
+take more:
 
-    cudnn       14 and 27 (22): cuDNN convolutions, with one kernel for all that lies between two of them
-    torch       20 and 31 (26): cuDNN convolutions and PyTorch's element-wise operators
+    cudnn       14 and 22 (27): cuDNN convolutions, with one kernel for all that lies between two of them
+    torch       20 and 26 (31): cuDNN convolutions and PyTorch's element-wise operators
     official    48 and 40:      the released code, with copies of x and with losses that need a fourth convolution
 
 This is arithmetic, not a measurement.
@@ -194,7 +194,12 @@ def main() -> None:
     parser.add_argument("--image-size", type=at_least(1), default=224)
     parser.add_argument("--batch", type=at_least(1), help="default 256, below 65 pixels 512")
     parser.add_argument("--n-steps", type=at_least(1), default=2)
-    parser.add_argument("--keep-residual", action="store_true", help="the forward pass keeps the residuals")
+    parser.add_argument(
+        "--keep-residual",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the forward pass keeps the residuals; with --no-keep-residual they are computed again",
+    )
     options = parser.parse_args()
     batch = options.batch or (512 if options.image_size <= 64 else 256)
     print(f"SDNet-18_all at {options.image_size} px, batch {batch}, 16 bits, {options.n_steps} steps:\n")

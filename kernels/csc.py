@@ -126,8 +126,7 @@ def csc_encode(
             "triton"; `explain` says what a call would take. The environment variable SDNET_IMPL replaces "auto".
         keep_residuals: whether the forward pass keeps the residuals for the backward pass, n_steps - 1 tensors of the
             size of n_dict x, instead of computing them again, a transposed convolution each. None reads the
-            environment variable SDNET_KEEP_RESIDUALS, "1" for yes and "0" for no, and without it keeps them on a CPU,
-            where memory is cheaper than convolutions.
+            environment variable SDNET_KEEP_RESIDUALS, "1" for yes and "0" for no, and without it keeps them.
         z0: the codes to start from in place of zero (a warm start): z_1 = P(z_0 + step_size A'(x - A z_0)).
         tolerance: stop as soon as |z_{k+1} - z_k| <= tolerance |z_{k+1}| for every sample, after n_steps at the latest,
             and return a `Solution`: the codes and the number of steps. The test waits for the device.
@@ -257,7 +256,7 @@ def prepared(
         size = codes_size((height, width), (kernel_h, kernel_w), stride, padding)
         iteration.check_fits(coding, (x.shape[0], weight.shape[0], *size), x)
     choice = choose(impl, x, weight, iteration.given or transform, lam.ndim > 0 and lam.shape[1] > 1)
-    keep = _keeps_residuals(x) if keep_residuals is None else checks.flag("keep_residuals", keep_residuals)
+    keep = _keeps_residuals() if keep_residuals is None else checks.flag("keep_residuals", keep_residuals)
     if path is None:
         path = paths.requested_path() if choice.impl in ("auto", "triton") else paths.AUTO
     if path != paths.AUTO and choice.impl == "auto":
@@ -372,9 +371,9 @@ def step_size(
         return step_sizes.step_size_of(eigenvalue)
 
 
-def _keeps_residuals(x: Tensor) -> bool:
-    """Return what the environment asks for, else whether x is on a CPU."""
+def _keeps_residuals() -> bool:
+    """Return what the environment asks for; by default residuals are kept."""
     asked = os.environ.get(KEEP_RESIDUALS)
     if asked not in (None, "0", "1"):
         raise ValueError(f"The environment variable {KEEP_RESIDUALS} is {asked!r}; it must be 1 or 0.")
-    return x.device.type == "cpu" if asked is None else asked == "1"
+    return asked != "0"

@@ -147,7 +147,8 @@ def test_products_are_those_of_a_convolution_of_ones(layer: LayerShape) -> None:
 
 def test_command_needs_no_triton() -> None:
     blocked = "import sys; sys.modules['triton'] = None\n"
-    code = blocked + "import sys; sys.argv = ['cost', '--image-size', '32']; from sdnet.bench.cost import main; main()"
+    arguments = ["cost", "--image-size", "32", "--no-keep-residual"]
+    code = f"{blocked}sys.argv = {arguments}; from sdnet.bench.cost import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "| 64->64 3x3/1 @ 32x32 | 4 |" in done.stdout

@@ -7,6 +7,13 @@ import torch
 
 from .cases import Case
 
+TF32_FLOOR = 1e-3
+"""The error that products in tf32 may have in any case.
+
+The tensor cores drop 13 bits of each operand where Triton multiplies, and cuDNN may round them to the nearest. Dropping
+has twice the error, most of it towards zero: 7.7e-4 against 2.9e-4 for sums of 576 products.
+"""
+
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 
 
@@ -26,9 +33,11 @@ def errors(case: Case, dtype: torch.dtype, impl: str) -> dict[str, float]:
     return {name: ((actual.double() - exact).norm() / scales[name]).item() for name, (actual, exact) in found.items()}
 
 
-def assert_as_exact_as_torch(case: Case, dtype: torch.dtype, lam_floor: float = 0.0) -> None:
-    """By the rule above; `lam_floor` is one for dL/dlam, above the type's own."""
+def assert_as_exact_as_torch(
+    case: Case, dtype: torch.dtype, lam_floor: float = 0.0, floor: float | None = None
+) -> None:
+    """By the rule above; `floor` stands in the place of the type's, and `lam_floor` is one for dL/dlam above it."""
     ours, theirs = errors(case, dtype, "triton"), errors(case, dtype, "torch")
-    allowed = {name: max(2 * error, FLOOR[dtype]) for name, error in theirs.items()}
+    allowed = {name: max(2 * error, FLOOR[dtype] if floor is None else floor) for name, error in theirs.items()}
     allowed["lam"] = max(allowed["lam"], lam_floor)
     assert all(error <= allowed[name] for name, error in ours.items()), f"{ours}, torch's {theirs}"

@@ -250,7 +250,7 @@ def test_residuals_kept_or_computed_again_give_the_same_gradients(
 
 @pytest.mark.parametrize("asked", [None, "1", "0"])
 @some_cases
-def test_autograd_keeps_the_input_the_dictionary_the_codes_and_on_a_cpu_the_residuals(
+def test_autograd_keeps_the_input_the_dictionary_the_codes_and_unless_told_not_to_the_residuals(
     case: SmallCase, asked: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight, step_size, lam = case.tensors()
