@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TextIO
 
 import torch
@@ -135,9 +136,11 @@ def qualify_call(call: Call, job: Job, device: torch.device, say: Say) -> Verdic
         if time.perf_counter() > end:
             break
         say("started", candidate=candidate.name)
-        trials.append(trial_of(candidate, lambda candidate=candidate: comparison.check(candidate)))
+        trials.append(trial_of(candidate, partial(comparison.check, candidate)))
     say("started", candidate="timing")
-    return judge(timed(trials, comparison.inputs, job, device), call.batch)
+    inputs = comparison.inputs
+    del comparison  # and its results, which the timed calls have no use for
+    return judge(timed(trials, inputs, job, device), call.batch)
 
 
 def qualify_update(update: Update, job: Job, say: Say) -> Verdict:
@@ -180,6 +183,8 @@ def race(
 ) -> list[Trial]:
     """Return the trials with their times, with launches and as replayed CUDA graphs, all measured in turns."""
     samplers: dict[str, timing.Sampler] = {}
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the inputs were made on another stream
     with timing.measuring_stream(device):
         for trial in trials:
             each = calls[trial.path]
