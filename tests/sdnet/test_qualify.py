@@ -65,7 +65,7 @@ def test_each_kind_of_call_and_the_update_are_qualified_and_used(asked: list[dic
     assert len(update.layers) == 4
     assert list(found.verdicts) == ["0", "1", "2", "3"]
     assert all(verdict.path == PLAIN for (verdict,) in found.verdicts.values())
-    assert "0: a reason, noted just now" in str(found)
+    assert "0: a reason, noted " in str(found)
     assert str(found).endswith("A note.")
     assert job.decide(calls[0], CPU).reason.startswith("a reason")
     assert job.decide(calls[0]._replace(batch=3), CPU).reason.startswith("a reason")  # the last batch

@@ -87,7 +87,7 @@ def test_a_verdict_of_the_cache_folder_is_taken_and_explained(
     torch.testing.assert_close(found, expected)
     sentence = explain(*leaves, *rest)
     assert sentence.startswith("triton: auto takes what has been qualified on this GPU: fused was right and 1.50 times")
-    assert "measured just now [fused 2.000 ms]; the fused path; A' in tiles of few" in sentence
+    assert "measured 3 days ago [fused 2.000 ms]; the fused path; A' in tiles of few" in sentence
 
 
 def test_a_verdict_for_pytorch_is_taken_and_explained(
