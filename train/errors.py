@@ -10,7 +10,16 @@ class NonFiniteLossError(UserError):
 
 
 class DataError(UserError):
-    """An image could not be read during the run; only the process that met it can report it."""
+    """An image could not be read during the run; only the process that met it can report it.
+
+    Attributes:
+        image: The image as messages name it; empty if it is not known.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, message: str, image: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.image, self.reason = image, reason
 
 
 class LostProcessError(UserError):

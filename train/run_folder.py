@@ -94,6 +94,13 @@ class RunFolder:
             where = f"epoch {state.get('epoch', 0) + 1}, step {state.get('step', 0)}"
             return checkpoint, (f"{error} The run goes on from the checkpoint before, {self.previous_file}, {where}.",)
 
+    def checkpoint_of(self, resume: bool) -> tuple[Checkpoint | None, tuple[str, ...]]:
+        """Return `load_checkpoint` if the run is resumed; otherwise check once more that the folder is unused."""
+        if resume:
+            return self.load_checkpoint()
+        self.check_unused()  # another program may have used it before this one locked it
+        return None, ()
+
     def keep_checkpoint(self, epoch: int) -> None:
         """Keep the checkpoint and the weights of an epoch under names of their own."""
         for file in (self.checkpoint_file, self.path / "last.safetensors"):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import sdnet
 from sdnet.step_size import csc_layers
+from sdnet.train.bad_images import noting_broken_image, record_bad_images
 from sdnet.train.build import check_recipe, equal_facts, make_accelerator, make_model
-from sdnet.train.checkpoint import Checkpoint, LoaderPosition, RandomState, TrainState, restore
+from sdnet.train.checkpoint import LoaderPosition, RandomState, TrainState, restore
 from sdnet.train.data.loader import Data, Loader, Rank
 from sdnet.train.data.watch import listening
 from sdnet.train.ema import Ema
@@ -76,7 +77,7 @@ class Trainer:
         """Open the data, make the model, and restore the checkpoint if the run is resumed."""
         job, recipe, accelerator = self.job, self.job.recipe, self.accelerator
         device, processes = accelerator.device, accelerator.num_processes
-        checkpoint, fallen_back = on_all(accelerator, self._read_checkpoint)
+        checkpoint, fallen_back = on_all(accelerator, lambda: self.run.checkpoint_of(job.resume))
         self.fallen_back = bool(fallen_back)
         check_equal(accelerator, equal_facts(job, checkpoint))
         if checkpoint:
@@ -151,7 +152,11 @@ class Trainer:
             SystemExit: After one of `interrupt.SIGNALS`, with a checkpoint written; the code is 128 + the signal.
         """
         kept = f"the last checkpoint is {self.run.checkpoint_file}"
-        with self.lock, naming_lost_process(self.accelerator, self.job.timeout, kept):
+        with (
+            self.lock,
+            noting_broken_image(self.run, self.job.data, self.state),
+            naming_lost_process(self.accelerator, self.job.timeout, kept),
+        ):
             self._train()
 
     def _train(self) -> None:
@@ -190,7 +195,7 @@ class Trainer:
         for part in self.frozen:
             part.eval()  # the statistics of batch norm stay too
         self.watch, self.first_batch = Stopwatch(), state.batch
-        left = self.steps_per_epoch * recipe.accumulate - state.batch
+        left = max(0, self.steps_per_epoch * recipe.accumulate - state.batch)
         for images, labels in self.watch.timed(islice(self.data.train, left)):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, state.step, self.steps_per_epoch)
@@ -372,13 +377,6 @@ class Trainer:
         self.display.say(f"Stopped {where}; go on with --resume {self.run.path}")
         raise SystemExit(128 + signal)
 
-    def _read_checkpoint(self) -> tuple[Checkpoint | None, tuple[str, ...]]:
-        """Return the checkpoint to go on from, if there is one, and sentences about it for the user."""
-        if self.job.resume:
-            return self.run.load_checkpoint()
-        self.run.check_unused()  # again, for another program may have used it before this one locked it
-        return None, ()
-
     def _open_run(self) -> None:
         """Write what is known before the first step, and remove the metrics of epochs that will be run again."""
 
@@ -388,7 +386,7 @@ class Trainer:
             if self.fallen_back:
                 self.run.set_aside_damaged()
             self.run.keep_metrics(self.state.epoch)
-            self.run.note_left_out(self.data.left_out)
+            record_bad_images(self.run, self.data, self.job.resume, self.state.step)
             place = {"epoch": self.state.epoch, "step": self.state.step, "changes": self.job.changes}
             facts = {"command": sys.argv, "processes": self.accelerator.num_processes, **place}
             self.run.add_environment(facts | describe_environment(self.accelerator.device))

@@ -3,13 +3,15 @@
 `"header"` looks at the first and the last bytes of each image: a JPEG or PNG that begins and ends as it should is taken
 for complete, anything else is decoded. `"full"` decodes every image. Both decode with Pillow, and both refuse the kinds
 of images that DALI would decode otherwise (see `sdnet.train.data.formats`). The result is kept in the user's cache
-folder for as long as names, sizes and times of the files stay the same.
+folder for as long as names, sizes and times of the files stay the same. It is written every few seconds, so a check
+that was interrupted goes on where it stopped.
 """
 
 import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,7 @@ from sdnet.train.files import write_atomically
 from sdnet.train.job import Verify
 
 CHUNK = 1000  # images that a thread takes at a time
+KEEP_SECONDS = 5.0  # between two writes of what has been found so far
 RULES = 2  # counts the changes of what is accepted: a result of other rules is not used
 
 
@@ -38,21 +41,28 @@ class BadImage(NamedTuple):
 
 def check_images(images: ImageSet, verify: Verify, threads: int) -> list[BadImage]:
     """Return the images of a set that are empty, truncated, unreadable, of an unsupported kind, or not images."""
-    stamp, cache = _stamp(images), _cache_file(images)
-    if (known := _recall(cache, stamp, verify)) is not None:
-        return known
+    stamp, cache = stamp_of(images), cache_folder() / f"check-{place_of(images)}-{images.digest()[:8]}.json"
+    bad, done = _recall(cache, stamp, verify)
+    if done >= len(images):
+        return bad
 
     def check(start: int) -> list[BadImage]:
         chunk = range(start, min(start + CHUNK, len(images)))
         verdicts = ((index, inspect(images.where(index), verify)) for index in chunk)
         return [BadImage(index, images.name(index), reason) for index, reason in verdicts if reason]
 
-    with ThreadPoolExecutor(threads) as executor:
-        bad: list[BadImage] = []
-        for chunk, found in enumerate(executor.map(check, range(0, len(images), CHUNK))):
-            tell("checking images", min((chunk + 1) * CHUNK, len(images)), len(images))
+    executor = ThreadPoolExecutor(threads)
+    try:
+        kept = time.monotonic()
+        for start, found in zip(starts := range(done, len(images), CHUNK), executor.map(check, starts), strict=True):
+            done = min(start + CHUNK, len(images))
+            tell("checking images", done, len(images))
             bad += found
-    _remember(cache, stamp, verify, bad)
+            if done == len(images) or time.monotonic() - kept >= KEEP_SECONDS:
+                _remember(cache, stamp, verify, bad, done)
+                kept = time.monotonic()
+    finally:
+        executor.shutdown(cancel_futures=True)
     return bad
 
 
@@ -84,7 +94,7 @@ def refuse(root: Path, bad: Sequence[tuple[str, str]], most: int = 10) -> None:
         )
 
 
-def _stamp(images: ImageSet) -> str:
+def stamp_of(images: ImageSet) -> str:
     """Return a text that changes when a file is added, removed, renamed, or written to, and with `RULES`."""
     stamp = hashlib.sha256(f"{RULES} {images.digest()}".encode())
     for path in images.paths():
@@ -96,27 +106,34 @@ def _stamp(images: ImageSet) -> str:
     return stamp.hexdigest()
 
 
-def _cache_file(images: ImageSet) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdnet"
-    place = hashlib.sha256(os.fsencode(images.root.resolve())).hexdigest()[:24]
-    return folder / f"check-{place}-{images.digest()[:8]}.json"
+def cache_folder() -> Path:
+    """Return the user's folder for what can be found out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdnet"
 
 
-def _recall(cache: Path, stamp: str, verify: Verify) -> list[BadImage] | None:
-    """Return what an earlier check found, if it was as thorough and nothing has changed since."""
+def place_of(images: ImageSet) -> str:
+    """Return a word that stands for the folder of a set in names of files."""
+    return hashlib.sha256(os.fsencode(images.root.resolve())).hexdigest()[:24]
+
+
+def _recall(cache: Path, stamp: str, verify: Verify) -> tuple[list[BadImage], int]:
+    """Return what an earlier check found, and how many images it had looked at; it may have been interrupted.
+
+    Nothing, if it was less thorough or something has changed since.
+    """
     try:
         stored = json.loads(cache.read_text())
         if stored["stamp"] == stamp and verify in ("header", stored["verify"]):
-            return [BadImage(*image) for image in stored["bad"]]
+            return [BadImage(*image) for image in stored["bad"]], int(stored["done"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no cache, or not one of ours: check again
-    return None
+    return [], 0
 
 
-def _remember(cache: Path, stamp: str, verify: Verify, bad: Sequence[BadImage]) -> None:
+def _remember(cache: Path, stamp: str, verify: Verify, bad: Sequence[BadImage], done: int) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"stamp": stamp, "verify": verify, "bad": bad})
+        text = json.dumps({"stamp": stamp, "verify": verify, "bad": bad, "done": done})
         write_atomically(cache, lambda temporary: temporary.write_text(text))
     except OSError:
         pass  # a cache that cannot be written costs the next run a check

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from sdnet.train.data.cifar_files import Arrays, find_official, read_official
+from sdnet.train.data.decoded import decode_once
 from sdnet.train.data.epochs import loader_options
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.formats import FORMATS
@@ -110,7 +111,10 @@ def read_small_pictures(root: Path, verify: Verify = "header", bad_files: BadFil
         official = read_official(found)
         return SmallPictures(official.classes, official.train, official.val, notes=official.notes)
     checked = read_checked(root, None, verify, bad_files)
-    train, val = decode_all(checked.train), decode_all(checked.val)
+    train, val = (
+        Arrays(decode_once(images, lambda images: decode_all(images).images), np.asarray(images.labels, np.int64))
+        for images in (checked.train, checked.val)
+    )
     if train.images.shape[2:] != val.images.shape[2:]:
         raise UserError(f"The images of both splits in {printable(root)} are not of the same size.")
     return SmallPictures(checked.train.classes, train, val, checked.left_out, checked.notes)
@@ -128,7 +132,10 @@ def decode_all(images: ImageSet) -> Arrays:
             with Image.open(BytesIO(images.where(index).read()), formats=FORMATS) as image:
                 return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"The image {images.name(index)} cannot be decoded: {error}.") from error
+            raise UserError(
+                f"The image {images.name(index)} cannot be decoded: {error}; repair it, or leave such images out with "
+                "--verify full --bad-files skip."
+            ) from error
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as executor:
         first = decode(0)

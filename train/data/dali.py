@@ -16,6 +16,7 @@ from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
+from sdnet.train.bad_images import read_bad_images
 from sdnet.train.data.epochs import EpochLoader, LoaderOptions, loader_options
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.formats import why_unusable
@@ -40,11 +41,14 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     """
     recipe = job.recipe
     cores, neighbours = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    checked = read_checked(job.data, job.val_labels, job.verify, job.bad_files, cores)
+    recorded = read_bad_images(job.run.path) if job.resume else None
+    checked = read_checked(job.data, job.val_labels, job.verify, job.bad_files, cores, recorded)
     train, val, held = checked.train, checked.val, None
+    val_digest, val = val.digest(), checked.without_dropped(val)
     if recipe.holdout:
         parts = divide(train.labels, recipe.holdout, f"The training set in {printable(job.data)}")
         train, held = (train.select(part.tolist()) for part in parts)
+        held = checked.without_dropped(held)
     options: dict[str, Any] = {
         **loader_options(job, rank, device),
         "batch": recipe.local_batch(rank.world),
@@ -57,18 +61,26 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     evaluation: dict[str, Any] = {"augment": False, "resize": recipe.eval_resize, **options}
     return Data(
         train=DaliLoader(
-            train, augment=True, extras=recipe.extras, mixing=mixing, erasing=recipe.random_erasing, **options
+            train,
+            augment=True,
+            dropped=checked.dropped_from(train),
+            extras=recipe.extras,
+            mixing=mixing,
+            erasing=recipe.random_erasing,
+            **options,
         ),
         val=DaliLoader(val, **evaluation),
         val_size=len(val),
         classes=train.classes,
         digest=train.digest(),
-        val_digest=val.digest(),
+        val_digest=val_digest,
+        bad_images=checked.bad,
+        dropped=tuple(checked.dropped.items()),
         left_out=checked.left_out,
         notes=checked.notes,
         holdout=None if held is None else DaliLoader(held, **evaluation),
         train_size=len(train),
-        holdout_size=recipe.holdout,
+        holdout_size=0 if held is None else len(held),
     )
 
 
@@ -177,9 +189,9 @@ class DaliLoader(EpochLoader):
             yield
         except RuntimeError as error:
             if broken := reader.first_broken(why_unusable):
-                raise DataError(f"The image {broken[0]} broke during the run: it {broken[1]}.") from error
+                raise DataError(f"The image {broken[0]} broke during the run: it {broken[1]}.", *broken) from error
             if broken := reader.first_broken(self._why_not_decoded):
-                raise DataError(f"The image {broken[0]} {broken[1]}.") from error
+                raise DataError(f"The image {broken[0]} {broken[1]}.", *broken) from error
             raise
 
     def _why_not_decoded(self, data: bytes) -> str | None:

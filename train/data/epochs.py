@@ -1,7 +1,7 @@
 """The part that all loaders share: the order of an epoch, the share of a rank, and the state to resume from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -27,6 +27,7 @@ class CommonOptions(TypedDict, total=False):
     seed: int
     channels_last: bool
     dtype: torch.dtype
+    dropped: Sequence[int]
 
 
 class LoaderOptions(CommonOptions):
@@ -68,6 +69,8 @@ class EpochLoader(ABC):
         augment: True for training, False for evaluation.
         mixing: Mixup and CutMix; labels are then targets [B, classes]; training only.
         erasing: The probability that an image loses a rectangle; training only.
+        dropped: Indices of images that are left out, because they broke during the run; training only. The order of the
+            others stays, so that a run can be resumed in the middle of an epoch.
         rank: The rank that this loader feeds.
         device: Where batches come out.
         seed: The seed of order and augmentation.
@@ -88,6 +91,7 @@ class EpochLoader(ABC):
         augment: bool,
         mixing: Mixing | None = None,
         erasing: float = 0.0,
+        dropped: Sequence[int] = (),
         rank: Rank | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
@@ -98,9 +102,11 @@ class EpochLoader(ABC):
         self.rank, self.device = rank or Rank(), torch.device(device)
         self.seed, self.epoch, self.dtype, self.channels_last = seed, 0, dtype, channels_last
         self._digest, self._step, self._restored = digest, 0, b""
+        self._dropped = np.array(sorted(dropped), dtype=int)
         if total < self.rank.world:
             raise UserError(f"{name} has {total} images, fewer than the {self.rank.world} processes.")
-        self._steps = total // (batch * self.rank.world) if augment else len(self._evaluation_batches())
+        used = total - len(self._dropped)
+        self._steps = used // (batch * self.rank.world) if augment else len(self._evaluation_batches())
 
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch."""
@@ -160,7 +166,8 @@ class EpochLoader(ABC):
         """Return the indices of the images of each step of this rank."""
         if not self.augment:
             return self._evaluation_batches()
-        order = self._own(self._generator().permutation(self.total))
+        order = self._generator().permutation(self.total)
+        order = self._own(order[~np.isin(order, self._dropped)])
         return np.split(order, self._steps) if self._steps else []
 
     def _evaluation_batches(self) -> list[np.ndarray]:

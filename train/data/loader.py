@@ -75,6 +75,8 @@ class Data:
         holdout: The loader of the training images that are held out to choose the best weights on; None for none.
         holdout_size: The number of these images over all ranks.
         program: Which entry script reads images this way; the colours are normalised differently.
+        bad_images: (image, reason) for the images that were checked and cannot be used, named relative to the folder.
+        dropped: (image, reason) for those of them that the run left out after its start.
         val_digest: A fingerprint of the validation set; empty if it has none.
     """
 
@@ -90,3 +92,5 @@ class Data:
     holdout_size: int = 0
     program: Program = "imagenet"
     val_digest: str = ""
+    bad_images: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from sdnet.train.data.folder import ImageSet
+from sdnet.train.errors import DataError
 
 READERS = 4  # threads that wait for the disk; they hardly use a core
 
@@ -55,4 +56,10 @@ class ReadAhead:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, step: int) -> list[np.ndarray]:
-        return [np.frombuffer(self._images.where(index).read(), np.uint8) for index in self._batches[step]]
+        return [np.frombuffer(self._read_one(int(index)), np.uint8) for index in self._batches[step]]
+
+    def _read_one(self, index: int) -> bytes:
+        try:
+            return self._images.where(index).read()
+        except DataError as error:
+            raise DataError(str(error), self._images.name(index), "cannot be read") from error
