@@ -184,7 +184,7 @@ def qualify(
         table[name] = Verdict(TORCH, reason, item.batch if isinstance(item, Call) else 0)
     if left:
         run.notes.append(f"The budget of {budget:.0f} seconds was spent before {len(left)} of {len(names)} verdicts.")
-    return Outcome(run.machine, table, (*run.notes, *filter(None, [store.complaint])))
+    return Outcome(run.machine, table, tuple(run.notes))
 
 
 def known(items: Sequence[Call | Update], machine: Machine, flags: Flags, store: Store) -> Outcome:

@@ -1,6 +1,10 @@
 """Which verdicts a run uses: found out, known, stored in its checkpoint, or none. The children are scripted."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,3 +176,25 @@ def test_ranks_without_a_rendezvous_use_no_verdicts(
     assert result.table == {}
     assert result.notes[0].startswith("The launcher does not set RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT")
     assert job.STATE.of_job
+
+
+def test_two_processes_exchange_verdicts_before_they_make_a_group(tmp_path: Path) -> None:
+    """The store of the verdicts and that of the process group share an address, as a launcher gives one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SDNET_")} | launched
+    program = Path(__file__).with_name("verdict_ranks.py")
+    processes = [
+        subprocess.Popen([sys.executable, program, str(tmp_path)], env=environment | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["table"] == second["table"]
+    assert first["table"]
+    assert [first["qualified"], second["qualified"]] == [1, 0]
+    assert first["of_job"]
+    assert second["of_job"]
+    assert first["sum"] == second["sum"] == 3
