@@ -10,7 +10,6 @@ from typing import Any
 
 from sdnet.bench.reproduce.cards import Card, interval
 from sdnet.bench.robustness import plots
-from sdnet.bench.robustness.attack_runs import STANDARD_ATTACKS
 from sdnet.bench.robustness.stored import unpack
 from sdnet.bench.tables import NOTHING, markdown
 from sdnet.robustness.corruptions import NOISES
@@ -122,6 +121,42 @@ def alone_table(cards: Sequence[Card]) -> str:
     return markdown(header, lines)
 
 
+def goals_table(cards: Sequence[Card]) -> str:
+    """Return whether rule b reaches its goals, for every SDNet with a table."""
+    base = [card for card in tabled(cards) if card["network"] == "resnet18"]
+    lines = []
+    for card in tabled(cards):
+        values, conditions = card["table"]["values"], card["table"]["conditions"]
+        if "b, clean" not in values:
+            continue
+        for noise in NOISES:
+            names = [f"{noise} {n}" for n in conditions["severities"] if n >= 3]
+            if not names or any(f"b, {name}" not in values for name in names):
+                continue
+            gains = [values[f"b, {name}"] - values[f"training, {name}"] for name in names]
+            shown = ", ".join(f"{gain:+.2f}" for gain in gains) + f" points at {', '.join(names)}"
+            lines.append([card["network"], f"beats the training lambda, {noise}", shown, met(min(gains) > 0)])
+        lost = values["training, clean"] - values["b, clean"]
+        lines.append([card["network"], "loses less than 0.3 points, clean", f"{lost:.2f} points", met(lost < 0.3)])
+        ours, theirs = alone_mean(card, "b"), alone_mean(base[0], "BN") if base else None
+        if ours is not None and theirs is not None:
+            shown = f"{ours:.2f} % against {theirs:.2f} %"
+            lines.append([card["network"], "beats resnet18 with batch statistics, batch 1", shown, met(ours > theirs)])
+    return markdown(["network", "goal of rule b", "measured", "reached"], lines)
+
+
+def met(reached: bool) -> str:
+    """Return whether a goal is reached, in a word."""
+    return "yes" if reached else "**no**"
+
+
+def alone_mean(card: Card, row: str) -> float | None:
+    """Return the mean accuracy of a row at batch 1 over noises and severities; None if it is not measured."""
+    table = card["table"]
+    names = [f"{noise} {n}" for noise in NOISES for n in table["conditions"]["alone_severities"]]
+    return mean_over([table["values"].get(f"batch 1, {row}, {name}") for name in names])
+
+
 def rows_of(card: Card, prefix: str = "") -> list[str]:
     """Return the rows that the table of a card has."""
     return [row for row in ROW_NAMES if f"{prefix}{row}, clean" in card["table"]["values"]]
@@ -185,12 +220,22 @@ def attacks_table(cards: Sequence[Card]) -> str:
     names = list(dict.fromkeys(name for _, values in found for name in values))
     names = [name for name in names if name == "clean" or name.startswith("PGD") or is_autoattack(name)]
     lines = [[name, *(points(values.get(name)) for _, values in found)] for name in names]
+    if any(is_autoattack(name) for name in names):
+        shares = [points(autoattack_clean(values, cards)) for _, values in found]
+        lines.insert(1, ["clean, the pictures of AutoAttack", *shares])
     return markdown(["attack", *(network for network, _ in found)], lines)
+
+
+def autoattack_clean(values: Mapping[str, Any], cards: Sequence[Card]) -> float | None:
+    """Return the clean accuracy on the pictures that AutoAttack attacks; None if it has not begun."""
+    flags = [value for name, value in values.items() if name.startswith("AutoAttack") and name.endswith(": clean")]
+    counts = {min(a["conditions"][n] for n in ("autoattack", "pictures")) for c in cards for a in c["attacks"].values()}
+    return 100 * mean(unpack(flags[0], min(counts))) if flags else None
 
 
 def is_autoattack(name: str) -> bool:
     """Return whether a stored value is the accuracy under AutoAttack, or under its Square attack alone."""
-    return name.startswith("AutoAttack") and not any(f"after {attack}" in name for attack in STANDARD_ATTACKS)
+    return name.startswith("AutoAttack") and ": " not in name
 
 
 def checks_table(cards: Sequence[Card]) -> str:
@@ -215,13 +260,10 @@ def draw_curves(cards: Sequence[Card], path: Path) -> bool:
     lambdas, severities = conditions["lambdas"], conditions["severities"]
     names = {noise: {0: "clean"} | {n: f"{noise} {n}" for n in severities} for noise in NOISES}
     scores = {noise: {n: values[f"held-out, {name}"] for n, name in of.items()} for noise, of in names.items()}
-    points = {
-        noise: [
-            (values[f"held-out facts, {name}"]["residual"], best_of(lambdas, values[f"held-out, {name}"]))
-            for name in of.values()
-        ]
-        for noise, of in names.items()
-    }
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name in dict.fromkeys(name for of in names.values() for name in of.values()):
+        residual = values[f"held-out facts, {name}"]["residual"]
+        points.setdefault(name.split()[0], []).append((residual, best_of(lambdas, values[f"held-out, {name}"])))
     plots.curves_plot(path, lambdas, scores, points)
     return True
 
@@ -233,6 +275,7 @@ VIEWS: dict[str, Callable[[Sequence[Card]], str]] = {
     "cards-rules": rules_table,
     "cards-severities": severities_table,
     "cards-alone": alone_table,
+    "cards-goals": goals_table,
     "cards-fits": fits_table,
     "cards-attacks": attacks_table,
     "cards-checks": checks_table,
@@ -296,7 +339,7 @@ def caption(view: str, cards: Sequence[Card]) -> str:
     attacks = [attack["conditions"] for card in cards for attack in card["attacks"].values()]
     if view in ("cards-attacks", "cards-checks") and attacks:
         first = attacks[0]
-        facts.append(f"PGD: {first['pictures']} test pictures, {first['steps']} steps, {first['restarts']} restarts")
+        facts.append(f"PGD: {first['pictures']} test pictures, {first['steps']} steps, restarts: {first['restarts']}")
         facts.append(f"AutoAttack: {first['autoattack']} test pictures, {first['queries']} queries of Square")
     devices = sorted({start["device"] for card in cards for start in card["trained"]})
     commits = sorted({str(start["commit"])[:7] for card in cards for start in [*card["trained"], card["evaluated"]]})

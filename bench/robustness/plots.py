@@ -47,7 +47,7 @@ def draw_line(axis: Axes, points: Mapping[str, Sequence[tuple[float, float]]]) -
     if len(set(residuals)) > 1:
         slope, intercept = line_through(residuals, [lam for _, lam in every])
         ends = [min(residuals), max(residuals)]
-        axis.plot(ends, [slope * r + intercept for r in ends], "k-", label=f"{slope:.2g} r + {intercept:.2g}")
+        axis.plot(ends, [slope * r + intercept for r in ends], "k-", label=f"{slope:.2g} r {intercept:+.2g}")
     axis.set(xlabel="mean residual r at the training lambda", ylabel="best lambda")
     axis.legend(fontsize="x-small")
 

@@ -199,9 +199,9 @@ def write(out: Path, lambdas: Sequence[float], groups: Sequence[Group], results:
         sparsity = results.values[key(group, best)]["sparsity"]
         words = [f"{best:g}", f"{residual:.1f}", f"{sparsity:.2f}"]
         lines.append([name_of_group(group), *(f"{score:.2f}" for score in scores), *words])
+        points.setdefault(group[0] if group[1] else "clean", []).append((residual, best))
         for noise in [group[0]] if group[1] else noises:
             curves.setdefault(noise, {})[group[1]] = scores
-            points.setdefault(noise if group[1] else "clean", []).append((residual, best))
     text = (
         "Accuracy in percent over lambda; residual: mean |x - A z|² of the first layer at the training lambda; "
         "sparsity: share of zero codes at the best lambda.\n\n"

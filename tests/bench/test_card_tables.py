@@ -19,7 +19,11 @@ def card(
     """A card of 8 test pictures."""
     attack: dict[str, Any] = {"conditions": {"pictures": 4, "steps": 2, "restarts": 1, "autoattack": 2, "queries": 9}}
     attack["values"] = {"clean": 75.0, "PGD-2, Linf 2/255": 25.0, "check: unbounded": 0.0, "AutoAttack, L2 0.25": 0.0}
-    attack["values"] |= {"AutoAttack, L2 0.25: after square": "0", "check: two forwards are equal": True}
+    attack["values"] |= {
+        "AutoAttack, L2 0.25: clean": "8",
+        "AutoAttack, L2 0.25: after square": "0",
+        "check: two forwards are equal": True,
+    }
     return {
         "scale": "tiny",
         "network": network,
@@ -65,11 +69,25 @@ def test_rules_are_shown_as_means_over_severities() -> None:
     assert "| sdnet18, b, noise estimate | 60.00 |" in tables.alone_table(cards)
 
 
+def test_goals_compare_rule_b_with_the_training_lambda_and_with_batch_statistics() -> None:
+    noises = ("gaussian", "shot", "impulse", "speckle")
+    values = {f"{row}, {noise} {n}": 50.0 for row in ("b", "training") for noise in noises for n in (1, 5)}
+    values |= {"training, clean": 80.0, "b, clean": 79.8, "b, shot 5": 51.0, "b, impulse 5": 49.0}
+    ours = card("sdnet18", 0, 50.0, values=values | {f"batch 1, b, {noise} 5": 40.0 for noise in noises})
+    theirs = card("resnet18", 0, 50.0, values={f"batch 1, BN, {noise} 5": 10.0 for noise in noises})
+    text = tables.goals_table([ours, theirs])
+    assert "| beats the training lambda, shot | +1.00 points at shot 5 | yes |" in text
+    assert "| beats the training lambda, impulse | -1.00 points at impulse 5 | **no** |" in text
+    assert "| loses less than 0.3 points, clean | 0.20 points | yes |" in text
+    assert "| beats resnet18 with batch statistics, batch 1 | 40.00 % against 10.00 % | yes |" in text
+
+
 def test_attacks_and_checks_are_apart() -> None:
     cards = [card("resnet18", 0, 50.0)]
     attacks, checks = tables.attacks_table(cards), tables.checks_table(cards)
     assert attacks.splitlines()[2:] == [
         "| clean | 75.00 |",
+        "| clean, the pictures of AutoAttack | 50.00 |",
         "| PGD-2, Linf 2/255 | 25.00 |",
         "| AutoAttack, L2 0.25 | 0.00 |",
     ]
