@@ -12,9 +12,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = parse_job(CIFAR_RECIPES, "cifar_sdnet18", argv)
         # Imported late, so that `--help` and wrong options need not wait for them.
         from sdnet.train.data.cifar import open_small_pictures
-        from sdnet.train.trainer import Trainer
+        from sdnet.train.runs import train_runs
 
-        Trainer(job, open_small_pictures).train()
+        train_runs(job, open_small_pictures)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = parse_job(RECIPES, "imagenet_sdnet18", argv)
         # Imported late, so that `--help` and wrong options need not wait for them.
         from sdnet.train.data.dali import open_pictures
-        from sdnet.train.trainer import Trainer
+        from sdnet.train.runs import train_runs
 
-        Trainer(job, open_pictures).train()
+        train_runs(job, open_pictures)
 
 
 if __name__ == "__main__":

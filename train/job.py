@@ -50,6 +50,7 @@ class Job:
         "auto", "run", "find out the quickest right kernels on a GPU: those without a verdict, all again, or none"
     )
     qualify_seconds: float = setting(600.0, "run", "the most seconds that --qualify takes before the first step")
+    runs: int = setting(1, "run", "runs with the seeds seed, seed + 1 ...; their mean and deviation", least=1)
     tracker: tuple[Tracker, ...] = setting(("tensorboard",), "run", "experiment trackers of Accelerate, or none")
     verify: Verify = setting("header", "data", "check the header of each image before the training, or decode it")
     bad_files: BadFiles = setting("fail", "data", "stop at images that cannot be read, or leave them out")

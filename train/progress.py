@@ -104,7 +104,9 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         text = one_line(text, self.console.encoding)
-        self.console.print(f"{text}  {datetime.now():%H:%M:%S}" if self._clock else text, markup=False)
+        line = f"{text}  {datetime.now():%H:%M:%S}" if self._clock else text
+        # A terminal breaks lines between words; a log has every line whole.
+        self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
         self._note(f"{text}  {datetime.now():%Y-%m-%d %H:%M:%S}")
 
     def show(self, step: int, text: str) -> None:

@@ -6,8 +6,9 @@ repeat or drop images when counts are uneven.)
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import numpy as np
@@ -29,6 +30,7 @@ from sdnet.train.data.read_ahead import ReadAhead
 from sdnet.train.data.sources import read_checked
 from sdnet.train.errors import DataError, UserError
 from sdnet.train.job import Job
+from sdnet.train.schedule import training_size
 
 Extras = Literal["none", "trivial", "rand"]
 
@@ -57,18 +59,18 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
         "prefetch": job.prefetch,
         "hw_decoder_load": job.hw_decoder_load,
     }
-    mixing = mixing_of(recipe, len(train.classes))
+    training: dict[str, Any] = {
+        "augment": True,
+        "dropped": checked.dropped_from(train),
+        "extras": recipe.extras,
+        "mixing": mixing_of(recipe, len(train.classes)),
+        "erasing": recipe.random_erasing,
+        "size_of": partial(training_size, recipe),
+        **options,
+    }
     evaluation: dict[str, Any] = {"augment": False, "resize": recipe.eval_resize, **options}
     return Data(
-        train=DaliLoader(
-            train,
-            augment=True,
-            dropped=checked.dropped_from(train),
-            extras=recipe.extras,
-            mixing=mixing,
-            erasing=recipe.random_erasing,
-            **options,
-        ),
+        train=DaliLoader(train, **training),
         val=DaliLoader(val, **evaluation),
         val_size=len(val),
         classes=train.classes,
@@ -93,6 +95,7 @@ class DaliLoader(EpochLoader):
     Args:
         images: The split to read.
         size: Height and width of the output.
+        size_of: Returns another height and width for an epoch; training only.
         resize: The shorter side before the centre crop; evaluation only.
         extras: DALI's TrivialAugmentWide or RandAugment (2 operations of magnitude 9) after the crop; training only.
         threads: Decoding threads of this rank.
@@ -110,6 +113,7 @@ class DaliLoader(EpochLoader):
         images: ImageSet,
         *,
         size: int,
+        size_of: Callable[[int], int] | None = None,
         resize: int = 0,
         extras: Extras = "none",
         threads: int = 2,
@@ -122,6 +126,7 @@ class DaliLoader(EpochLoader):
         if not self.augment and resize < size:
             raise UserError(f"resize is {resize}; it must be at least size, {size}, for a centre crop.")
         self.images, self.threads, self.prefetch = images, threads, prefetch
+        self._size_of = size_of or (lambda epoch: size)
         self._graph: dict[str, Any] = {
             "size": size,
             "resize": resize,
@@ -171,7 +176,7 @@ class DaliLoader(EpochLoader):
         entropy = (self.seed, self.epoch, self.rank.index)
         pipeline = make_pipeline(
             reader,
-            **self._graph,
+            **(self._graph | {"size": self._size_of(self.epoch)}),
             batch_size=self.batch,
             num_threads=self.threads,
             prefetch_queue_depth=self.prefetch,
