@@ -174,9 +174,10 @@ class DaliLoader(EpochLoader):
 
     def _open(self, reader: ReadAhead) -> DALIGenericIterator:
         entropy = (self.seed, self.epoch, self.rank.index)
+        graph: dict[str, Any] = self._graph | {"size": self._size_of(self.epoch)}
         pipeline = make_pipeline(
             reader,
-            **(self._graph | {"size": self._size_of(self.epoch)}),
+            **graph,
             batch_size=self.batch,
             num_threads=self.threads,
             prefetch_queue_depth=self.prefetch,
