@@ -68,5 +68,5 @@ bench: $(READY) ## measure operators, training and data loaders in five minutes;
 	$(BIN)/python -m sdnet.bench profile --image-size 64 --batch 32 --traces $(OUT) --out $(OUT)
 	$(BIN)/python -m sdnet.bench report --results $(OUT) --whole $(OUT)/report.md
 
-gpu-check: $(READY) ## test and measure on a GPU within ten minutes; results in OUT=runs/gpu-check
+gpu-check: $(READY) ## check, qualify and measure on a GPU within 15 minutes; results in OUT=runs/gpu-check
 	$(BIN)/python -m sdnet.bench gpu-check --out $(OUT)

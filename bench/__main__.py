@@ -19,7 +19,10 @@ COMMANDS = {
     "reproduce": ("reproduce.command", "the paper's claims: training, rules for lambda, attacks, and cards of results"),
     "look": ("look", "pictures of a checkpoint: atoms, codes, inversions, objective, dictionaries"),
     "report": ("report", "tables and plots from the ledger"),
-    "gpu-check": ("gpu_check", "tests that need a GPU, then kernels and train, in ten minutes"),
+    "gpu-check": (
+        "gpu_check",
+        "what to do first on a GPU: checks, tests, verdicts and speed in a quarter of an hour",
+    ),
 }
 
 

@@ -1,8 +1,13 @@
-"""`gpu-check`: the tests that need a GPU, then `kernels` and `train`, within ten minutes; all results in one folder.
+"""`gpu-check`: what to do first on a GPU, within a quarter of an hour; all results in one folder.
+
+In this order: compute-sanitizer over one small call of each kernel; the tests that need a GPU; the qualification of
+SDNet-18 and SDNet-18_all; training speed with the verdicts of that qualification; Nsight Compute on two layers. What
+time is left goes to further measurements. `bench/gpu_parts.py` lists the stages.
 
 Each stage is a process that coreutils' `timeout` ends at its limit: with SIGINT, after which pytest writes its results,
-and a few seconds later with SIGKILL. The most important stages come first. Rows are written as they are measured, and
-summary.json is written after every stage. With pytest-xdist the tests run in parallel.
+and a few seconds later with SIGKILL. After every stage a row enters the ledger and summary.json is written. A stage
+whose tool is not installed is left out, with that reason. With pytest-xdist the tests run in parallel. PyTorch, Triton,
+einops and NumPy suffice; pytest runs the tests.
 """
 
 import argparse
@@ -11,19 +16,17 @@ import os
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from sdnet.bench.common_options import choose_device, seconds
-from sdnet.bench.ledger import ROOT, read, writable_folder
+from sdnet.bench.gpu_parts import Stage, numbers_of, stages, tool_path
+from sdnet.bench.ledger import Ledger, read, writable_folder
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
 
-SECONDS = 540
-"""Of all stages together; the rest of ten minutes is for the start and the report."""
+SECONDS = 880
+"""Of all stages together; the rest of a quarter of an hour is for the start."""
 
 GRACE = 8
 """Seconds between SIGINT and SIGKILL."""
@@ -31,51 +34,8 @@ GRACE = 8
 REPORT = 15
 """Seconds kept for the report."""
 
-TEST_MEMORY = 10 * 2**30
-"""Bytes of GPU memory that a process of the tests may need."""
-
 LEAST = 45
 """A stage with less time than this is not started: the start alone takes half of it."""
-
-
-class Stage(NamedTuple):
-    """A process.
-
-    Attributes:
-        name: The name of the stage and of its log.
-        command: What runs after `python -m`.
-        limit: Seconds after which it is ended.
-        spare: How much less its --budget is, so that what it has begun can end; 0 for a program without --budget.
-    """
-
-    name: str
-    command: list[str]
-    limit: int
-    spare: int = 0
-
-    def within(self, limit: float) -> list[str]:
-        """Return the command for so many seconds."""
-        return [*self.command, "--budget", f"{max(limit - self.spare, 0):.0f}"] if self.spare else self.command
-
-
-def stages(out: Path) -> list[Stage]:
-    """Return the stages, the most important first."""
-    kernels = ["sdnet.bench", "kernels", "--seconds", "0.3", "--out", str(out)]
-    eager = ["--operator", "csc", "--provider", "fused", "cudnn", "torch", "reference", "official"]
-    train = ["sdnet.bench", "train", "--layout", "channels_last", "--out", str(out)]
-    large = ["--image-size", "224", "--dtype", "bf16", "--impl", "auto", "torch", "--seconds", "20"]
-    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    memory = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2, memory // TEST_MEMORY))
-    parallel = ["--numprocesses", str(workers), "--dist", "worksteal"] if find_spec("xdist") else []
-    tests = ["pytest", "-m", "gpu", "-v", *parallel, f"--rootdir={ROOT}", f"--junitxml={out / 'tests.xml'}", *files]
-    return [
-        Stage("tests", tests, 120),
-        Stage("kernels", [*kernels, "--layout", "channels_last"], 175, spare=45),
-        Stage("train", [*train, *large], 140, spare=50),
-        Stage("kernels_contiguous", [*kernels, "--layout", "contiguous", *eager], 55, spare=25),
-        Stage("train_more", [*train, "--image-size", "32", "--seconds", "12"], 120, spare=50),
-    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,22 +44,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="default: the GPU")
     parser.add_argument("--seconds", type=seconds, default=SECONDS, help=f"of all stages together; default {SECONDS}")
     parser.add_argument("--stage", nargs="+", metavar="NAME", help="only these; default all")
+    parser.add_argument("--dry-run", action="store_true", help="print the stages and what they would run, and end")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the stages; return 1 if one did not pass, else 0."""
     end = time.perf_counter() + options.seconds - GRACE - REPORT
-    device = choose_device(options.device)
-    if device.type != "cuda":
-        raise UserError("gpu-check needs a GPU, and torch finds none; `python -m sdnet.bench kernels` works on a CPU.")
     known = {stage.name: stage for stage in stages(options.out)}
     if unknown := [name for name in options.stage or () if name not in known]:
         raise UserError(f"--stage {' '.join(unknown)} is unknown; it must be one of {', '.join(known)}.")
+    if options.dry_run:
+        for number, name in enumerate(options.stage or known, 1):
+            print(f"{number}. {described(known[name])}")
+        return 0
+    device = choose_device(options.device)
+    if device.type != "cuda":
+        raise UserError("gpu-check needs a GPU, and torch finds none; `python -m sdnet.bench kernels` works on a CPU.")
     writable_folder(options.out)
     results: dict[str, dict[str, Any]] = {}
-    facts = describe_environment(device)
+    facts = describe_environment(device) | {"command": "python -m sdnet.bench gpu-check", "label": ""}
+    ledger = Ledger(options.out, "gpu", facts)
     for name in options.stage or known:
         results[name] = run_stage(known[name], options.out, min(known[name].limit, end - time.perf_counter()))
+        add_row(ledger, name, results[name], options.out)
         summary = {"environment": facts, "stages": results}
         (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_report(options.out)
@@ -108,9 +75,31 @@ def run(options: argparse.Namespace) -> int:
     return 0 if all(result["outcome"] == "passed" for result in results.values()) else 1
 
 
+def described(stage: Stage) -> str:
+    """Return a line on a stage: its name, its limit, and what it runs."""
+    missing = f" ({stage.missing} is not installed here)" if stage.missing else ""
+    command = " ".join([*stage.tool, "python", "-m", *stage.within(stage.limit)])
+    return f"{stage.name}, at most {stage.limit} s{missing}: {command}"
+
+
+def add_row(ledger: Ledger, name: str, result: dict[str, Any], out: Path) -> None:
+    """Add the row of a stage: its time and what it found, or why it has none."""
+    log = Path(result["log"])
+    numbers = numbers_of(name, out, log.read_text(errors="replace")) if log.is_file() else {}
+    facts = {"shape": {"stage": name}, "metrics": numbers, "settings": {"outcome": result["outcome"]}}
+    if result["outcome"] == "passed":
+        spent = dict.fromkeys(("p20", "p50", "p80"), 1000 * max(result["seconds"], 1e-3))
+        ledger.add(name, "stage", time_ms=spent, **facts)
+    else:
+        status = "skipped" if result["seconds"] == 0 else "refused"
+        ledger.add(name, "stage", status=status, reason=result["outcome"], **facts)
+
+
 def run_stage(stage: Stage, out: Path, limit: float) -> dict[str, Any]:
     """Run a stage for at most `limit` seconds; return its outcome, seconds and log."""
     log = out / f"{stage.name}.log"
+    if stage.missing:
+        return {"outcome": f"skipped, {stage.missing} is not installed", "seconds": 0.0, "log": str(log)}
     if limit < min(LEAST, stage.limit):
         return {"outcome": "skipped, no time left", "seconds": 0.0, "log": str(log)}
     print(f"{stage.name} (at most {limit:.0f} s) ...", flush=True)
@@ -120,11 +109,13 @@ def run_stage(stage: Stage, out: Path, limit: float) -> dict[str, Any]:
         "--signal=INT",
         f"--kill-after={GRACE}",
         f"{limit:.0f}",
+        *((tool_path(stage.tool[0]) or stage.tool[0], *stage.tool[1:]) if stage.tool else ()),
         sys.executable,
         "-m",
         *stage.within(limit),
     ]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": "1"} if stage.name == "tests" else {})
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "SDNET_CACHE": str((out / "verdicts").resolve())}
+    environment |= {"OMP_NUM_THREADS": "1"} if stage.name == "tests" else {}
     with (
         log.open("w") as file,
         subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process,

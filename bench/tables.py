@@ -282,6 +282,16 @@ STEP_DETAILS = ("first_step", "last_step", "largest_margin_by_step", "largest_ma
 """The settings of a row of `margins` that belong to its steps, not to its training run."""
 
 
+def gpu_table(rows: Iterable[Row]) -> str:
+    """Return the stages of `gpu-check`: how each ended, its seconds, and the numbers that it found."""
+    lines = []
+    for row in rows:
+        found = ", ".join(f"{name} {number(value)}" for name, value in row.metrics.items()) or NOTHING
+        seconds = number(p50(row) / 1000) if row.time_ms else NOTHING
+        lines.append([row.provider, row.settings["outcome"], seconds, found])
+    return markdown(["stage", "outcome", "s", "found"], lines)
+
+
 def margins_table(rows: Iterable[Row]) -> str:
     """Return the largest step margins of each training run, and the share of the update in a step."""
 
