@@ -23,13 +23,21 @@ from sdnet.train.settings import settings_of
 MPI_AND_SLURM = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Environment variables in which launchers other than torchrun give the number of processes."""
 
+OTHER_PLUGINS = {
+    "FSDP": "FSDP",
+    "DEEPSPEED": "DeepSpeed",
+    "MEGATRON_LM": "Megatron-LM",
+    "PARALLELISM_CONFIG": "a parallelism configuration",
+}
+"""Accelerate's ways to divide a network, by the end of the variable ACCELERATE_USE_* that its launcher sets."""
+
 
 def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
     """Return Accelerate as a recipe needs it; processes launched together form one group, on GPUs or on CPUs.
 
     Raises:
-        UserError: The launcher was given another precision or accumulation, the launched processes do not form one
-            group, or the device lacks the precision.
+        UserError: The launcher was given another precision or accumulation or divides the network, the launched
+            processes do not form one group, or the device lacks the precision.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", recipe.mixed_precision):
@@ -37,6 +45,12 @@ def make_accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
             f"accelerate was launched with mixed precision {launched} but the recipe says {recipe.mixed_precision}: "
             f"pass --mixed-precision {launched} to the program instead."
         )
+    for name, plugin in OTHER_PLUGINS.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1", "yes"):
+            raise UserError(
+                f"accelerate was launched with {plugin}, which this trainer does not take: every process holds the "
+                "whole network, so that its dictionaries can be updated and saved; launch with --multi_gpu instead."
+            )
     processes = launched_processes()
     try:
         accelerator = Accelerator(

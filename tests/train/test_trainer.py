@@ -290,6 +290,16 @@ def test_the_launcher_and_the_recipe_must_agree(data: Path, tmp_path: Path, monk
         trainer(data, tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launch_that_divides_the_network_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=r"^accelerate was launched with .*, which this trainer does not take: [^\n]*$"):
+        trainer(data, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -375,7 +385,7 @@ def test_processes_that_do_not_form_a_group_are_refused(
 def test_a_full_disk_ends_the_run_with_one_sentence(data: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=110m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small disk needs root")
     try:
