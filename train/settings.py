@@ -42,12 +42,15 @@ def check_settings(instance: Any) -> None:
     kind = type(instance)
     for item in settings_of(kind):
         value, most = getattr(instance, item.name), item.metadata["most"]
+        too_large = most is not None and type(value) in (int, float) and most < value < float("inf")
+        if too_large:
+            raise UserError(f"{item.name} is {value!r}; it must be at most {most}.")
+        if most is not None and type(value) is int:
+            value = min(value, checks.LARGEST_INTEGER)  # `checks` has a bound of its own, and a seed may be larger
         try:
             _check(item.name, value, type_hints(kind)[item.name], item.metadata["least"])
         except ValueError as error:
             raise UserError(str(error)) from error
-        if most is not None and value > most:
-            raise UserError(f"{item.name} is {value!r}; it must be at most {most}.")
 
 
 def _check(name: str, value: Any, hint: Any, least: int) -> None:
