@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sdnet.kernels.qualify.verdicts import GAIN, PLAIN, TORCH, UPDATE, Trial, Verdict
 from sdnet.kernels.triton_path import tiles
-from sdnet.kernels.triton_path.candidates import candidates
+from sdnet.kernels.triton_path.candidates import PROCESSORS, candidates
 from sdnet.kernels.triton_path.paths import Entry
 from sdnet.kernels.triton_path.tiles import Shape
 
@@ -31,18 +31,19 @@ class Candidate(NamedTuple):
         return self.path.startswith('["fused"')
 
 
-def candidates_of(shape: Shape, all_tiles: bool) -> list[Candidate]:
+def candidates_of(shape: Shape, all_tiles: bool, processors: int = PROCESSORS) -> list[Candidate]:
     """Return the candidates for a layer, the baselines first.
 
     Args:
         shape: the layer.
         all_tiles: whether other tiles than the rules' are included.
+        processors: multiprocessors of the GPU.
     """
     chosen = tiles.by_rule(shape)
     found = [Candidate(path, path) for path in BASELINES]
     found.append(Candidate("cudnn with Triton's correlation", Entry("cudnn", chosen).encoded()))
     found.append(Candidate("fused", Entry("fused", chosen).encoded()))
-    for other in candidates(shape)[1:] if all_tiles else []:
+    for other in candidates(shape, processors)[1:] if all_tiles else []:
         changed = [
             f"{name} {tile}"
             for name, tile, usual in zip(("A'", "A", "correlation"), other, chosen, strict=True)

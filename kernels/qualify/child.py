@@ -127,8 +127,9 @@ def exit_with(stream: TextIO) -> None:
 def qualify_call(call: Call, job: Job, device: torch.device, say: Say) -> Verdict:
     """Return the verdict for a call: its candidates are compared one by one, and the right ones timed in turns."""
     end = time.perf_counter() + job.patience
-    arch = int(machine_of(device)["capability"].replace(".", ""))
-    candidates = candidates_of(shape_of(call, job.flags, arch), job.all_tiles)
+    machine = machine_of(device)
+    shape = shape_of(call, job.flags, int(machine["capability"].replace(".", "")))
+    candidates = candidates_of(shape, job.all_tiles, machine["multiprocessors"])
     say("started", candidate="the comparison")
     comparison = Comparison(call, device)
     trials: list[Trial] = []

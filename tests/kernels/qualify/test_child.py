@@ -1,11 +1,13 @@
 """The real child process, with planted candidates and a stand-in clock; Triton's interpreter is its device."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sdnet.kernels.qualify import parent
 from sdnet.kernels.qualify.child import Job
@@ -76,3 +78,20 @@ def test_the_whole_child_judges_a_call_and_an_update_by_its_own_clock(tmp_path: 
         assert verdict.path == TORCH  # the interpreter is slow
         assert not any(trial.fault for trial in verdict.trials)
         assert all(trial.launched_ms for trial in verdict.trials)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs compiled kernels, not interpreted ones")
+def test_on_a_gpu_every_candidate_of_a_layer_is_right_and_timed(tmp_path: Path) -> None:
+    call = CALL._replace(channels=64, atoms=64, kernel_size=(3, 3), padding=(1, 1), image_size=(28, 28), batch=64)
+    half = call._replace(dtype="bfloat16")
+    update = Update(((64, 64, (3, 3), (1, 1), (1, 1), (28, 28), True, False),))
+    items = [half, half._replace(channels_last=False), call, update]
+    outcome = parent.qualify(items, "cuda", flags=FLAGS, store=Store(tmp_path), all_tiles=False, say=print)
+    assert outcome.notes == ()
+    for item in items:
+        for trial in outcome.table[item.key(FLAGS)].trials:
+            assert not trial.fault, trial.fault
+            assert trial.launched_ms
+            assert trial.replayed_ms or isinstance(item, Update)
