@@ -18,6 +18,7 @@ COMMANDS = {
     "adversaries": ("robustness.adversaries", "accuracy of a checkpoint under PGD and AutoAttack"),
     "reproduce": ("reproduce.command", "the paper's claims: training, rules for lambda, attacks, and cards of results"),
     "look": ("look", "pictures of a checkpoint: atoms, codes, inversions, objective, dictionaries"),
+    "counts": ("measure_counts", "the counted work of each layer, and what its launches cost the host"),
     "report": ("report", "tables and plots from the ledger"),
     "gpu-check": (
         "gpu_check",

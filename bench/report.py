@@ -40,6 +40,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "load": ("load", tables.loading_table),
     "profile": ("profile", tables.profile_table),
     "margins": ("margins", tables.margins_table),
+    "counts": ("counts", tables.counts_table),
     "gpu": ("gpu", tables.gpu_table),
 }
 PLOTS: dict[str, tuple[str, str, Callable[[Sequence[Row], Path], bool]]] = {

@@ -15,7 +15,9 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from sdnet.kernels.triton_path import hardware
-from sdnet.kernels.triton_path.candidates import PROCESSORS
+
+PROCESSORS = 132
+"""Multiprocessors of the GPU: an H100's."""
 
 TENSOR_MAP = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1], "fp4_padded": False}
 METADATA = {

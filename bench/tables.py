@@ -282,6 +282,30 @@ STEP_DETAILS = ("first_step", "last_step", "largest_margin_by_step", "largest_ma
 """The settings of a row of `margins` that belong to its steps, not to its training run."""
 
 
+def counts_table(rows: Iterable[Row]) -> str:
+    """Return the counted work of each layer and variant, and the host's microseconds for its launches."""
+    header = [
+        "layer, batch",
+        "layers",
+        "residual",
+        "tiles",
+        "GB",
+        "GFLOP",
+        "GB from L2",
+        "busy",
+        "launches",
+        "host, µs",
+    ]
+    lines = []
+    for row in timed(rows):
+        counted = [number(row.metrics.get(name)) for name in ("gb", "gflop", "l2_gb")]
+        busy, host = percent(row.metrics.get("busy")), number(1000 * p50(row))
+        words = [str(row.shape["layers"]), row.settings["residual"], row.settings["tiles"]]
+        name = f"{row.shape['layer']}, batch {row.shape['batch']}"
+        lines.append([name, *words, *counted, busy, number(row.metrics["launches"]), host])
+    return markdown(header, lines)
+
+
 def gpu_table(rows: Iterable[Row]) -> str:
     """Return the stages of `gpu-check`: how each ended, its seconds, and the numbers that it found."""
     lines = []

@@ -1,0 +1,104 @@
+"""`counts`: the work of each CSC layer in a training step, counted, and what its launches cost the host, measured.
+
+Nothing runs on a GPU. The layers are those of SDNet-18_all in bf16, channels_last, on the fused path of an H100.
+
+Counted are bytes of tensors that the kernels read and write, floating-point operations, bytes from the L2 cache into
+shared memory, and the share of a launch in which the multiprocessors are busy: with the residual computed again and
+kept, for the rules' tiles and for the candidate of the least traffic per busy time. The milliseconds of a row are the
+host's for the launches of forward and backward pass, on a stub of a GPU (`bench/stub_gpu.py`): all of Python, without
+Triton's C functions.
+"""
+
+import argparse
+import os
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdnet.bench.common_options import add_common_options, at_least, open_ledger
+from sdnet.bench.layer_shapes import LayerShape, csc_layers
+from sdnet.kernels.coding import Coding
+from sdnet.kernels.torch_path import Needs, Problem
+from sdnet.train.errors import UserError
+
+SETTINGS = ((224, 256), (32, 128), (32, 512))
+"""Image sizes and batches."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--repeats", type=at_least(1), default=60, help="calls of which the host's time is taken")
+    parser.add_argument("--host-only", action="store_true", help="measure the host alone, count nothing")
+    add_common_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Count and measure; append a row for each layer, setting and variant."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET is set; the launches of compiled kernels are what this command measures.")
+    from sdnet.bench.stub_gpu import use_stub_gpu
+
+    _, ledger = open_ledger(options, "counts")
+    gpu = use_stub_gpu()
+    gpu.keeps_arguments = False
+    for image_size, batch in SETTINGS:
+        layers = csc_layers("sdnet18_all", image_size)
+        for layer, count in Counter(layer.geometry for layer in layers).items():
+            needs_x = layer != layers[0].geometry
+            shape = {"layer": str(layer), "batch": batch, "layers": count}
+            for keep in (False, True):
+                gpu.clear()
+                spent = host_ms(layer, batch, needs_x, keep, options.repeats)
+                launches = len(gpu.launches) // (1 + options.repeats)
+                words = {"residual": "kept" if keep else "computed again"}
+                found = {} if options.host_only else counted(layer, batch, needs_x, keep)
+                for variant, numbers in found.items() or [("rules", {})]:
+                    facts = {"metrics": {"launches": launches} | numbers, "settings": words | {"tiles": variant}}
+                    ledger.add("fused", "both", shape, dtype="bf16", layout="channels_last", time_ms=spent, **facts)
+    print(f"{len(ledger.rows)} rows in {ledger.path}")
+    return 0
+
+
+def host_ms(layer: LayerShape, batch: int, needs_x: bool, keep: bool, repeats: int) -> dict[str, float]:
+    """Return quantiles of the milliseconds of processor time for the launches of one training step of a layer."""
+    from sdnet.kernels.triton_path import loop
+
+    def empty(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
+
+    square, stride, padding = ((n, n) for n in (layer.kernel_size, layer.stride, layer.padding))
+    x, weight = empty(batch, layer.channels, *layer.size), empty(layer.atoms, layer.channels, *square)
+    scalar, layout = torch.empty((), device="meta"), torch.channels_last
+    problem, needs = Problem(scalar, scalar, Coding(), stride, padding), Needs(needs_x, True, False)
+    grad = empty(batch, layer.atoms, *layer.codes_size)
+    times = []
+    for _ in range(1 + repeats):
+        begin = time.process_time()
+        codes, residuals = loop.forward(x, weight, problem, layout, keep, "fused")
+        loop.backward(grad, x, weight, codes, residuals, problem, needs, layout, "fused")
+        times.append(1e3 * (time.process_time() - begin))
+    ordered = sorted(times[1:])
+    return {f"p{percent}": ordered[min(percent * repeats // 100, repeats - 1)] for percent in (20, 50, 80)}
+
+
+def counted(layer: LayerShape, batch: int, needs_x: bool, keep: bool) -> dict[str, dict[str, Any]]:
+    """Return the counts of the rules' tiles and, if another candidate reads less from L2, of that one."""
+    from sdnet.bench import cost
+    from sdnet.bench.work import training_work
+    from sdnet.kernels.triton_path.candidates import candidates
+
+    shape = cost.tile_shape(layer, batch, 2, "ieee", True, cost.ARCH)
+    work = {tiles: training_work(layer, shape, tiles, keep, needs_x) for tiles in candidates(shape)}
+    passes = [*cost.forward(), *cost.backward(2, needs_x, keep)]
+    total = cost.total(passes, layer, batch)
+    rules, least = next(iter(work)), min(work, key=lambda tiles: work[tiles].l2_bytes / work[tiles].busy)
+    found = {}
+    for name, tiles in {"rules": rules, **({"least": least} if least != rules else {})}.items():
+        numbers = {"gb": total.bytes / 1e9, "gflop": total.flops / 1e9}
+        numbers |= {"l2_gb": work[tiles].l2_bytes / 1e9, "busy": work[tiles].busy, "programs": work[tiles].programs}
+        name = name if tiles == rules else ", ".join(str(a) for a, b in zip(tiles, rules, strict=True) if a != b)
+        found[name] = numbers
+    return found

@@ -1,0 +1,63 @@
+"""The counted work of launches, by hand."""
+
+import pytest
+
+from sdnet.bench.cost import tile_shape
+from sdnet.bench.layer_shapes import LayerShape, distinct_layers
+from sdnet.bench.work import convolution_steps, efficiency, training_work, work_of
+from sdnet.kernels.triton_path.candidates import candidates
+from sdnet.kernels.triton_path.tiles import Product, by_rule
+
+LARGE = LayerShape("", 64, 64, 3, 1, (56, 56))
+SMALL = LayerShape("", 512, 512, 3, 1, (4, 4))
+
+
+def test_bytes_from_l2_of_64_channels() -> None:
+    """A program whose taps are all inside reads 9 blocks of 128 pixels and of 64 atoms, 64 channels each: 216 KiB."""
+    shape = tile_shape(LARGE, 256, 2, "ieee", True, 90)
+    tile = by_rule(shape).analysis
+    steps = convolution_steps("analysis", LARGE, shape, tile)
+    assert max(steps) == 9
+    assert 9 * (128 + 64) * 64 * 2 == 216 * 1024
+    work = work_of("analysis", LARGE, shape, tile)
+    assert work.programs == 2 * 56 * 56
+    assert work.l2_bytes == sum(steps) * 24 * 1024
+    assert sum(steps) == 2 * (3 * 56 - 2) ** 2  # taps in the padding are left out
+
+
+@pytest.mark.parametrize("product", ["analysis", "synthesis"])
+@pytest.mark.parametrize("layer", distinct_layers(), ids=str)
+def test_steps_by_descriptors_are_the_products_without_the_padding(layer: LayerShape, product: Product) -> None:
+    shape = tile_shape(layer, 256, 2, "ieee", True, 90)
+    tile = by_rule(shape).analysis if product == "analysis" else by_rule(shape).synthesis
+    if tile.form != "descriptors":
+        return
+    steps = convolution_steps(product, layer, shape, tile)
+    multiplied = sum(steps) * tile.images * tile.atoms * tile.channels
+    assert multiplied == 256 * layer.products * layer.channels * layer.atoms
+
+
+def test_the_tail_of_a_launch() -> None:
+    assert efficiency([5] * 8, 4) == 1
+    assert efficiency([5] * 5, 4) == 5 / 8
+    assert efficiency([9, 1, 1], 2) == (9 + 3 + 2 * 4) / (2 * 12)
+    assert efficiency([1, 1, 9], 2) == (9 + 3 + 2 * 4) / (2 * 16)  # the longest last
+
+
+def test_small_grids_leave_a_gpu_idle() -> None:
+    """64 programs of 4 x 4 pixels at 512 channels and batch 128 on 132 multiprocessors."""
+    shape = tile_shape(SMALL, 128, 2, "ieee", True, 90)
+    assert work_of("analysis", SMALL, shape, by_rule(shape).analysis).programs == 64
+    assert work_of("analysis", SMALL, shape, by_rule(shape).analysis).busy < 0.3
+    large = tile_shape(LARGE, 256, 2, "ieee", True, 90)
+    assert work_of("analysis", LARGE, large, by_rule(large).analysis).busy > 0.9
+
+
+def test_larger_tiles_and_kept_residuals_read_less_from_l2() -> None:
+    layer = LayerShape("", 256, 256, 3, 1, (14, 14))
+    shape = tile_shape(layer, 256, 2, "ieee", True, 90)
+    rules = by_rule(shape)
+    kept, again = (training_work(layer, shape, rules, keep, True).l2_bytes for keep in (True, False))
+    least = min(training_work(layer, shape, tiles, True, True).l2_bytes for tiles in candidates(shape))
+    assert least < kept < again
+    assert 0.7 < least / kept < 0.9
