@@ -1,4 +1,4 @@
-"""Small images are decoded once, and a check that was interrupted goes on."""
+"""Small images are decoded once, a check that was interrupted goes on, and settings without effect are refused."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sdnet.train.cli import parse_job
 from sdnet.train.data import check, cifar
 from sdnet.train.data.cifar import read_small_pictures
+from sdnet.train.data.dali import open_pictures
 from sdnet.train.data.folder import read_image_folder
+from sdnet.train.data.loader import Rank
 from sdnet.train.errors import UserError
+from sdnet.train.recipes import CIFAR_RECIPES, RECIPES
 
 MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
 
@@ -40,7 +45,7 @@ def test_images_are_decoded_once_until_a_file_changes(
 ) -> None:
     first = read_small_pictures(small)
     with monkeypatch.context() as patch:
-        patch.setattr(cifar, "decode_all", lambda _: pytest.fail("decoded again"))
+        patch.setattr(cifar, "decode_all", lambda *_: pytest.fail("decoded again"))
         again = read_small_pictures(small)
     for one, two in ((first.train, again.train), (first.val, again.val)):
         assert np.array_equal(one.images, two.images)
@@ -99,3 +104,32 @@ def test_an_interrupted_check_goes_on_where_it_stopped(make_tree: MakeTree, monk
     assert not seen
     check.check_images(images, "full", 1)  # a more thorough one starts anew
     assert len(seen) == 13
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (
+            "--extras=trivial",
+            "extras is trivial, which has no effect in train/cifar.py: these augmentations are DALI's",
+        ),
+        ("--prefetch=3", "prefetch is 3, which has no effect in train/cifar.py: all images are in memory."),
+        ("--hw-decoder-load=0.5", "hw_decoder_load is 0.5, which has no effect in train/cifar.py: "),
+        ("--val-labels=labels.txt", "val_labels is labels.txt, which has no effect in train/cifar.py: the labels are "),
+        ("--eval-resize=40", "eval_resize is 40; train/cifar.py evaluates the images as they are, so it must be "),
+    ],
+)
+def test_settings_that_the_cifar_loader_does_not_use_are_refused(small: Path, option: str, sentence: str) -> None:
+    fixed = ["--image-size=8", "--eval-resize=8", "--data", str(small), "--out", str(small.parent / "run")]
+    job = parse_job(CIFAR_RECIPES, "cifar_sdnet18", [*fixed, option])
+    with pytest.raises(UserError) as caught:
+        cifar.open_small_pictures(job, Rank(), torch.device("cpu"))
+    assert str(caught.value).startswith(sentence)
+
+
+def test_the_margin_of_crops_is_refused_where_crops_are_of_another_kind(tmp_path: Path) -> None:
+    job = parse_job(RECIPES, "demo", ["--data", "x", "--out", str(tmp_path / "run"), "--crop-padding=2"])
+    with pytest.raises(
+        UserError, match=r"^crop_padding is 2, which has no effect in train/imagenet\.py: random crops "
+    ):
+        open_pictures(job, Rank(), torch.device("cpu"))

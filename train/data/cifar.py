@@ -5,7 +5,6 @@ out of it (`cifar-10-batches-py/`, `cifar-100-python/`, ...), or an image folder
 or val.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -26,9 +25,18 @@ from sdnet.train.data.mixing import mixing_of
 from sdnet.train.data.names import printable
 from sdnet.train.data.resident import ResidentLoader
 from sdnet.train.data.sources import read_checked
+from sdnet.train.data.unused import refuse_unused
 from sdnet.train.data.watch import tell
 from sdnet.train.errors import UserError
 from sdnet.train.job import BadFiles, Job, Verify
+
+UNUSED = {
+    "extras": "these augmentations are DALI's, in train/imagenet.py",
+    "prefetch": "all images are in memory",
+    "hw_decoder_load": "all images are in memory",
+    "val_labels": "the labels are those of CIFAR or of the folders",
+}
+"""Settings that have no effect here."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,18 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
         UserError: The data are missing or not what they should be, or the batch does not divide.
     """
     recipe = job.recipe
-    found = read_small_pictures(job.data, job.verify, job.bad_files)
+    refuse_unused(job, "train/cifar.py", UNUSED)
+    found = read_small_pictures(job.data, job.verify, job.bad_files, job.threads or 2)
     height, width = found.train.images.shape[2:]
     if (height, width) != (recipe.image_size, recipe.image_size):
         raise UserError(
             f"The images are {width} x {height}, not {recipe.image_size} x {recipe.image_size}: pass --image-size and "
             "--eval-resize, or train with train/imagenet.py."
+        )
+    if recipe.eval_resize != recipe.image_size:
+        raise UserError(
+            f"eval_resize is {recipe.eval_resize}; train/cifar.py evaluates the images as they are, so it must be "
+            f"image_size, {recipe.image_size}."
         )
     batch, options = recipe.local_batch(rank.world), loader_options(job, rank, device)
     name, val_name = (f"The {split} set in {printable(job.data)}" for split in ("training", "test"))
@@ -96,13 +110,16 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     )
 
 
-def read_small_pictures(root: Path, verify: Verify = "header", bad_files: BadFiles = "fail") -> SmallPictures:
+def read_small_pictures(
+    root: Path, verify: Verify = "header", bad_files: BadFiles = "fail", threads: int = 2
+) -> SmallPictures:
     """Return the small images under `root`.
 
     Args:
         root: A folder, or an official archive of CIFAR.
         verify: How images in files of their own are checked; see `sdnet.train.data.sources`.
         bad_files: What happens to those that cannot be used; see `sdnet.train.data.sources`.
+        threads: Threads that look at images and decode them.
 
     Raises:
         UserError: There are no such data, they are damaged, or there is more than one data set.
@@ -110,9 +127,11 @@ def read_small_pictures(root: Path, verify: Verify = "header", bad_files: BadFil
     if (found := find_official(root)) is not None:
         official = read_official(found)
         return SmallPictures(official.classes, official.train, official.val, notes=official.notes)
-    checked = read_checked(root, None, verify, bad_files)
+    checked = read_checked(root, None, verify, bad_files, threads)
     train, val = (
-        Arrays(decode_once(images, lambda images: decode_all(images).images), np.asarray(images.labels, np.int64))
+        Arrays(
+            decode_once(images, lambda images: decode_all(images, threads).images), np.asarray(images.labels, np.int64)
+        )
         for images in (checked.train, checked.val)
     )
     if train.images.shape[2:] != val.images.shape[2:]:
@@ -120,8 +139,12 @@ def read_small_pictures(root: Path, verify: Verify = "header", bad_files: BadFil
     return SmallPictures(checked.train.classes, train, val, checked.left_out, checked.notes)
 
 
-def decode_all(images: ImageSet) -> Arrays:
+def decode_all(images: ImageSet, threads: int = 4) -> Arrays:
     """Return all images of a set as Pillow decodes them.
+
+    Args:
+        images: The set.
+        threads: Threads that decode.
 
     Raises:
         UserError: An image does not decode, or is not of the size of the first one.
@@ -137,7 +160,7 @@ def decode_all(images: ImageSet) -> Arrays:
                 "--verify full --bad-files skip."
             ) from error
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as executor:
+    with ThreadPoolExecutor(threads) as executor:
         first = decode(0)
         decoded = np.empty((len(images), 3, *first.shape[:2]), np.uint8)
         for index, pixels in enumerate(executor.map(decode, range(len(images)))):

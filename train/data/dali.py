@@ -28,6 +28,7 @@ from sdnet.train.data.names import printable
 from sdnet.train.data.pipeline import decode, make_pipeline
 from sdnet.train.data.read_ahead import ReadAhead
 from sdnet.train.data.sources import read_checked
+from sdnet.train.data.unused import refuse_unused
 from sdnet.train.errors import DataError, UserError
 from sdnet.train.job import Job
 from sdnet.train.schedule import training_size
@@ -42,6 +43,7 @@ def open_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
         UserError: The source is damaged or too small, holds unusable images, or the batch does not divide.
     """
     recipe = job.recipe
+    refuse_unused(job, "train/imagenet.py", {"crop_padding": "random crops are of DALI's kind, without a margin"})
     cores, neighbours = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     recorded = read_bad_images(job.run.path) if job.resume else None
     checked = read_checked(job.data, job.val_labels, job.verify, job.bad_files, cores, recorded)
