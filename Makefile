@@ -49,7 +49,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 
 test: lint types ## lint, type checks and all tests that are not marked slow
 	$(PYTEST) -m 'not slow'
 
-test-all: test ## also the slow tests, and every Triton kernel compiled for sm_80 and sm_90 (an hour)
+test-all: test ## also the slow tests, and every Triton kernel compiled for six architectures (an hour)
 	$(PYTEST) -m slow
 	$(BIN)/python -m sdnet.bench.compile_check
 
