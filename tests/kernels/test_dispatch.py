@@ -165,3 +165,14 @@ def test_explain_names_the_implementation_and_the_reason(monkeypatch: pytest.Mon
 def test_explain_refuses_what_csc_encode_refuses() -> None:
     with pytest.raises(ValueError, match="n_steps is 0"):
         explain(X, WEIGHT, 0.1, 0.1, n_steps=0)
+
+
+def test_an_amd_or_an_old_gpu_is_an_obstacle_to_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the update of the dictionaries too, which asks the same function."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    obstacle = dispatch.obstacle_of(gpu, torch.float32)
+    assert obstacle == "its kernels need compute capability 8.0, and Tesla T4 has less"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert dispatch.obstacle_of(gpu, torch.float32) == "its kernels are for NVIDIA GPUs, and this is an AMD one"
