@@ -83,13 +83,13 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
 
 
 def load_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Copy a state dict into a model.
+    """Copy a state dict into a model. A learned lambda that it lacks stays as it is.
 
     Raises:
         ValueError: It belongs to another model; the model is unchanged.
     """
     own = model.state_dict()
-    faults = [f"missing {name}" for name in own if name not in tensors]
+    faults = [f"missing {name}" for name in own if name not in tensors and not name.endswith(".raw_lam")]
     faults += [f"unexpected {name}" for name in tensors if name not in own]
     faults += [
         f"misshapen {name}: {list(tensor.shape)} in the file, {list(own[name].shape)} in the model"
@@ -99,7 +99,7 @@ def load_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> Non
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise ValueError(f"'{file}' holds the weights of another network: {shown}.")
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict(dict(tensors), strict=False)  # what is missing or unexpected was named above
 
 
 def same_but_for_size(name: str, own: Tensor, tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import sdnet
 from sdnet import CSCConv2d
 from sdnet.kernels import csc_encode
+from sdnet.weights import save_model
 
 
 def layer(**options: Any) -> CSCConv2d:
@@ -153,6 +155,17 @@ def test_a_network_learns_lambda_in_every_csc_layer() -> None:
     assert len(raw) == 17
     F.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.arange(4)).backward()
     assert all(model.get_parameter(name).grad is not None for name in raw)
+
+
+def test_weights_of_a_network_with_a_fixed_lambda_are_a_start_for_learning_it(tmp_path: Path) -> None:
+    fixed = sdnet.create_model("sdnet18", 4, stem="cifar", width=4, image_size=8, lam=0.3)
+    save_model(tmp_path / "model.safetensors", fixed)
+    learned = sdnet.load_model(tmp_path, learn_lam="atom", lam=0.2)
+    torch.testing.assert_close(learned.get_submodule("stem.conv").lam, torch.full((1, 4, 1, 1), 0.2))
+    torch.testing.assert_close(learned.get_parameter("stem.conv.weight"), fixed.get_parameter("stem.conv.weight"))
+    save_model(tmp_path / "model.safetensors", learned)
+    with pytest.raises(ValueError, match=r"unexpected stem\.conv\.raw_lam"):
+        sdnet.load_model(tmp_path, learn_lam="no")
 
 
 def hard(v: Tensor, step_size: Tensor, lam: Tensor) -> Tensor:
