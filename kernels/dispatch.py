@@ -12,6 +12,7 @@ Nothing here imports Triton, and a GPU is queried only when a call brings tensor
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -85,7 +86,7 @@ def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None, l
 
     Raises:
         ValueError: there is no such implementation.
-        NotImplementedError: Triton is asked for and cannot compute this call.
+        NotImplementedError: Triton is asked for and cannot compute this call, or torch.onnx.export traces it.
     """
     impl, asked_by = requested(impl)
     if impl == "reference":
@@ -96,6 +97,11 @@ def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None, l
                 f"{asked_by} is 'triton', but its kernels have no rule for {transform}; use impl='reference'."
             )
         return Choice("reference", f"only the reference has a rule for {transform}")
+    if _exports_to_onnx():
+        raise NotImplementedError(
+            f"{asked_by} is {impl!r}, which ONNX has no operator for; use sdnet.export(model, path, example), or "
+            'sdnet.set_impl(model, "reference") before torch.onnx.export.'
+        )
     if impl == "torch":
         return Choice("torch", f"{asked_by} asks for it")
     if impl == "auto" and not x.is_cuda:
@@ -111,6 +117,13 @@ def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None, l
         _warn(f"auto takes the torch path: {obstacle}.")
         return Choice("torch", f"auto takes the torch path: {obstacle}")
     return Choice("auto", "auto takes what has been qualified on this GPU")
+
+
+@constant_in_a_trace
+def _exports_to_onnx() -> bool:
+    """Return whether torch.onnx.export traces this call; the module is not imported for the question."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 def transform_of(*tensors: Tensor) -> str | None:

@@ -116,10 +116,10 @@ def csc_forward(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *opti
         def by_triton(path: str) -> tuple[list[Tensor], list[Tensor]]:
             from sdnet.kernels.triton_path import loop
 
-            return loop.forward(x, weight, problem, layout, keep_residuals, path)
+            return loop.forward(x, weight, problem, layout, keep_residuals, path, keep_all)
 
         def by_torch() -> tuple[list[Tensor], list[Tensor]]:
-            return torch_path.forward(x, weight, problem, keep_residuals)
+            return torch_path.forward(x, weight, problem, keep_residuals, keep_all)
 
         codes, residuals = computed(
             impl, path, lambda: Call.of(x, weight, problem, layout), x.device, by_triton, by_torch

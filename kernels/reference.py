@@ -50,6 +50,11 @@ def synthesis(codes: Tensor, weight: Tensor, size: Pair, stride: Pair, padding: 
         (n - 1) * s - 2 * p + k for n, s, p, k in zip(codes.shape[2:], stride, padding, kernel_size, strict=True)
     )
     output_padding = [n - b for n, b in zip(size, bare, strict=True)]
+    if any(isinstance(n, torch.SymInt) for n in output_padding):
+        # A program that is traced for images of any size: the padding has to be a number, so the largest and a cut.
+        largest = [s - 1 for s in stride]
+        images = F.conv_transpose2d(codes, weight, stride=stride, padding=padding, output_padding=largest)
+        return images if not any(largest) else images[:, :, : size[0], : size[1]]
     return F.conv_transpose2d(codes, weight, stride=stride, padding=padding, output_padding=output_padding)
 
 

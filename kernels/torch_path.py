@@ -100,9 +100,12 @@ def shrink_step(y: Tensor | None, residual: Tensor, scaled_weight: Tensor, probl
 
 
 def forward(
-    x: Tensor, weight: Tensor, problem: Problem, keep_residuals: bool = False
+    x: Tensor, weight: Tensor, problem: Problem, keep_residuals: bool = False, keep_codes: bool = True
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return all codes [z_1, ..., z_n], each [N, K, h, w], and the residuals [r_1, ..., r_{n-1}] if kept, else none."""
+    """Return all codes [z_1, ..., z_n], each [N, K, h, w], and the residuals [r_1, ..., r_{n-1}] if kept, else none.
+
+    Without `keep_codes` return the last codes at least, and free those that no later step reads.
+    """
     scaled, n_dict = problem.scaled(weight), problem.coding.n_dict
     # The n_dict copies of x meet the sum of their dictionaries in the first step.
     first = reduce(scaled, "k (d c) h w -> k c h w", "sum", d=n_dict) if n_dict > 1 else scaled
@@ -116,6 +119,8 @@ def forward(
             residuals.append(residual)
         residual = rescaled(residual, residual_scale(residual, problem.coding.data_term), in_place=not keep_residuals)
         codes.append(shrink_step(extrapolated, residual, scaled, problem))
+        if not keep_codes:
+            del codes[:-2]
     return codes, residuals
 
 

@@ -3,12 +3,13 @@
 from sdnet import robustness
 from sdnet.attachment import attach
 from sdnet.conversion import Conversion, convert
+from sdnet.deployment import Exported, export
 from sdnet.diagnostics import LayerDiagnostics, Recording, diagnose, record
 from sdnet.inversion import Inversion, invert, invert_layers
 from sdnet.layers import CSCConv2d
 from sdnet.linear import CSCLinear
 from sdnet.models import SDNet, create_model, list_models
-from sdnet.official import load_official_checkpoint, load_official_model
+from sdnet.official import load_official_checkpoint, load_official_model, save_official_checkpoint
 from sdnet.pretrained import list_pretrained
 from sdnet.qualify import Qualification, qualify
 from sdnet.settings import check_lambda, set_impl, set_lambda
@@ -21,6 +22,7 @@ __all__ = [
     "CSCConv2d",
     "CSCLinear",
     "Conversion",
+    "Exported",
     "Inversion",
     "LayerDiagnostics",
     "Qualification",
@@ -32,6 +34,7 @@ __all__ = [
     "convert",
     "create_model",
     "diagnose",
+    "export",
     "invert",
     "invert_layers",
     "list_models",
@@ -46,6 +49,7 @@ __all__ = [
     "refresh_step_size",
     "robustness",
     "save_model",
+    "save_official_checkpoint",
     "set_impl",
     "set_lambda",
     "step_margins",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
@@ -33,7 +34,7 @@ class ConvertedConv2d(CSCConv2d):
     def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
         """Compute the codes of x plus the bias, see `CSCConv2d.forward`."""
         codes = super().forward(x, lam)
-        return codes if self.bias is None else codes + self.bias.to(codes.dtype).view(-1, 1, 1)
+        return codes if self.bias is None or isinstance(x, Proxy) else codes + self.bias.to(codes.dtype).view(-1, 1, 1)
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from sdnet.convolution_arguments import refuse_convolution_only
 from sdnet.kernels import checks, reference, step_sizes
@@ -183,6 +184,9 @@ class CSCConv2d(CodingState):
         Raises:
             ValueError: x or lam has a wrong shape, type or device.
         """
+        if isinstance(x, Proxy):  # torch.fx traces: this layer is a leaf of the graph
+            path = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", path, (x,) if lam is None else (x, lam), {})  # pyright: ignore
         self._check_input(x)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_if_stale()

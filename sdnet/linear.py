@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from sdnet.convolution_arguments import refuse_convolution_only
 from sdnet.kernels import checks
@@ -110,6 +111,8 @@ class CSCLinear(CSCConv2d):
         Raises:
             ValueError: x or lam has a wrong shape, type or device.
         """
+        if isinstance(x, Proxy):
+            return super().forward(x, lam)
         return vectors(super().forward(self._pixels(x), lam), x.ndim)
 
     def solve(

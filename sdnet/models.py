@@ -19,8 +19,10 @@ from os import PathLike
 from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from sdnet.blocks import BasicBlock, Bottleneck, Convolution, Stem, StemBlock, csc_convolution, plain_convolution
+from sdnet.hub_methods import HubMethods
 from sdnet.kernels import checks
 from sdnet.kernels.coding import coding_of, takes_coding
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
@@ -170,7 +172,7 @@ def create_model(
     return network
 
 
-class SDNet(nn.Module):
+class SDNet(HubMethods, nn.Module):
     """Stem, four stages of blocks, global average pooling and a linear classifier. `create_model` builds it.
 
     Args:
@@ -244,9 +246,13 @@ class SDNet(nn.Module):
         Raises:
             ValueError: `x` is not such a tensor, or `lam` is given and the stem has no CSC layer.
         """
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels:
+        self.check_input(x, lam)
+        out = self.stages(self.stem(x, lam))
+        return self.linear(out.mean(dim=(2, 3)))
+
+    def check_input(self, x: Any, lam: float | Tensor | None) -> None:
+        """Raise a ValueError if x is no batch of images of this network, or lam is given and nothing takes it."""
+        if not isinstance(x, Proxy) and (not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels):
             raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, {self.in_channels}, H, W].")
         if lam is not None and not isinstance(self.stem.conv, CSCConv2d):
             raise ValueError("lam was given, but the stem of this network has no CSC layer; it must be None.")
-        out = self.stages(self.stem(x, lam))
-        return self.linear(out.mean(dim=(2, 3)))

@@ -1,5 +1,6 @@
 """Checkpoints of the official SDNet release (Delay-Xili/SDNet), read without executing what they pickle."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from os import PathLike, fspath
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdnet.configuration import configuration
 from sdnet.kernels import checks
 from sdnet.models import VARIANTS, SDNet, create_model
 from sdnet.step_size import converge_power_vectors
@@ -88,6 +90,51 @@ def load_official_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     model = create_model(**(official_arguments(_state_dict(_read(source), source), source) | changes))
     load_official_checkpoint(model, source)
     return model.eval()
+
+
+def save_official_checkpoint(model: SDNet, path: str | PathLike[str]) -> None:
+    """Write a network as a checkpoint of the official SDNet code, as its `model_best.pth.tar`.
+
+    The file is a state dict with the keys and shapes of the official code, and `load_official_checkpoint` reads every
+    tensor of it back bit by bit. Power vectors, lambda and the other options of the coding have no place in it: the
+    official code takes lambda from its configuration file.
+
+    Args:
+        model: A network of `create_model` that the official code has: `sdnet18`, `sdnet34`, or one of their `_all`
+            variants, for images of 3 channels, with a classifier, and with a lambda that is not learned.
+        path: The file.
+
+    Raises:
+        ValueError: The official code does not have this network.
+
+    Example:
+        >>> sdnet.save_official_checkpoint(model, "model_best.pth.tar")  # doctest: +SKIP
+    """
+    if not isinstance(path, (str, PathLike)):
+        raise ValueError(f"path is {checks.shown(path)}; it must be the path of a file.")
+    name = configuration(model)["name"]
+    state = {
+        official: model.state_dict()[ours].cpu().clone()
+        for official, ours in _official_names(model.state_dict()).items()
+    }
+    if any(parameter.endswith(".raw_lam") for parameter, _ in model.named_parameters()):
+        raise ValueError("model learns its lambda; the official code has no learned lambda.")
+    file = Path(path)
+    try:
+        arguments = official_arguments(state, file)
+    except ValueError:
+        arguments = {"name": None}
+    if arguments["name"] != name or model.in_channels != 3:
+        raise ValueError(
+            f"model is {name} with {model.in_channels} input channels and {model.num_classes} classes; the official "
+            "code has SDNet-18 and SDNet-34, and their _all variants, for 3 channels and with a classifier."
+        )
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def official_arguments(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The header has these entries, each a string:
 
 | entry | content |
 |:--|:--|
-| `model` | the arguments of `create_model`, as JSON |
+| `model` | the arguments of `create_model`, as JSON, as the layers have them now: see `sdnet.configuration` |
 | `classes` | the names of the classes, as a JSON list, if they are known |
 | others | anything else that is worth knowing; a training run adds `recipe`, `epoch`, `step` and its scores |
 
@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sdnet.configuration import build, configuration, differences_of
 from sdnet.kernels import checks
-from sdnet.models import SDNet, create_model
-from sdnet.step_size import csc_layers
+from sdnet.models import SDNet
 
 IN_A_FOLDER = ("model.safetensors", "best.safetensors", "last.safetensors")
 """The files that `load_model` looks for in a folder: of the hub, and of a training run."""
@@ -69,10 +69,7 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     weights = read_weights(file)
     if not weights.model:
         raise ValueError(f"'{file}' does not say which network it belongs to: its header has no entry 'model'.")
-    try:
-        model = create_model(**(weights.model | changes))
-    except TypeError as error:
-        raise ValueError(f"'{file}' belongs to a network of another version of sdnet: {error}") from error
+    model = build(weights.model, f"'{file}'", **changes)
     if weights.classes and len(weights.classes) != model.config["num_classes"]:
         raise ValueError(
             f"'{file}' has the names of {len(weights.classes)} classes for a network of {model.config['num_classes']}."
@@ -89,22 +86,10 @@ def load_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> Non
         ValueError: It belongs to another model; the model is unchanged.
     """
     own = model.state_dict()
-    faults = [f"missing {name}" for name in own if name not in tensors and not name.endswith(".raw_lam")]
-    faults += [f"unexpected {name}" for name in tensors if name not in own]
-    faults += [
-        f"misshapen {name}: {list(tensor.shape)} in the file, {list(own[name].shape)} in the model"
-        for name, tensor in tensors.items()
-        if name in own and own[name].shape != tensor.shape and not same_but_for_size(name, own[name], tensor)
-    ]
-    if faults:
-        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-        raise ValueError(f"'{file}' holds the weights of another network: {shown}.")
-    model.load_state_dict(dict(tensors), strict=False)  # what is missing or unexpected was named above
-
-
-def same_but_for_size(name: str, own: Tensor, tensor: Tensor) -> bool:
-    """Return whether two tensors are power vectors for images of two sizes, of which a layer takes either."""
-    return name.endswith("power_vector") and tensor.ndim == 4 and own.shape[:2] == tensor.shape[:2]
+    found = {name: tensor for name, tensor in own.items() if name.endswith(".raw_lam")} | dict(tensors)
+    if differences := differences_of(found, own):
+        raise ValueError(f"'{file}' holds the weights of another network: {differences}.")
+    model.load_state_dict(found)
 
 
 def read_weights(path: str | PathLike[str]) -> Weights:
@@ -144,15 +129,15 @@ def save_model(
         facts: More entries of the header.
 
     Raises:
-        ValueError: An argument has a wrong type, `classes` does not have a name for each class, or the layers have
-            options that differ, which the file cannot say.
+        ValueError: An argument has a wrong type, `classes` does not have a name for each class, or the network
+            cannot be built from arguments, see `sdnet.configuration.configuration`.
     """
     if not isinstance(path, (str, PathLike)):
         raise ValueError(f"path is of type {type(path).__name__}; it must be the path of a file.")
     model = getattr(model, "_orig_mod", model)  # of a compiled network
     if not isinstance(model, SDNet):
         raise ValueError(f"model is of type {type(model).__name__}; it must be a network of sdnet.create_model.")
-    content = weights_bytes(model.state_dict(), {**(facts or {}), **model_facts(current_config(model), classes)})
+    content = weights_bytes(model.state_dict(), {**(facts or {}), **model_facts(configuration(model), classes)})
     file = Path(path)
     temporary = file.with_name(f".{file.name}.tmp")
     try:
@@ -160,31 +145,6 @@ def save_model(
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def current_config(model: SDNet) -> dict[str, Any]:
-    """Return the arguments of `create_model` that build a network with the options that its layers have now.
-
-    Raises:
-        ValueError: The layers differ in lambda or their coding, or have a lambda per sample.
-    """
-    config = dict(model.config)
-    layers = csc_layers(model)
-    found: list[dict[str, Any]] = []
-    for name, layer in layers.items():
-        options = dict(vars(layer.coding))
-        if layer.learn_lam == "no":
-            if layer.lam.ndim:
-                raise ValueError(f"lam of {name} has shape {list(layer.lam.shape)}; a weights file says one number.")
-            options["lam"] = float(layer._exact_lam)
-        found.append(options)
-    different = [name for name, options in zip(layers, found, strict=True) if options != found[0]]
-    if different:
-        raise ValueError(
-            f"lam or other options of {different[0]} differ from those of {next(iter(layers))}, and a weights file "
-            "says them once for all layers; set them alike, and change them after load_model."
-        )
-    return config | (found[0] if found else {})
 
 
 def model_facts(config: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[str, str]:

@@ -54,8 +54,12 @@ def forward(
     layout: torch.memory_format,
     keep_residuals: bool = False,
     asked: str = AUTO,
+    keep_codes: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return all codes [z_1, ..., z_n], each [N, K, h, w], and the residuals [r_1, ..., r_{n-1}] if kept, else none."""
+    """Return all codes [z_1, ..., z_n], each [N, K, h, w], and the residuals [r_1, ..., r_{n-1}] if kept, else none.
+
+    Without `keep_codes` return the last codes at least, and free those that no later step reads.
+    """
     x, coding = dense(x, layout), problem.coding
     layer = layer_of(x, weight, problem.stride, problem.padding, layout)
     choice = choice_of(layer, asked)
@@ -79,6 +83,8 @@ def forward(
             residual, z, previous, beta, residual_scale(residual, coding.data_term), next_beta if needs_next else 0.0
         )
         codes.append(z)
+        if not keep_codes:
+            del codes[:-2]
     return codes, residuals
 
 

@@ -325,3 +325,40 @@ def test_a_file_of_no_official_network_is_refused(path: Path) -> None:
         ValueError, match=r"is no checkpoint of an official SDNet-18 or SDNet-34: it has \(0, 0, 0, 0\)"
     ):
         sdnet.load_official_model(path)
+
+
+@pytest.mark.parametrize("name", ["sdnet18", "sdnet18_all"])
+def test_a_checkpoint_is_written_as_it_was_read(name: str, official: StateDict, path: Path) -> None:
+    if name == "sdnet18_all":
+        official = OfficialSDNet(OfficialConfig(all_layers=True)).state_dict()
+        for key in [key for key in official if key.endswith("dn.weight")]:
+            official[key] /= official[key].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.save(official, path)
+    model = sdnet.load_official_model(path, image_size=8)
+    path.unlink()
+    sdnet.save_official_checkpoint(model, path)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    written = torch.load(path, weights_only=True)
+    assert {key: (value.shape, value.numpy().tobytes()) for key, value in written.items()} == {
+        key: (value.shape, value.numpy().tobytes()) for key, value in official.items()
+    }
+    again = sdnet.load_official_model(path, image_size=8)
+    kept, found = ({key: value for key, value in bits(m).items() if "power_vector" not in key} for m in (model, again))
+    assert found == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {}),
+        ("sdnet50", {}),
+        ("sdnet18", {"learn_lam": "layer"}),
+        ("sdnet18", {"in_channels": 1}),
+        ("sdnet18", {"num_classes": 0}),
+    ],
+)
+def test_networks_that_the_official_code_lacks_are_not_written(name: str, options: dict[str, Any], path: Path) -> None:
+    model = sdnet.create_model(name, **{"num_classes": 3, "width": 4, "stem": "cifar", "image_size": 8} | options)
+    with pytest.raises(ValueError, match="the official code has"):
+        sdnet.save_official_checkpoint(model, path)
+    assert not path.exists()

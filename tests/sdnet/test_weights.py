@@ -81,12 +81,9 @@ def test_a_file_says_the_options_that_the_layers_have_now(model: sdnet.SDNet, tm
     assert torch.equal(sdnet.load_model(tmp_path / "net.safetensors")(x), model(x))
 
 
-def test_options_that_a_file_cannot_say_are_refused(model: sdnet.SDNet, tmp_path: Path) -> None:
-    sdnet.set_lambda(model, 0.7, layers="first")
-    with pytest.raises(ValueError, match=r"options of stages\.0\.0\.conv1 differ from those of stem\.conv"):
-        sdnet.save_model(tmp_path / "net.safetensors", model)
+def test_lambda_per_sample_is_refused(model: sdnet.SDNet, tmp_path: Path) -> None:
     sdnet.set_lambda(model, torch.rand(4))
-    with pytest.raises(ValueError, match=r"lam of stem\.conv has shape \[4, 1, 1, 1\]; a weights file says one number"):
+    with pytest.raises(ValueError, match=r"lam of stem\.conv has a value per sample, \[4, 1, 1, 1\]; set a number"):
         sdnet.save_model(tmp_path / "net.safetensors", model)
     assert not list(tmp_path.iterdir())
 

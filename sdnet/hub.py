@@ -1,0 +1,157 @@
+"""Networks on the Hugging Face Hub: what `SDNet.save_pretrained`, `from_pretrained` and `push_to_hub` do.
+
+A folder of the hub has three files:
+
+| file | content |
+|:--|:--|
+| `config.json` | the arguments of `create_model`, with every option, lambda and width, and the names of the classes |
+| `model.safetensors` | the weights and all state, in the format of `sdnet.weights` |
+| `README.md` | the model card, with the scores of a training run if one is given |
+
+The package huggingface_hub is imported when one of the functions is called. Nothing in the files is executed.
+"""
+
+import json
+import os
+import warnings
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdnet.cards import card_text, metadata, scores_of
+from sdnet.configuration import configuration, differences_of
+from sdnet.kernels import checks
+from sdnet.models import SDNet
+from sdnet.weights import load_model, read_weights, save_model
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CLASSES = "class_names"
+
+
+def adapter() -> Any:
+    """Return a class of huggingface_hub's mixin that saves and loads an `SDNet`.
+
+    Raises:
+        ImportError: huggingface_hub or safetensors is not installed.
+    """
+    if missing := [name for name in ("huggingface_hub", "safetensors") if find_spec(name) is None]:
+        raise ImportError(f"{missing[0]} is not installed; the hub needs it: pip install 'sdnet[hub]'.")
+    from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+
+    class Adapter(ModelHubMixin, library_name="sdnet", license="mit"):
+        """What the mixin needs to save and load the network `model`."""
+
+        def __init__(self, model: SDNet) -> None:
+            self.model = model
+            self._hub_mixin_config = config_of(model)
+
+        def _save_pretrained(self, save_directory: Path) -> None:
+            save_model(save_directory / WEIGHTS, self.model, self.model.class_names)
+            write_text(save_directory / CONFIG, json.dumps(self._hub_mixin_config, indent=2) + "\n")
+            if (save_directory / CARD).exists():
+                warnings.warn(f"'{save_directory / CARD}' exists and was kept as it is.", stacklevel=4)
+
+        def generate_model_card(self, *_: Any, **facts: Any) -> ModelCard:
+            return ModelCard(f"---\n{metadata(self.model, **facts).to_yaml()}\n---\n\n{card_text(self.model, **facts)}")
+
+        @classmethod
+        def _from_pretrained(
+            cls,
+            *,
+            model_id: str,
+            revision: str | None,
+            cache_dir: str | Path | None,
+            force_download: bool,
+            local_files_only: bool,
+            token: str | bool | None,
+            changes: dict[str, Any],
+            **_: Any,
+        ) -> "Adapter":
+            folder = model_id
+            if not os.path.isdir(folder):
+                folder = snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=[CONFIG, WEIGHTS],
+                )
+            return cls(load_folder(Path(folder), changes))
+
+    return Adapter
+
+
+def config_of(model: SDNet) -> dict[str, Any]:
+    """Return the content of `config.json`."""
+    return {**configuration(model), CLASSES: list(model.class_names)}
+
+
+def load_folder(folder: Path, changes: dict[str, Any]) -> SDNet:
+    """Build the network of a folder of the hub.
+
+    Raises:
+        FileNotFoundError: The folder has no weights file.
+        ValueError: `config.json` does not belong to the weights.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"There is no {WEIGHTS} in '{folder}'.")
+    if (folder / CONFIG).is_file():
+        weights = read_weights(folder / WEIGHTS)
+        try:
+            written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"'{folder / CONFIG}' cannot be read as JSON: {error}.") from error
+        stored = {**weights.model, CLASSES: list(weights.classes)}
+        if not isinstance(written, dict) or written != stored:
+            keys = sorted(key for key in {*written, *stored} if written.get(key) != stored.get(key))
+            raise ValueError(
+                f"'{folder / CONFIG}' and the header of {WEIGHTS} beside it differ in {', '.join(keys)}; give other "
+                "options to from_pretrained in place of editing the file."
+            )
+    return load_model(folder / WEIGHTS, **changes)
+
+
+def facts_of(
+    model: SDNet, run: str | PathLike[str] | None, dataset: str | None, note: str | None, license: str | None
+) -> dict[str, Any]:
+    """Check the facts for a model card before anything is written.
+
+    Raises:
+        FileNotFoundError: There is no run folder `run`.
+        ValueError: A fact is no text, or no weights file of the run holds the weights of the model.
+    """
+    for name, value in (("dataset", dataset), ("note", note), ("license", license)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} is {checks.shown(value)}; it must be a text.")
+    facts: dict[str, Any] = {"dataset": dataset, "note": note, "license": license or "mit", "run": None, "scores": {}}
+    if run is None:
+        return facts
+    folder = Path(run)
+    if not (folder / "recipe.json").is_file():
+        raise FileNotFoundError(f"run is '{folder}', which is no run folder: it has no recipe.json.")
+    state, config = model.state_dict(), configuration(model)
+    for file in sorted(folder.glob("*.safetensors")):
+        weights = read_weights(file)
+        same_options = weights.model in ({}, config)
+        if (
+            same_options
+            and not differences_of(weights.tensors, state)
+            and all(torch.equal(state[name].cpu(), tensor) for name, tensor in weights.tensors.items())
+        ):
+            return facts | {"run": folder, "scores": scores_of(weights.facts)}
+    raise ValueError(f"run is '{folder}', but none of its files holds the weights of the model with its options.")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
