@@ -83,8 +83,12 @@ class StemBlock(nn.Module):
 
     def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
         """Compute the features of images; `lam` replaces lambda of a CSC layer in this call."""
+        return self.pool(self.before_pool(x, lam))
+
+    def before_pool(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
+        """Compute the features without the last reduction."""
         out = self.norm(self.conv(x) if lam is None else self.conv(x, lam))
-        return self.pool(F.relu(out) if self.rectify else out)
+        return F.relu(out) if self.rectify else out
 
 
 def shortcut_of(in_channels: int, out_channels: int, stride: int) -> nn.Module:
