@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-all demo bench gpu-check
+.PHONY: help setup lint types test test-all demo docs bench gpu-check
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -58,6 +58,10 @@ demo: $(READY) ## train SDNet-18 on photographs from scikit-image (minutes on tw
 	rm -rf runs/demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	  train/imagenet.py --recipe demo --data demo/data --out runs/demo
+
+docs: $(READY) ## build the documentation site in site/
+	$(BIN)/sphinx-build -W --keep-going -q docs site
+	@echo "site/index.html"
 
 bench gpu-check: OUT ?= runs/$@
 bench: $(READY) ## measure operators, training and data loaders in five minutes; results in OUT=runs/bench

@@ -185,8 +185,10 @@ class CSCConv2d(CodingState):
             ValueError: x or lam has a wrong shape, type or device.
         """
         if isinstance(x, Proxy):  # torch.fx traces: this layer is a leaf of the graph
-            path = x.tracer.path_of_module(self)
-            return x.tracer.create_proxy("call_module", path, (x,) if lam is None else (x, lam), {})  # pyright: ignore
+            tracer: Any = x.tracer
+            return tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (x,) if lam is None else (x, lam), {}
+            )
         self._check_input(x)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_if_stale()

@@ -88,7 +88,7 @@ class TimmSDNet(SDNet):
         return out
 
     def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             return checkpoint_seq(stage, x)
         return stage(x)
 
@@ -246,7 +246,8 @@ def run(program: list[str]) -> None:
     if program[0] in ("-h", "--help"):
         print("Usage: python -m sdnet.timm train.py [ARGUMENTS of timm's train.py]")
         return
-    create = timm.optim.create_optimizer_v2
+    optimizers: Any = timm.optim
+    create = optimizers.create_optimizer_v2
 
     def create_attached(model: nn.Module, *args: Any, **options: Any) -> torch.optim.Optimizer:
         optimizer = create(model, *args, **options)
@@ -254,7 +255,7 @@ def run(program: list[str]) -> None:
             sdnet.attach(model, optimizer)
         return optimizer
 
-    timm.optim.create_optimizer_v2 = create_attached
+    optimizers.create_optimizer_v2 = create_attached
     sys.argv = program
     runpy.run_path(program[0], run_name="__main__")
 

@@ -8,7 +8,9 @@ reconstruction from the codes is less noisy than the photograph, and lambda says
 This example learns a dictionary on the patches of one noisy photograph with :class:`sdnet.CSCLinear`, and does the same
 with scikit-learn. Both minimise
 
-.. math:: \min_{A, z} \; \sum_i \lambda |z_i|_1 + \tfrac{1}{2} |x_i - A z_i|^2
+::
+
+    min_{A, z}  sum_i  λ |z_i|_1 + 1/2 |x_i − A z_i|²
 
 over codes and atoms, where atoms have unit norm, so their results can be compared number by number.
 """

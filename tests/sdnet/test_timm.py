@@ -14,15 +14,17 @@ from tests import torchvision_operators  # noqa: F401  # before timm
 import timm  # isort: skip
 import sdnet.configuration  # isort: skip
 import sdnet.timm  # isort: skip
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay  # isort: skip
+from timm.optim._optim_factory import create_optimizer_v2  # isort: skip
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay  # isort: skip
 
 NAMES = ["sdnet18", "sdnet34", "sdnet50", "sdnet18_all", "sdnet34_all", "sdnet50_all"]
-SMALL = {"width": 4, "img_size": 64}
+SMALL: dict[str, Any] = {"width": 4, "img_size": 64}
 
 
 def make(name: str = "sdnet18_all", **options: Any) -> Any:
     torch.manual_seed(0)
-    return timm.create_model(name, **({"num_classes": 5} | SMALL | options))
+    arguments: dict[str, Any] = {"num_classes": 5} | SMALL | options
+    return timm.create_model(name, **arguments)
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_features_head_and_classifier(x: Tensor) -> None:
 
 @pytest.mark.parametrize(("stem", "reductions"), [("imagenet", [2, 4, 8, 16, 32]), ("cifar", [1, 1, 2, 4, 8])])
 def test_maps_of_every_depth(stem: str, reductions: list[int], x: Tensor) -> None:
-    options = {"stem": stem} | ({"img_size": 32} if stem == "cifar" else {})
+    options: dict[str, Any] = {"stem": stem} | ({"img_size": 32} if stem == "cifar" else {})
     x = x[:, :, :32, :32] if stem == "cifar" else x
     model = make(**options).eval()
     last, maps = model.forward_intermediates(x)
@@ -110,9 +112,10 @@ def test_groups_of_parameters() -> None:
     assert not [name for name in unmoved if "norm" in name or "linear" in name]
     decayed = param_groups_weight_decay(model, 0.1, no_weight_decay_list=unmoved)[1]["params"]
     assert sum(parameter is model.stem.conv.weight for parameter in decayed) == 0
-    names = [name for group in param_groups_layer_decay(model, 0.1) for name in group["param_names"]]
-    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    scales = {group["lr_scale"] for group in param_groups_layer_decay(model, 0.1)}
+    groups = param_groups_layer_decay(model, 0.1)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    scales = {group["lr_scale"] for group in groups}
     assert len(scales) == 10, "the stem, eight blocks and the classifier"
 
 

@@ -1,0 +1,72 @@
+"""Sphinx configuration of the documentation site; `make docs` builds it."""
+
+import re
+from typing import Any
+
+import sdnet
+
+project = "SDNet"
+copyright = "The SDNet developers"
+author = "The SDNet developers"
+version = release = sdnet.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "examples/*.rst"]
+html_theme = "furo"
+html_title = "SDNet"
+html_show_sourcelink = False
+html_copy_source = False
+default_role = "literal"  # `name` in docstrings is code, as in Markdown
+
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]
+
+autodoc_member_order = "alphabetical"
+autodoc_typehints = "none"  # they are in the signatures' text of the docstrings
+autodoc_inherit_docstrings = False
+napoleon_custom_sections = ["Shape"]
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": "/plot_",
+    "download_all_examples": False,
+    "show_signature": False,
+    "show_memory": False,
+    "min_reported_time": 3600,
+    "abort_on_example_error": True,
+    "write_computation_times": False,
+    "reset_modules": (),
+    "within_subsection_order": "FileNameSortKey",
+}
+
+OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./|(?:\.\./)+)(?!docs/)([^)#]+)(?:#[^)]*)?\)")
+"""A Markdown link to a file of the repository that is no page of this site."""
+
+
+def name_files_outside(app: Any, page: str, source: list[str]) -> None:
+    """Replace links to files of the repository by their names, because the site has no copy of them."""
+    del app, page
+    source[0] = OUTSIDE.sub(lambda match: f"`{match[2]}`", source[0])
+
+
+def escape_marks(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Escape |x| and x*, which reStructuredText takes as markup, outside code and the names of arguments."""
+    del app, what, name, obj, options
+    for number, line in enumerate(lines):
+        start = line[: len(line) - len(line.lstrip(" *"))]
+        parts = re.split(r"(`[^`]*`)", line[len(start) :])
+        lines[number] = start + "".join(p if p.startswith("`") else re.sub(r"([|*])", r"\\\1", p) for p in parts)
+
+
+def setup(app: Any) -> None:
+    """Connect the changes of sources and docstrings; marks are escaped before Napoleon reads a docstring."""
+    app.connect("source-read", name_files_outside)
+    app.connect("autodoc-process-docstring", escape_marks, priority=400)
