@@ -56,6 +56,17 @@ def at_least(least: int) -> Callable[[str], int]:
     return integer
 
 
+def number(text: str) -> float:
+    """Return the value of an option that takes finite numbers of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
 def seconds(text: str) -> float:
     """Return the value of an option that takes a number of seconds, at least 0."""
     try:

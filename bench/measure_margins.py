@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdnet
-from sdnet.bench.common_options import add_common_options, add_width_option, open_ledger
+from sdnet.bench.common_options import add_common_options, add_width_option, at_least, number, open_ledger
 from sdnet.bench.ledger import Ledger
 from sdnet.kernels import step_sizes
 from sdnet.kernels.qualify.timing import percentiles
@@ -49,12 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="what learns; default: all")
     add_width_option(parser)
     parser.add_argument("--data", type=Path, help="CIFAR or a folder of small pictures, for the networks")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128], help="pictures of one step; default 128")
-    parser.add_argument("--lr", type=float, nargs="+", default=[0.1], help="learning rates of the networks")
-    parser.add_argument("--adam-lr", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="and of the dictionary")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1], help="of weights and pictures; default 0 1")
-    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of each run; default 100")
-    parser.add_argument("--every", type=int, default=10, help="optimiser steps of one row; default 10")
+    parser.add_argument("--batch", type=at_least(1), nargs="+", default=[128], help="pictures of one step; default 128")
+    parser.add_argument("--lr", type=number, nargs="+", default=[0.1], help="learning rates of the networks")
+    parser.add_argument("--adam-lr", type=number, nargs="+", default=[3e-3, 1e-2, 3e-2], help="and of the dictionary")
+    parser.add_argument(
+        "--seed", type=at_least(0), nargs="+", default=[0, 1], help="of weights and pictures; default 0 1"
+    )
+    parser.add_argument("--steps", type=at_least(1), default=100, help="optimiser steps of each run; default 100")
+    parser.add_argument("--every", type=at_least(1), default=10, help="optimiser steps of one row; default 10")
     add_common_options(parser)
 
 
@@ -64,9 +66,9 @@ def run(options: argparse.Namespace) -> int:
     networks = [task for task in options.task if task != "dictionary"]
     if networks and options.data is None:
         raise UserError(f"--data is missing: {networks[0]} learns from pictures.")
+    pictures = read_small_pictures(options.data) if networks else None  # before any work: it may be refused
     for seed, lr in itertools.product(options.seed, options.adam_lr if "dictionary" in options.task else []):
         measure(DictionaryLearning(lr, seed, device), options, ledger)
-    pictures = read_small_pictures(options.data) if networks else None
     for seed, task, batch, lr in itertools.product(options.seed, networks, options.batch, options.lr):
         assert pictures is not None
         measure(Classification(recipe_of(task, batch, lr, seed, options.width), pictures, device), options, ledger)

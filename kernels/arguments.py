@@ -3,13 +3,12 @@
 Each check raises a ValueError of one sentence that names the argument, what was given and what is allowed.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from sdnet.kernels import checks
+from sdnet.kernels.autocast import autocast_dtype
 from sdnet.kernels.dispatch import transform_of
 from sdnet.kernels.reference import Pair
 
@@ -22,18 +21,6 @@ def check_dense(name: str, tensor: Tensor) -> None:
     if tensor.is_nested or tensor.layout != torch.strided:
         given = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
         raise ValueError(f"{name} is {given}; it must be a dense tensor, of layout torch.strided.")
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast on a device, None where it is off or does not exist (the meta device)."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which autocast is off on a device."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def check_x_and_weight(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) -> None:
@@ -83,16 +70,6 @@ def check_codes(codes: Tensor, atoms: int, batch: int | None = None) -> None:
         )
     if codes.dtype not in DTYPES:
         raise ValueError(f"codes is {codes.dtype}; it must be of a floating-point type of 16, 32 or 64 bits.")
-
-
-def under_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in autocast's dtype where it is on, as conv2d would have them."""
-    dtype = autocast_dtype(x.device)
-    if dtype is None:
-        return x, weight
-    if x.dtype != torch.float64:
-        x = x.to(dtype)
-    return x, weight.to(x.dtype)
 
 
 def as_tensor(name: str, value: float | Tensor, x: Tensor, atoms: int | None = None) -> Tensor:

@@ -13,9 +13,8 @@ from sdnet.kernels.arguments import (
     check_dense,
     check_values,
     check_x_and_weight,
-    under_autocast,
-    without_autocast,
 )
+from sdnet.kernels.autocast import under_autocast
 from sdnet.kernels.coding import (
     PLAIN_ITERATION,
     Callback,
@@ -129,8 +128,10 @@ def csc_encode(
             environment variable SDNET_KEEP_RESIDUALS, "1" for yes and "0" for no, and without it keeps them.
         z0: the codes to start from in place of zero (a warm start): z_1 = P(z_0 + step_size A'(x - A z_0)).
         tolerance: stop as soon as |z_{k+1} - z_k| <= tolerance |z_{k+1}| for every sample, after n_steps at the latest,
-            and return a `Solution`: the codes and the number of steps. The test waits for the device.
-        callback: called as callback(step, codes) after each step, 1, 2, ...; what it returns is ignored.
+            and return a `Solution`: the codes and the number of steps. The test waits for the device, and cannot be
+            made under torch.vmap.
+        callback: called as callback(step, codes) after each step, 1, 2, ..., with a copy of the codes; what it returns
+            is ignored.
         prox: takes the place of P, for other penalties: prox(v, step_size, lam) returns
             argmin_z step_size penalty(z) + 1/2 |z - v|^2 in the shape of v. mu must be 0, and nonnegative has no
             effect. step_size is 0-d, and lam as it was given, both in x's dtype.
@@ -252,6 +253,8 @@ def prepared(
     lam = as_tensor("lam", lam, x, atoms=weight.shape[0])
     x, weight = under_autocast(x, weight)
     if iteration.given is not None:
+        if iteration.z0 is not None:
+            check_dense("z0", iteration.z0)
         (height, width), (kernel_h, kernel_w) = x.shape[2:], weight.shape[2:]
         size = codes_size((height, width), (kernel_h, kernel_w), stride, padding)
         iteration.check_fits(coding, (x.shape[0], weight.shape[0], *size), x)
@@ -366,7 +369,7 @@ def step_size(
             f"image_size is {list(size)} with padding {list(padding)}, too small for atoms of {list(weight.shape[2:])}."
         )
     start = step_sizes.initial_power_vector((1, weight.shape[1], *size)).to(weight.device)
-    with torch.no_grad(), without_autocast(weight.device):
+    with torch.no_grad():
         _, eigenvalue = step_sizes.largest_eigenvalue(weight, start, stride, padding, tolerance)
         return step_sizes.step_size_of(eigenvalue)
 

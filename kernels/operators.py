@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 
 from sdnet.kernels import flops, reference, torch_path
-from sdnet.kernels.arguments import without_autocast
+from sdnet.kernels.autocast import without_autocast
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.dispatch import transform_of
 from sdnet.kernels.qualify import job

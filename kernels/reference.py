@@ -132,7 +132,8 @@ def solve(
     """Return the codes as `csc_encode`, and the number of steps that were made.
 
     From codes z_0 the first step is z_1 = P(z_0 + step_size A'(x - A z_0)). Gradients reach z_0 and pass through
-    `iteration.prox`. The tolerance looks at values only, which waits for the device after each step.
+    `iteration.prox`. The tolerance looks at values only, which waits for the device after each step. The callback and
+    `prox` get copies, so that what they do in place changes nothing.
     """
     step_size = step_size.detach().to(x.dtype)
     lam = lam.to(x.dtype)
@@ -154,10 +155,10 @@ def solve(
         if iteration.prox is None:
             found = proximal(v, step_size, lam, coding.mu, coding.nonnegative)
         else:
-            found = checked_codes(iteration.prox(v, step_size, lam), v)
+            found = checked_codes(iteration.prox(v, step_size.clone(), lam.clone()), v, codes)
         previous, codes = found if codes is None else codes, found
         if iteration.callback is not None:
-            iteration.callback(step, codes)
+            iteration.callback(step, codes.clone())
         first = step == 1 and iteration.z0 is None  # there are no codes before it to compare with
         if iteration.tolerance is not None and not first and has_converged(codes, previous, iteration.tolerance):
             break
@@ -165,25 +166,44 @@ def solve(
     return codes, step
 
 
-def checked_codes(codes: Tensor, v: Tensor) -> Tensor:
+def checked_codes(codes: Tensor, v: Tensor, last: Tensor | None) -> Tensor:
     """Return what a `prox` returned.
 
+    Args:
+        codes: what it returned.
+        v: what it was given.
+        last: the codes of the step before.
+
     Raises:
-        ValueError: it is no tensor of the shape and type of v.
+        ValueError: it is no tensor of the shape and type of v, or the tensor that it returned in the step before, whose
+            values are needed and have been overwritten.
     """
     if not isinstance(codes, Tensor) or codes.shape != v.shape or codes.dtype != v.dtype:
         given = f"{codes.dtype} {list(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
         raise ValueError(f"prox returned {given}; it must return a tensor like v, {v.dtype} {list(v.shape)}.")
+    if codes is last:
+        raise ValueError("prox returned the tensor of the step before; it must return a new one at every step.")
     return codes
 
 
 def has_converged(codes: Tensor, previous: Tensor, tolerance: float) -> bool:
-    """Return whether |z - z_prev| <= tolerance |z| for every sample. Waits for the device."""
+    """Return whether |z - z_prev| <= tolerance |z| for every sample. Waits for the device.
+
+    Raises:
+        ValueError: the values cannot be read, under vmap or in a trace.
+    """
     dtype = torch.promote_types(codes.dtype, torch.float32)
     change, norm = (
         torch.linalg.vector_norm(tensor.detach(), dim=(1, 2, 3), dtype=dtype) for tensor in (codes - previous, codes)
     )
-    return bool((change <= tolerance * norm).all())
+    try:
+        return bool((change <= tolerance * norm).all())
+    except RuntimeError as error:
+        if "data-dependent" not in str(error):
+            raise
+        raise ValueError(
+            f"tolerance is {tolerance}; under torch.vmap and in a trace, where no value can be read, it must be None."
+        ) from error
 
 
 def objective(x: Tensor, codes: Tensor, reconstruction: Tensor, lam: Tensor, coding: Coding) -> Tensor:

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdnet.kernels.autocast import outside_autocast
 from sdnet.kernels.reference import Pair, analysis, synthesis
 
 SAFETY = 0.9
@@ -165,6 +166,7 @@ def top_eigenvector(matrix: Tensor) -> Tensor:
     return normalize(power.index_select(1, longest).flatten())
 
 
+@outside_autocast
 def estimate_eigenvalue(
     weight: Tensor, power_vector: Tensor, stride: Pair, padding: Pair, iterations: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -208,6 +210,7 @@ def estimate_eigenvalue(
     return power_vector, eigenvalue
 
 
+@outside_autocast
 def largest_eigenvalue(
     weight: Tensor,
     power_vector: Tensor,
@@ -238,6 +241,7 @@ def largest_eigenvalue(
     return power_vector, eigenvalue
 
 
+@outside_autocast
 def krylov_start(weight: Tensor, power_vector: Tensor) -> Tensor:
     """Return the power vector [1, C, H, W] plus a constant image and a share of the seeded random vector.
 
@@ -247,6 +251,7 @@ def krylov_start(weight: Tensor, power_vector: Tensor) -> Tensor:
     return first_directions(weight, power_vector).sum(0).view_as(power_vector) + RANDOM_SHARE * random
 
 
+@outside_autocast
 def krylov_estimate(weight: Tensor, start: Tensor, stride: Pair, padding: Pair, products: int) -> tuple[Tensor, Tensor]:
     """Estimate the largest eigenvalue of A'A from below by Rayleigh-Ritz on the Krylov space of `start`.
 
@@ -271,7 +276,8 @@ def step_size_of(eigenvalue: Tensor) -> Tensor:
 @torch.no_grad()
 def project_atoms(weight: Tensor) -> None:
     """Scale every atom weight[k] to unit norm in place; an atom of zeros stays."""
-    norms = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # the norm of an atom can be too large for fp16
+    norms = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True, dtype=dtype)
     weight.div_(norms.clamp_min(ATOM_FLOOR))
 
 

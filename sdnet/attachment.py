@@ -84,9 +84,10 @@ def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> Remov
     sent to all, once.
 
     Which layers it updates is decided at every step: those whose dictionary is in a parameter group of `optimizer` and
-    requires a gradient. Layers and parameter groups that are added later are therefore included; frozen layers, and
-    those of other optimizers, are left alone. The dictionary may be sharded by `fully_shard`, pruned, or parametrized
-    with a right inverse. A copy of the optimizer, by `copy.deepcopy` or `pickle`, has no hook: attach the copy.
+    requires or has a gradient. Layers and parameter groups that are added later are therefore included; frozen layers,
+    and those of other optimizers, are left alone. The dictionary may be sharded by `fully_shard`, pruned, or
+    parametrized with a right inverse. A copy of the optimizer, by `copy.deepcopy` or `pickle`, has no hook: attach the
+    copy.
 
     Args:
         model: a network with CSC layers.
@@ -156,12 +157,18 @@ def holds_dictionaries(model: nn.Module, optimizer: Optimizer) -> bool:
 
 
 def trained_layers(model: nn.Module, optimizer: Optimizer) -> dict[str, CSCConv2d]:
-    """Return the CSC layers whose dictionary is in a parameter group of the optimizer and requires a gradient."""
+    """Return the CSC layers whose dictionary an optimizer moves.
+
+    It is in a parameter group and requires or has a gradient: optimizers move a frozen parameter that still has one.
+    """
     held = held_by(optimizer)
     return {
         name: layer
         for name, layer in csc_layers(model).items()
-        if any(id(parameter) in held and parameter.requires_grad for parameter in stored_parameters(layer))
+        if any(
+            id(parameter) in held and (parameter.requires_grad or parameter.grad is not None)
+            for parameter in stored_parameters(layer)
+        )
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
-from sdnet.kernels.arguments import without_autocast
+from sdnet.kernels.autocast import without_autocast
 from sdnet.layers import CSCConv2d, at_least_single
 from sdnet.recorder import Recorder
 from sdnet.step_size import csc_layers

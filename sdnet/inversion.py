@@ -166,25 +166,46 @@ def match_contrast(picture: Tensor, image: Tensor) -> Tensor:
 
 
 def relative_error(estimate: Tensor, truth: Tensor) -> Tensor:
-    """Return |estimate - truth| / |truth| of every sample, [N], in at least fp32."""
-    dtype = torch.promote_types(truth.dtype, torch.float32)
-    difference, norm = (tensor.to(dtype).flatten(1).norm(dim=1) for tensor in (estimate - truth, truth))
-    return difference / norm.clamp_min(NORM_FLOOR)
+    """Return |estimate - truth| / |truth| of every sample, [N], in at least fp32.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    estimate, truth = _samples(estimate, truth)
+    return (estimate - truth).norm(dim=1) / truth.norm(dim=1).clamp_min(NORM_FLOOR)
 
 
 def psnr(estimate: Tensor, truth: Tensor, peak: float | None = None) -> Tensor:
     """Return the peak signal-to-noise ratio of every sample in dB, [N]: 10 log10(peak^2 / mean squared error).
 
+    It is infinite for a sample without error, and minus infinity for one with an error and a peak of 0.
+
     Args:
         estimate: what is judged, [N, ...].
         truth: what it should be, [N, ...].
-        peak: the range of the values; None is max - min of `truth`, sample by sample.
+        peak: the range of the values; None is max - min of `truth`, sample by sample, which is 0 for a constant image.
+
+    Raises:
+        ValueError: the shapes differ, or `peak` is no number of at least 0.
     """
-    dtype = torch.promote_types(truth.dtype, torch.float32)
-    truth, estimate = truth.to(dtype).flatten(1), estimate.to(dtype).flatten(1)
-    span = truth.amax(1) - truth.amin(1) if peak is None else truth.new_full((len(truth),), peak)
+    estimate, truth = _samples(estimate, truth)
+    if peak is None:
+        span = truth.amax(1) - truth.amin(1)
+    else:
+        span = truth.new_full((len(truth),), checks.number("peak", peak, ", or None"))
     squares = (estimate - truth).square().mean(1)
-    return 10 * torch.log10(span.square() / squares)
+    return torch.where(squares == 0, float("inf"), 10 * torch.log10(span.square() / squares))
+
+
+def _samples(estimate: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as rows [N, n] in at least fp32: differences of small integers or half precision overflow."""
+    if estimate.shape != truth.shape or truth.ndim < 2:
+        raise ValueError(
+            f"estimate has shape {list(estimate.shape)} and truth {list(truth.shape)}; they must have one shape "
+            "[N, ...]."
+        )
+    dtype = torch.promote_types(torch.promote_types(estimate.dtype, truth.dtype), torch.float32)
+    return estimate.to(dtype).flatten(1), truth.to(dtype).flatten(1)
 
 
 class Call(NamedTuple):

@@ -11,7 +11,8 @@ from torch.fx import Proxy
 
 from sdnet.convolution_arguments import refuse_convolution_only
 from sdnet.kernels import checks, reference, step_sizes
-from sdnet.kernels.arguments import DTYPES, check_codes, check_dense, without_autocast
+from sdnet.kernels.arguments import DTYPES, check_codes, check_dense
+from sdnet.kernels.autocast import without_autocast
 from sdnet.kernels.coding import CODING_FIELDS, Callback, Coding, Iteration, Prox, coding_of, takes_coding
 from sdnet.kernels.csc import Solution, encode, solve
 from sdnet.kernels.dictionaries import update_dictionaries

@@ -147,13 +147,21 @@ def converge(layer: CSCConv2d, tolerance: float = 1e-5) -> Tensor:
 
 
 def require_finite(layers: dict[str, CSCConv2d]) -> None:
-    """Raise a ValueError that names the first layer whose dictionary has no values, or holds NaN or infinite ones."""
+    """Check the dictionaries of layers.
+
+    Raises:
+        ValueError: one has no values, or holds NaN, infinite or very large ones; the message names the first layer.
+    """
     for name, layer in layers.items():
         place, weight = f"{name}.weight" if name else "weight", effective_weight(layer)
         if weight.is_meta:
             raise ValueError(f"{place} is on the meta device and has no values; give it memory and load it first.")
         if not weight.isfinite().all():
             raise ValueError(f"{place} holds NaN or infinite values; load or initialise finite weights first.")
+        if (largest := float(weight.abs().max())) > step_sizes.LARGEST_WEIGHT:
+            raise ValueError(
+                f"{place} holds values of up to {largest:.6g}; they must be at most {step_sizes.LARGEST_WEIGHT:.6g}."
+            )
 
 
 class SizeRecorder(Recorder):

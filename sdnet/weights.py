@@ -11,6 +11,7 @@ The header has these entries, each a string:
 Nothing in such a file is executed. `read_weights` and `load_model` need the package safetensors, writing does too.
 """
 
+import inspect
 import json
 import os
 import struct
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from sdnet.configuration import build, configuration, differences_of
 from sdnet.kernels import checks
-from sdnet.models import SDNet
+from sdnet.models import SDNet, create_model
 
 IN_A_FOLDER = ("model.safetensors", "best.safetensors", "last.safetensors")
 """The files that `load_model` looks for in a folder: of the hub, and of a training run."""
@@ -60,11 +61,18 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, does not say its network, or holds weights of another one.
+        TypeError: `create_model` has no such argument as one of `changes`.
 
     Example:
         >>> model = sdnet.load_model("runs/demo")  # doctest: +SKIP
         >>> model.class_names[model(image).argmax()]  # doctest: +SKIP
     """
+    allowed = [name for name in inspect.signature(create_model).parameters if name != "pretrained"]
+    if unknown := [name for name in changes if name not in allowed]:
+        raise TypeError(
+            f"load_model has no argument {unknown[0]!r}; its arguments are path and those of create_model: "
+            f"{', '.join(allowed)}."
+        )
     file = weights_file(path)
     weights = read_weights(file)
     if not weights.model:
@@ -134,6 +142,11 @@ def save_model(
     """
     if not isinstance(path, (str, PathLike)):
         raise ValueError(f"path is of type {type(path).__name__}; it must be the path of a file.")
+    file = Path(path)
+    if os.path.isdir(file):
+        raise ValueError(f"path is '{file}', a folder; it must be the path of a file.")
+    if not os.path.isdir(file.parent):
+        raise FileNotFoundError(f"There is no folder '{file.parent}' for the weights file '{file.name}'.")
     model = getattr(model, "_orig_mod", model)  # of a compiled network
     if not isinstance(model, SDNet):
         raise ValueError(f"model is of type {type(model).__name__}; it must be a network of sdnet.create_model.")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
+from sdnet.train.data.names import printable
 from sdnet.train.errors import DataError, LostProcessError, UserError
 from sdnet.train.interrupt import end_with_launcher
 from sdnet.train.job import Job
@@ -21,6 +22,7 @@ from sdnet.train.run_folder import RunFolder
 from sdnet.train.settings import settings_of, type_hints
 
 AUTO = Path("auto")
+PATH_OPTIONS = ("--data", "--out", "--resume", "--checkpoint", "--val-labels")
 Recipes = Mapping[str, Callable[[], Recipe]]
 
 
@@ -40,6 +42,7 @@ def parse_job(recipes: Recipes, default: str, argv: Sequence[str] | None = None)
         SystemExit: The arguments ask for help or cannot be parsed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    check_paths(argv)
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
     where = _place(recipes, default)
     place, _ = _parse(make_dataclass("Place", where), argv, return_unknown_args=True, add_help=False)
@@ -66,6 +69,18 @@ def parse_job(recipes: Recipes, default: str, argv: Sequence[str] | None = None)
     settings = {item.name: values[item.name] for item in settings_of(Job)}
     changed = tuple(stored.differences(before)) if stored and before else ()
     return Job(recipe, values["data"], run, resume=stored is not None, changes=changed, notes=notes, **settings)
+
+
+def check_paths(argv: Sequence[str] | None) -> None:
+    """Check that no path is empty: it would mean the working folder, as a shell variable without a value does.
+
+    Raises:
+        UserError: A path is empty.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    for word, value in zip(words, [*words[1:], "more"], strict=True):
+        if (word in PATH_OPTIONS and not value) or (word[-1:] == "=" and word[:-1] in PATH_OPTIONS):
+            raise UserError(f"{word.rstrip('=')} is empty; it must be a path, such as . for the working folder.")
 
 
 def _folder_to_resume(out: Path | None, resume: Path) -> Path:
@@ -141,11 +156,13 @@ def _description(recipes: Recipes) -> str:
 def user_errors() -> Iterator[None]:
     """End the program with the sentence of a `UserError` instead of a traceback, and print it once.
 
+    What the operating system refuses, such as a name that is too long, is said with the name of the file.
+
     Standard output escapes the characters that its encoding lacks, as standard error does, so no file name can end the
     program.
 
     Raises:
-        SystemExit: A `UserError` or Ctrl-C ended the block.
+        SystemExit: A `UserError`, an error of the operating system or Ctrl-C ended the block.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -155,5 +172,10 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         said_here = isinstance(error, (DataError, LostProcessError)) or os.environ.get("RANK", "0") == "0"
         raise SystemExit(f"error: {error}" if said_here else 1) from None
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        place = "" if error.filename is None else f"{printable(os.fsdecode(error.filename))}: "
+        raise SystemExit(f"error: {place}{error.strerror}.") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

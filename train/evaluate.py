@@ -26,7 +26,7 @@ import sdnet
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.official import load_official_model
 from sdnet.step_size import csc_layers
-from sdnet.train.cli import user_errors
+from sdnet.train.cli import check_paths, user_errors
 from sdnet.train.data.loader import Data, Loader, Program, Rank
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
@@ -104,7 +104,10 @@ def _recipe_of(weights: Weights, file: Path) -> Recipe:
     try:
         return Recipe.from_json(json.loads(weights.facts["recipe"]))
     except (KeyError, ValueError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{file} does not say the recipe that made it, or that of another version: {error}.") from error
+        reason = "there is none" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise UserError(
+            f"{file} does not say the recipe that made it, or that of another version: {reason}."
+        ) from error
 
 
 def open_data(subject: Subject, job: Job, rank: Rank, device: torch.device) -> Data:
@@ -239,9 +242,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate what a command line asks for, and print the result as JSON."""
     with user_errors():
         options = parse(argv)
+        check_paths(argv)
         given = {name: value for name, value in vars(options).items() if value is not None}
         if options.out and not options.out.absolute().parent.is_dir():
             raise UserError(f"--out is {options.out}; its folder does not exist.")
+        if options.out and options.out.is_dir():
+            raise UserError(f"--out is {options.out}, a folder; it must be the path of a file.")
         changes = {name: given[name] for name in MODEL_OPTIONS if name in given}
         subject = read_subject(options.checkpoint, options.program, changes)
         fixed = {"accumulate": 1, "holdout": 0, "mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0}
@@ -249,7 +255,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = subject.recipe.with_settings(fixed | {name: given[name] for name in IMAGE_OPTIONS if name in given})
         settings = {name: given[name] for name in ("threads", "verify", "bad_files", "val_labels") if name in given}
         job = Job(recipe, options.data, RunFolder(Path()), **settings)
-        result = evaluate_subject(subject, job, not options.no_layers)
+        try:
+            result = evaluate_subject(subject, job, not options.no_layers)
+        except NotImplementedError as error:  # the implementation cannot run on this device
+            raise UserError(str(error)) from error
         if torch.distributed.is_initialized():
             main_process = torch.distributed.get_rank() == 0
             torch.distributed.destroy_process_group()

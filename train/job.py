@@ -40,12 +40,14 @@ class Job:
     run: RunFolder
     resume: bool = False
 
-    threads: int = setting(0, "data", "decoding threads of each process, 0 for its share of the cores")
+    threads: int = setting(0, "data", "decoding threads of each process, 0 for its share of the cores", most=1024)
     log_every: int = setting(20, "run", "optimiser steps between two reports", least=1)
     checkpoint_every: int = setting(0, "run", "optimiser steps between two checkpoints, 0 for epoch ends only")
     checkpoint_minutes: float = setting(15.0, "run", "minutes between two checkpoints, 0 for epoch ends only")
     keep_every: int = setting(0, "run", "epochs between two checkpoints that are kept for good, 0 for none")
-    timeout: float = setting(1800.0, "run", "seconds that a process waits in training for one that does not answer")
+    timeout: float = setting(
+        1800.0, "run", "seconds that a process waits in training for one that does not answer", most=1e6
+    )
     qualify: Qualify = setting(
         "auto", "run", "find out the quickest right kernels on a GPU: those without a verdict, all again, or none"
     )
@@ -55,7 +57,7 @@ class Job:
     verify: Verify = setting("header", "data", "check the header of each image before the training, or decode it")
     bad_files: BadFiles = setting("fail", "data", "stop at images that cannot be read, or leave them out")
     val_labels: Path | None = setting(None, "data", "labels of the images of a flat validation folder")
-    prefetch: int = setting(2, "data", "batches that DALI prepares in advance", least=1)
+    prefetch: int = setting(2, "data", "batches that DALI prepares in advance", least=1, most=1000)
     hw_decoder_load: float = setting(0.65, "data", "share of the images for the JPEG unit of the GPU", most=1)
 
     changes: tuple[str, ...] = ()

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from sdnet.train.cli import user_errors
+from sdnet.train.cli import check_paths, user_errors
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.names import printable
 from sdnet.train.data.shard_writer import ShardPlan, Sources, Worker, begin_worker, write_in_worker
@@ -84,10 +84,11 @@ def prepare(
         ("size", size, 0, 2**16),
         ("quality", quality, 1, 100),
         ("shards", shards, 0, 10**5),
+        ("workers", workers, 1, 1024),
     ):
         if not least <= value <= most:
             raise UserError(f"{name} is {value}; it must be between {least} and {most}.")
-    if out.resolve().is_relative_to(source.resolve()):
+    if resolved(out).is_relative_to(resolved(source)):
         raise UserError(f"{printable(out)} lies in {printable(source)}: choose a folder outside of it.")
     train, val = read_pictures(source, labels, bad_files="skip")
     sets = {"train": train, "val": val}
@@ -118,12 +119,17 @@ def prepare(
     return manifest
 
 
+def resolved(path: Path) -> Path:
+    """Return a path without links; one that leads in a circle stays, where `Path.resolve` raises."""
+    return Path(os.path.realpath(path))
+
+
 def refuse_links(source: Path, sets: dict[str, ImageSet]) -> None:
     """Raise a UserError if a folder or archive that images come from is a link to another place."""
-    inside = source.resolve()
+    inside = resolved(source)
     folders = {path.parent for images in sets.values() for path in images.paths()}
     for folder in sorted(folders):
-        if not folder.resolve().is_relative_to(inside):
+        if not resolved(folder).is_relative_to(inside):
             raise UserError(f"{printable(folder)} leads out of {printable(source)}: only files inside of it are read.")
 
 
@@ -139,7 +145,7 @@ def _begin(out: Path, plan: Preparation) -> dict[str, Any] | None:
     """Open the output folder and return the manifest if all is done already."""
     manifest = read_manifest(out)
     noted = out / WORK / "plan.json"
-    former = manifest["plan"] if manifest else json.loads(noted.read_text()) if noted.is_file() else None
+    former = manifest["plan"] if manifest else _read_plan(noted) if noted.is_file() else None
     if former is not None:
         differences = [
             f"{key}: {value}, not {former.get(key)}" for key, value in asdict(plan).items() if value != former.get(key)
@@ -155,6 +161,23 @@ def _begin(out: Path, plan: Preparation) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"{printable(out)} cannot be written: {error.strerror}.") from error
     return None
+
+
+def _read_plan(file: Path) -> dict[str, Any]:
+    """Return the plan of a preparation that was begun.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        plan = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        plan = None
+    if not isinstance(plan, dict):
+        raise UserError(
+            f"{printable(file)} is damaged; remove {printable(file.parent)}, and all shards are made again."
+        )
+    return plan
 
 
 def _make(tasks: Sequence[ShardPlan], sets: Sources, records: Path, workers: int, say: Callable[[str], object]) -> None:
@@ -242,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ground truth of a flat validation folder")
     given = parser.parse_args(argv)
     with user_errors():
+        check_paths(argv)
         manifest = prepare(
             given.data,
             given.out,

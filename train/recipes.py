@@ -31,7 +31,9 @@ class Recipe:
 
     model: str = setting("sdnet18", "model", f"one of {', '.join(sdnet.list_models())}")
     stem: Literal["imagenet", "cifar"] = setting("imagenet", "model", "7x7 stride 2 and pooling, or 3x3 stride 1")
-    width: int = setting(64, "model", "channels of the stem and the first stage; later ones have 2, 4 and 8 times", 1)
+    width: int = setting(
+        64, "model", "channels of the stem and the first stage; later ones have 2, 4 and 8 times", 1, 4096
+    )
     shortcut: bool = setting(True, "model", "residual connections; only *_all models can do without")
     lam: float = setting(0.1, "model", "lambda, the weight of |z|_1")
     impl: Impl = setting("auto", "model", "implementation of the CSC operator")

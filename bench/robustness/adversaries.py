@@ -9,14 +9,13 @@ attacks.json and attacks.md. The same command goes on after an interruption.
 import argparse
 from pathlib import Path
 
-from sdnet.bench.common_options import at_least, choose_device
+from sdnet.bench.common_options import at_least, choose_device, number
 from sdnet.bench.ledger import writable_folder
 from sdnet.bench.robustness.attack_runs import AttackOptions, AttackRuns, autoattack_class
 from sdnet.bench.robustness.checkpoints import load_checkpoint
 from sdnet.bench.robustness.measure import digest_of, pixel_model
 from sdnet.bench.robustness.pictures import CLEAN, test_pictures
 from sdnet.bench.robustness.stored import StoredResults
-from sdnet.bench.robustness.sweep import lam
 from sdnet.bench.tables import markdown
 from sdnet.robustness.model import RobustModel
 from sdnet.robustness.rules import NoiseRule
@@ -32,13 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder or a weights file")
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="of a run folder; default last")
     parser.add_argument("--data", type=Path, required=True, help="a folder of CIFAR or other small pictures")
-    parser.add_argument("--k", type=lam, help="choose lambda by the noise estimate with this factor")
+    parser.add_argument("--k", type=number, help="choose lambda by the noise estimate with this factor")
     parser.add_argument("--pictures", type=at_least(1), default=DEFAULTS.pictures, help="default 1000")
     parser.add_argument(
-        "--linf", nargs="*", type=lam, default=list(DEFAULTS.linf), metavar="EPS", help="in 1/255; default 0.5 1 2 4 8"
+        "--linf",
+        nargs="*",
+        type=number,
+        default=list(DEFAULTS.linf),
+        metavar="EPS",
+        help="in 1/255; default 0.5 1 2 4 8",
     )
     parser.add_argument(
-        "--l2", nargs="*", type=lam, default=list(DEFAULTS.l2), metavar="EPS", help="default 0.1 0.25 0.5"
+        "--l2", nargs="*", type=number, default=list(DEFAULTS.l2), metavar="EPS", help="default 0.1 0.25 0.5"
     )
     parser.add_argument("--steps", type=at_least(1), default=DEFAULTS.steps, help="of PGD; default 20")
     parser.add_argument("--restarts", type=at_least(1), default=DEFAULTS.restarts, help="of PGD; default 2")

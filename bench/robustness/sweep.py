@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import sdnet
-from sdnet.bench.common_options import at_least, choose_device
+from sdnet.bench.common_options import at_least, choose_device, number
 from sdnet.bench.ledger import writable_folder
 from sdnet.bench.robustness import plots
 from sdnet.bench.robustness.checkpoints import load_checkpoint
@@ -54,22 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=SCALES, default="cifar10-c", help="whose severities; default cifar10-c")
     parser.add_argument("--noises", nargs="+", metavar="NOISE", help="default: gaussian shot impulse speckle, or all")
     parser.add_argument("--severities", nargs="+", type=at_least(1), metavar="N", help="default all of the scale")
-    parser.add_argument("--lambdas", nargs="+", type=lam, default=list(OFFICIAL_LAMBDAS), help="default 0.1 ... 1.4")
+    parser.add_argument("--lambdas", nargs="+", type=number, default=list(OFFICIAL_LAMBDAS), help="default 0.1 ... 1.4")
     parser.add_argument("--layers", choices=["first", "all"], default="first", help="whose lambda; default first")
     parser.add_argument("--pictures", type=at_least(1), help="how many pictures, a seeded choice; default all")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, default=Path("runs", "robustness"), help="default runs/robustness")
-
-
-def lam(text: str) -> float:
-    """Return the value of an option that takes values of lambda."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:

@@ -27,3 +27,10 @@ def test_a_row_holds_the_margins_of_its_steps(tmp_path: Path) -> None:
 def test_networks_need_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert front.main(["margins", "--task", "sdnet18", "--out", str(tmp_path)]) == 2
     assert "--data is missing: sdnet18 learns from pictures." in capsys.readouterr().err
+
+
+def test_missing_pictures_are_named_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing"
+    assert front.main(["margins", "--data", str(missing), "--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert f"The data folder {missing} does not exist." in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.jsonl"))

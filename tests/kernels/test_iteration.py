@@ -86,7 +86,7 @@ def test_the_callback_sees_the_codes_of_every_step(problem: Problem) -> None:
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     for step, z in seen:
         torch.testing.assert_close(z, problem.encode(n_steps=step))
-    assert seen[-1][1] is codes
+    assert torch.equal(seen[-1][1], codes)
 
 
 @pytest.mark.parametrize("data_term", ["squared", "norm"])
@@ -229,3 +229,30 @@ def test_explain_says_what_computes_a_call_and_triton_refuses_with_the_reason(pr
 def test_a_start_of_another_precision_takes_the_precision_of_x(problem: Problem) -> None:
     start = torch.zeros(2, 4, 6, 5, dtype=torch.float16)
     assert problem.encode(z0=start).dtype == torch.float64
+
+
+def overwritten(v: Tensor, step_size: Tensor, lam: Tensor) -> Tensor:
+    """The codes; step size and lambda are changed in place."""
+    return torch.relu(v - step_size.mul_(lam.mul_(1)))
+
+
+@pytest.mark.parametrize("solver", ["ista", "fista", "sdnet"])
+def test_what_a_callback_or_a_prox_does_in_place_changes_nothing(problem: Problem, solver: str) -> None:
+    plain = problem.encode(n_steps=6, solver=solver, impl="reference")
+    assert torch.equal(problem.encode(n_steps=6, solver=solver, callback=lambda _, codes: codes.zero_()), plain)
+    torch.testing.assert_close(problem.encode(n_steps=6, solver=solver, prox=overwritten), plain)
+    buffer = torch.empty_like(plain)
+    with pytest.raises(ValueError, match=r"^prox returned the tensor of the step before; it must return a new one"):
+        problem.encode(n_steps=6, solver=solver, prox=lambda v, *_: torch.clamp(v, min=0, out=buffer))
+
+
+def test_a_tolerance_is_refused_where_no_value_can_be_read(problem: Problem) -> None:
+    sentence = r"^tolerance is 0\.001; under torch\.vmap and in a trace, where no value can be read, it must be None\.$"
+    with pytest.raises(ValueError, match=sentence):
+        torch.vmap(lambda x: problem._replace(x=x).encode(n_steps=9, tolerance=1e-3).codes)(problem.x[None])
+
+
+def test_a_sparse_start_is_refused(problem: Problem) -> None:
+    start = torch.zeros_like(problem.encode()).to_sparse()
+    with pytest.raises(ValueError, match=r"^z0 is of layout torch\.sparse_coo; it must be a dense tensor, of layout"):
+        problem.encode(z0=start)

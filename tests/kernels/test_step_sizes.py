@@ -179,3 +179,26 @@ def test_a_dictionary_of_zeros_has_a_finite_step() -> None:
     assert eigenvalue == 0
     assert bool(power_vector.isfinite().all())
     assert bool(step_sizes.step_size_of(eigenvalue).isfinite())
+
+
+def test_autocast_does_not_change_what_is_computed() -> None:
+    shape, size, stride, padding = (5, 2, 3, 3), (7, 6), (1, 1), (1, 1)
+    weight, start = random(*shape), random(1, 2, *size, seed=1)
+    functions = (
+        lambda: step_sizes.largest_eigenvalue(weight, start, stride, padding),
+        lambda: step_sizes.estimate_eigenvalue(weight, start, stride, padding),
+        lambda: step_sizes.krylov_estimate(weight, start, stride, padding, 3),
+        lambda: (step_sizes.krylov_start(weight, start), weight),
+    )
+    for function in functions:
+        plain = function()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = function()
+        assert all(torch.equal(*pair) for pair in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_atoms_whose_norm_exceeds_half_precision_get_unit_norm(dtype: torch.dtype) -> None:
+    weight = torch.full((2, 3, 3, 3), 30_000.0, dtype=dtype)
+    step_sizes.project_atoms(weight)
+    torch.testing.assert_close(weight, torch.full_like(weight, 27**-0.5))

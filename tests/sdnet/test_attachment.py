@@ -198,6 +198,19 @@ def test_frozen_layers_and_those_of_other_optimizers_are_left_alone() -> None:
     assert norms_off(model) < 1e-6
 
 
+def test_a_layer_that_was_frozen_but_still_has_a_gradient_is_updated_as_the_optimizer_moves_it() -> None:
+    model = network()
+    optimizer = sgd(model)
+    sdnet.attach(model, optimizer)
+    train(model, optimizer, 1)
+    model(images()).square().mean().backward()
+    model.requires_grad_(False)
+    before = bits(model)
+    optimizer.step()
+    assert bits(model) != before
+    assert norms_off(model) < 1e-6
+
+
 def test_layers_and_parameter_groups_added_later_are_updated() -> None:
     model = network()
     optimizer = sgd(model)

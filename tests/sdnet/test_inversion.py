@@ -233,3 +233,38 @@ def test_psnr_and_error_are_their_formulas() -> None:
 def test_contrast_is_matched_by_gain_and_offset() -> None:
     x = image()
     torch.testing.assert_close(match_contrast(0.1 * x - 3, x), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "truth", "ratio", "error"),
+    [
+        ([[0.0, 0.0]], [[0.0, 0.0]], float("inf"), 0.0),  # an image of zeros, rebuilt exactly
+        ([[1.0, 0.0]], [[0.0, 0.0]], -float("inf"), 1e12),
+        ([[3.0, 3.0]], [[3.0, 3.0]], float("inf"), 0.0),  # a constant image
+        ([[3.0, 4.0]], [[3.0, 4.0]], float("inf"), 0.0),
+        ([[float("nan"), 4.0]], [[3.0, 4.0]], float("nan"), float("nan")),
+    ],
+)
+def test_psnr_and_error_where_the_formulas_have_no_value(
+    estimate: list[list[float]], truth: list[list[float]], ratio: float, error: float
+) -> None:
+    tensors = torch.tensor(estimate), torch.tensor(truth)
+    torch.testing.assert_close(psnr(*tensors), torch.tensor([ratio]), equal_nan=True)
+    torch.testing.assert_close(relative_error(*tensors), torch.tensor([error]), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_psnr_and_error_of_small_types_do_not_overflow(dtype: torch.dtype) -> None:
+    scale = 1 if dtype == torch.uint8 else 256
+    estimate, truth = (torch.tensor([row]).mul(scale).to(dtype) for row in ([10, 0], [20, 200]))
+    torch.testing.assert_close(relative_error(estimate, truth), torch.tensor([(100 + 40000) ** 0.5 / 40400**0.5]))
+    expected = 10 * torch.log10(torch.tensor([180**2 / 20050]))
+    torch.testing.assert_close(psnr(estimate, truth), expected)
+
+
+def test_psnr_and_error_refuse_other_shapes_and_peaks() -> None:
+    for function in (psnr, relative_error):
+        with pytest.raises(ValueError, match=r"estimate has shape \[1, 1\] and truth \[1, 3\]; they must have one sha"):
+            function(torch.zeros(1, 1), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"peak is -1\.0; it must be a finite number of at least 0, or None\."):
+        psnr(torch.zeros(1, 3), torch.zeros(1, 3), peak=-1.0)

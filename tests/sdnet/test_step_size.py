@@ -191,6 +191,18 @@ def test_wrong_sizes_are_refused_in_one_sentence(
 @pytest.mark.parametrize(
     "function", [sdnet.refresh_step_size, sdnet.project, sdnet.step_margins, sdnet.converge_power_vectors]
 )
+def test_a_dictionary_of_very_large_values_is_refused_and_the_model_untouched(function: Any) -> None:
+    model = network()
+    csc_layers(model)[1].weight.data[0, 0, 0, 0] = 1e25
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"1\.weight holds values of up to 1e\+25; they must be at most 1e\+15\."):
+        function(model)
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize(
+    "function", [sdnet.refresh_step_size, sdnet.project, sdnet.step_margins, sdnet.converge_power_vectors]
+)
 def test_a_dictionary_with_nan_is_refused_and_the_model_untouched(function: Any) -> None:
     model = network()
     csc_layers(model)[1].weight.data[0, 0, 0, 0] = torch.nan

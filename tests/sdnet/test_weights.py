@@ -101,3 +101,29 @@ def test_names_of_another_number_of_classes_are_refused(model: sdnet.SDNet, tmp_
     (tmp_path / "net.safetensors").write_bytes(weights_bytes(model.state_dict(), facts))
     with pytest.raises(ValueError, match="has the names of 1 classes for a network of 3"):
         sdnet.load_model(tmp_path / "net.safetensors")
+
+
+def test_arguments_that_create_model_does_not_take_are_those_of_the_call_or_of_the_file(
+    model: sdnet.SDNet, tmp_path: Path
+) -> None:
+    file = tmp_path / "net.safetensors"
+    sdnet.save_model(file, model)
+    for name in ("foo", "pretrained"):
+        with pytest.raises(
+            TypeError, match=f"^load_model has no argument '{name}'; its arguments are path and those of"
+        ):
+            sdnet.load_model(file, **{name: "x"})
+        facts = model_facts(model.config | {name: str(file)})
+        (tmp_path / "other.safetensors").write_bytes(weights_bytes(model.state_dict(), facts))
+        with pytest.raises(ValueError, match=f"another version of sdnet: it has the option {name}"):
+            sdnet.load_model(tmp_path / "other.safetensors")
+
+
+def test_a_place_that_weights_cannot_be_saved_to_is_named(model: sdnet.SDNet, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^path is '{tmp_path}', a folder; it must be the path of a file\.$"):
+        sdnet.save_model(tmp_path, model)
+    with pytest.raises(
+        FileNotFoundError, match=r"^There is no folder '.*absent' for the weights file 'a\.safetensors'"
+    ):
+        sdnet.save_model(tmp_path / "absent" / "a.safetensors", model)
+    assert not list(tmp_path.iterdir())

@@ -202,6 +202,14 @@ def test_verdicts_are_remembered_until_a_file_changes(tree: Path, cache: Path, m
     assert len(check_images(images, "header", 1)) == len(found) + 1
 
 
+def test_a_link_whose_target_cannot_be_read_says_why(make_tree: MakeTree) -> None:
+    root = make_tree([2], [1])
+    (root / "train/class 00/001.jpg").unlink()
+    (root / "train/class 00/001.jpg").symlink_to("x" * 300)
+    (bad,) = check_images(read_image_folder(root)[0], "full", 1)
+    assert bad.reason == "cannot be read: File name too long"
+
+
 def test_a_fifo_does_not_stop_the_check(make_tree: MakeTree) -> None:
     root = make_tree([2], [1])
     images = read_image_folder(root)[0]

@@ -188,3 +188,12 @@ def test_what_cannot_be_evaluated_is_said_in_one_sentence(
     assert refusal("--checkpoint", run, *data, "--out", nothing / "x.json") == (
         f"error: --out is {nothing / 'x.json'}; its folder does not exist."
     )
+    assert refusal("--checkpoint", run, *data, "--out", tmp_path) == (
+        f"error: --out is {tmp_path}, a folder; it must be the path of a file."
+    )
+    assert refusal("--checkpoint", "", *data) == (
+        "error: --checkpoint is empty; it must be a path, such as . for the working folder."
+    )
+    assert refusal("--checkpoint", run, *data, "--impl", "triton").startswith(
+        "error: the argument impl is 'triton', but"
+    )

@@ -281,10 +281,38 @@ def test_wrong_arguments(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         quiet(tree, tree / "out")
     with pytest.raises(UserError, match="holds something else"):
         quiet(tree, tree.parent)
+    with pytest.raises(UserError, match="workers is 0; it must be between 1 and 1024"):
+        quiet(tree, tmp_path / "out", workers=0)
     with pytest.raises(SystemExit, match="quality is 101; it must be between 1 and 100"):
         main(["--data", str(tree), "--out", str(tmp_path / "out"), "--quality", "101"])
     with pytest.raises(SystemExit, match="does not exist"):
         main(["--data", str(tmp_path / "no"), "--out", str(tmp_path / "out")])
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(SystemExit, match="circle does not exist"):
+        main(["--data", str(tmp_path / "circle"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="circle cannot be written: "):
+        main(["--data", str(tree), "--out", str(tmp_path / "circle")])
+    with pytest.raises(SystemExit, match="--out is empty; it must be a path"):
+        main(["--data", str(tree), "--out", ""])
+    with pytest.raises(SystemExit, match="File name too long"):
+        main(["--data", str(tree), "--out", str(tmp_path / ("x" * 300))])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"bytes": 1}'])
+def test_a_damaged_record_is_made_again_and_a_damaged_plan_is_named(tree: Path, tmp_path: Path, text: str) -> None:
+    whole, out = quiet(tree, tmp_path / "whole", shards=2), tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out)
+    (out / "manifest.json").unlink()
+    (out / ".prepare").mkdir()
+    (out / ".prepare/plan.json").write_text(json.dumps(whole["plan"]))
+    (out / ".prepare/train-00000.json").write_text(text)
+    assert quiet(tree, out, shards=2) == whole
+    assert contents(out) == contents(tmp_path / "whole")
+    (out / "manifest.json").unlink()
+    (out / ".prepare").mkdir()
+    (out / ".prepare/plan.json").write_text(text)
+    with pytest.raises(UserError, match=r"plan\.json is damaged; remove .*\.prepare, |holds shards that were made oth"):
+        quiet(tree, out, shards=2)
 
 
 def test_the_command_reports_its_output(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

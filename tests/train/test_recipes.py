@@ -314,6 +314,19 @@ def test_a_setting_of_the_job_out_of_range_is_refused(option: str, sentence: str
     assert refusal(option) == sentence
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["--data", "", "--out", "run"], "--data"),
+        (["--data", "pictures", "--out="], "--out"),
+        (["--data", "pictures", "--resume", ""], "--resume"),
+    ],
+)
+def test_an_empty_path_is_not_the_working_folder(words: list[str], option: str) -> None:
+    with pytest.raises(UserError, match=f"^{option} is empty; it must be a path, such as [.] for the working folder.$"):
+        parse_job(RECIPES, "imagenet_sdnet18", words)
+
+
 def test_out_and_resume_exclude_each_other(tmp_path: Path) -> None:
     sentence = refusal("--out", str(tmp_path), "--resume", str(tmp_path))
     assert sentence == "--out and --resume exclude each other: a resumed run stays in its folder."
@@ -339,8 +352,10 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path
         (UserError("lr is -1."), "error: lr is -1."),
         (DataError("The picture a.jpg broke."), "error: The picture a.jpg broke."),
         (KeyboardInterrupt(), 130),
+        (OSError(36, "File name too long", "x\ny"), "error: x\\ny: File name too long."),
+        (OSError(28, "No space left on device"), "error: No space left on device."),
     ],
-    ids=["wrong input", "broken picture", "ctrl-c"],
+    ids=["wrong input", "broken picture", "ctrl-c", "file name", "full disk"],
 )
 def test_a_program_ends_with_a_sentence_and_a_status(
     error: BaseException, code: str | int, monkeypatch: pytest.MonkeyPatch

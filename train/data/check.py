@@ -7,6 +7,7 @@ folder for as long as names, sizes and times of the files stay the same. It is w
 that was interrupted goes on where it stopped.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -78,7 +79,8 @@ def inspect(span: Span, verify: Verify = "full") -> str | None:
             return None
         return why_unusable(span.read())
     except OSError as error:
-        return "is a link whose target is missing" if span.path.is_symlink() else f"cannot be read: {error.strerror}"
+        missing = error.errno in (errno.ENOENT, errno.ELOOP) and span.path.is_symlink()
+        return "is a link whose target is missing" if missing else f"cannot be read: {error.strerror}"
     except DataError:
         return "is truncated: the file or archive ends within it"
 

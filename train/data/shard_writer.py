@@ -58,13 +58,20 @@ class ShardPlan:
 
     def is_done(self, records: Path) -> bool:
         """Return whether an earlier run has finished the shard."""
-        record = self.record(records)
         return (
-            record.is_file()
-            and self.tar.is_file()
-            and self.tar.stat().st_size == json.loads(record.read_text())["bytes"]
+            self.tar.is_file()
+            and self.tar.stat().st_size == (self.facts(records) or {}).get("bytes")
             and self.tar.with_suffix(".idx").is_file()
         )
+
+    def facts(self, records: Path) -> dict[str, Any] | None:
+        """Return what is recorded about the finished shard; None if there is no record or a damaged one."""
+        try:
+            facts = json.loads(self.record(records).read_text())
+        except (OSError, ValueError, RecursionError):
+            return None
+        whole = isinstance(facts, dict) and facts.keys() >= {"file", "pictures", "shrunk", "bytes", "sha256", "skipped"}
+        return facts if whole else None
 
 
 class Worker(NamedTuple):
