@@ -18,7 +18,8 @@ setup: $(READY) ## create .venv with SDNet and everything that the other command
 	  gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"; \
 	  print(f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}")')"
 
-# On PyPI `torch` for Linux is the CUDA build, which also runs without a GPU.
+# On PyPI `torch` for Linux is the CUDA build, which also runs without a GPU. timm stands in a folder of its own: the
+# command `accelerate` imports it if it can, and its torchvision fails beside a CPU build of torch.
 $(READY): pyproject.toml constraints.txt
 	@if ! $(BIN)/python -m pip --version > /dev/null 2>&1; then \
 	  for python in $(or $(PYTHON),$(PYTHONS)); do \
@@ -34,6 +35,8 @@ $(READY): pyproject.toml constraints.txt
 	  "$$python" -m venv .venv; \
 	fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/timm \
+	  timm torchvision -c constraints.txt
 	@touch $@
 
 lint: $(READY) ## ruff: rules and format

@@ -25,8 +25,8 @@ METRICS = (
 )
 """What Nsight Compute counts: whether a kernel is bound by the L2 cache, by memory or by the tensor cores."""
 
-TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")
-"""Where CUDA's tools may lie beside the folders of PATH."""
+CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+"""The CUDA toolkit, whose programs need not be on PATH."""
 
 
 class Stage(NamedTuple):
@@ -58,7 +58,7 @@ class Stage(NamedTuple):
 
 def tool_path(name: str) -> str | None:
     """Return the path of a program of the CUDA toolkit, or None if it is not installed."""
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(TOOLS))
+    return shutil.which(name) or shutil.which(name, path=str(CUDA / "bin"))
 
 
 def stages(out: Path) -> list[Stage]:

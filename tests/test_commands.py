@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests import torchvision_operators  # noqa: F401  # before timm
+from tests import with_timm  # noqa: F401  # before timm
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 import sdnet
 from sdnet import CSCConv2d
-from tests import torchvision_operators  # noqa: F401  # before torchvision and timm
+from tests import with_timm  # noqa: F401  # before torchvision and timm
 
 
 def images(batch: int = 2, size: int = 16) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import torchvision_operators  # noqa: F401  # before timm
+from tests import with_timm  # noqa: F401  # before timm
 
 import timm  # isort: skip
 import sdnet.configuration  # isort: skip
@@ -145,7 +145,7 @@ def test_a_training_program_of_timm_runs_with_attach(tmp_path: Path) -> None:
     program = tmp_path / "train.py"
     program.write_text(TRAINING)
     start = (
-        "from tests import torchvision_operators; import runpy, sys; sys.argv[0] = 'timm'; "
+        "from tests import with_timm; import runpy, sys; sys.argv[0] = 'timm'; "
         "runpy.run_module('sdnet.timm', run_name='__main__')"
     )
     command = [sys.executable, "-c", start, str(program), "sdnet18"]
