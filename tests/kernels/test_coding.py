@@ -88,7 +88,8 @@ def test_every_function_shows_the_options_with_the_same_defaults(function: Calla
         (
             lambda: sdnet.create_model("sdnet18", 10, steps=2),
             "create_model has no argument 'steps'; its arguments are name, num_classes, in_channels, stem, width, "
-            "image_size, shortcut, lam, learn_lam, impl, n_steps, mu, nonnegative, solver, data_term, n_dict.",
+            "image_size, shortcut, lam, learn_lam, impl, pretrained, "
+            "n_steps, mu, nonnegative, solver, data_term, n_dict.",
         ),
     ],
     ids=["csc_encode", "create_model"],

@@ -7,6 +7,7 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from inspect import signature
 from typing import Any, NoReturn
 
 import pytest
@@ -54,7 +55,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     forward = loop.forward
 
     def noted(*args: Any) -> Any:
-        asked.append(args[-1])
+        asked.append(signature(forward).bind(*args).arguments["asked"])
         return forward(*args)
 
     monkeypatch.setattr(loop, "forward", noted)
