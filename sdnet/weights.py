@@ -20,9 +20,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from sdnet.configuration import build, configuration, differences_of
+from sdnet.configuration import LAYERS, build, configuration, differences_of
 from sdnet.kernels import checks
 from sdnet.models import SDNet, create_model
 
@@ -77,6 +78,9 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     weights = read_weights(file)
     if not weights.model:
         raise ValueError(f"'{file}' does not say which network it belongs to: its header has no entry 'model'.")
+    with torch.device("meta"):  # a header may describe a network of any size
+        plain = {name: value for name, value in weights.model.items() if name != LAYERS}
+        check_tensors(build(plain, f"'{file}'", **changes), weights.tensors, file)
     model = build(weights.model, f"'{file}'", **changes)
     if weights.classes and len(weights.classes) != model.config["num_classes"]:
         raise ValueError(
@@ -93,11 +97,20 @@ def load_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> Non
     Raises:
         ValueError: It belongs to another model; the model is unchanged.
     """
+    model.load_state_dict(check_tensors(model, tensors, file))
+
+
+def check_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Return the state dict with which to load `tensors`.
+
+    Raises:
+        ValueError: They belong to another model.
+    """
     own = model.state_dict()
     found = {name: tensor for name, tensor in own.items() if name.endswith(".raw_lam")} | dict(tensors)
     if differences := differences_of(found, own):
         raise ValueError(f"'{file}' holds the weights of another network: {differences}.")
-    model.load_state_dict(found)
+    return found
 
 
 def read_weights(path: str | PathLike[str]) -> Weights:

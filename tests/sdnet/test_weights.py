@@ -127,3 +127,11 @@ def test_a_place_that_weights_cannot_be_saved_to_is_named(model: sdnet.SDNet, tm
     ):
         sdnet.save_model(tmp_path / "absent" / "a.safetensors", model)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_header_that_describes_a_huge_network_costs_no_memory(model: sdnet.SDNet, tmp_path: Path) -> None:
+    """Its last layers alone have hundreds of gigabytes: shapes are compared before memory is taken."""
+    huge = {**model.config, "width": 2**12}
+    (tmp_path / "huge.safetensors").write_bytes(weights_bytes(model.state_dict(), model_facts(huge)))
+    with pytest.raises(ValueError, match="holds the weights of another network"):
+        sdnet.load_model(tmp_path / "huge.safetensors")
