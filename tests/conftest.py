@@ -7,6 +7,7 @@ With a GPU they are compiled, and the tests marked `gpu` run; set TRITON_INTERPR
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A program started by nohup or in the background of a script ignores these, and so would the programs of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Variables that pytest and torch.compile set themselves.
 FREE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_")
