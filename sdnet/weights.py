@@ -26,6 +26,7 @@ from torch import Tensor
 from sdnet.configuration import LAYERS, build, configuration, differences_of
 from sdnet.kernels import checks
 from sdnet.models import SDNet, create_model
+from sdnet.step_size import csc_layers
 
 IN_A_FOLDER = ("model.safetensors", "best.safetensors", "last.safetensors")
 """The files that `load_model` looks for in a folder: of the hub, and of a training run."""
@@ -87,6 +88,9 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
             f"'{file}' has the names of {len(weights.classes)} classes for a network of {model.config['num_classes']}."
         )
     load_tensors(model, weights.tensors, file)
+    if "lam" in changes:  # the file has the lambda that was learned
+        for layer in csc_layers(model).values():
+            layer.reset_learned_lambda()
     model.class_names = weights.classes
     return model.eval()
 

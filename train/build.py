@@ -114,7 +114,10 @@ def check_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     try:
         with torch.device("meta"):  # no memory and no arithmetic
             model = create_model(recipe, num_classes=2)
+        if recipe.learn_lam != "no" and not csc_layers(model):
+            raise UserError(f"learn_lam is {recipe.learn_lam!r}; the model {recipe.model} has no CSC layers.")
         for layer in csc_layers(model).values():
+            lam = torch.full((1, layer.out_channels, 1, 1), recipe.lam, device=accelerator.device)
             example = torch.zeros(1, layer.in_channels, *layer.power_vector.shape[2:], device=accelerator.device)
             weight = torch.zeros(layer.weight.shape, device=accelerator.device)
             with accelerator.autocast():
@@ -122,7 +125,7 @@ def check_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
                     example,
                     weight,
                     example.new_ones(()),
-                    recipe.lam,
+                    lam if recipe.learn_lam == "atom" else recipe.lam,
                     stride=layer.stride,
                     padding=layer.padding,
                     impl=recipe.impl,
@@ -152,6 +155,7 @@ def create_model(recipe: Recipe, num_classes: int) -> sdnet.SDNet:
         image_size=recipe.image_size,
         shortcut=recipe.shortcut,
         lam=recipe.lam,
+        learn_lam=recipe.learn_lam,
         impl=recipe.impl,
         **vars(recipe.coding),
     )

@@ -71,6 +71,7 @@ def initialise(model: nn.Module, initial: Initial, classes: tuple[str, ...]) -> 
         name in initial.tensors and initial.tensors[name].shape == own[name].shape for name in CLASSIFIER
     )
     left = {name for name in own if name.endswith(FROM_THE_WEIGHTS)} | (set() if same_head else set(CLASSIFIER))
+    left |= {name for name in own if name.endswith(".raw_lam") and name not in initial.tensors}  # begins with lam
     faults = [f"missing {name}" for name in own if name not in left and name not in initial.tensors]
     faults += [f"unexpected {name}" for name in initial.tensors if name not in own]
     for name, tensor in initial.tensors.items():

@@ -14,25 +14,24 @@ from sdnet.train.recipes import Recipe
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     """Return the optimiser of a recipe over all parameters of a model that are trained.
 
-    Parameters that do not decay are in a second group, with a weight decay of 0.
+    Parameters that do not decay are in a second group, with a weight decay of 0. A learned lambda never decays: it is
+    softplus(raw_lam), and decay would draw it to softplus(0), about 0.69.
     """
-    kept, decayed = [], []
-    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
-        (decayed if decays(recipe, parameter, dictionaries(model)) else kept).append(parameter)
+    layers = csc_layers(model).values()
+    atoms = {id(parameter) for layer in layers for parameter in stored_parameters(layer)}
+    lambdas = {id(layer.raw_lam) for layer in layers}
+
+    def decays(parameter: Tensor) -> bool:
+        if id(parameter) in atoms:
+            return recipe.decay_atoms
+        norm_or_bias = parameter.ndim == 1
+        return id(parameter) not in lambdas and (recipe.decay_norms or not norm_or_bias)
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if decays(parameter)]
+    kept = [parameter for parameter in trained if not decays(parameter)]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}] if decayed else []
     groups += [{"params": kept, "weight_decay": 0.0}] if kept else []
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, recipe.beta2))
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
-
-
-def dictionaries(model: nn.Module) -> set[int]:
-    """Return the identities of the parameters that hold the atoms of the CSC layers."""
-    return {id(parameter) for layer in csc_layers(model).values() for parameter in stored_parameters(layer)}
-
-
-def decays(recipe: Recipe, parameter: Tensor, atoms: set[int]) -> bool:
-    """Return whether weight decay applies to a parameter; norms and biases are the parameters of one dimension."""
-    if id(parameter) in atoms:
-        return recipe.decay_atoms
-    return recipe.decay_norms or parameter.ndim > 1

@@ -9,7 +9,9 @@ from sdnet.train.recipes import Recipe
 from sdnet.train.settings import type_hints
 
 FIXED = {
-    **dict.fromkeys(("model", "stem", "width", "shortcut", "n_dict", "image_size"), "it decides what is trained"),
+    **dict.fromkeys(
+        ("model", "stem", "width", "shortcut", "learn_lam", "n_dict", "image_size"), "it decides what is trained"
+    ),
     **dict.fromkeys(("batch", "accumulate", "holdout"), "it decides how many steps an epoch has"),
     **dict.fromkeys(("optimizer", "decay_norms", "decay_atoms"), "the stored state of the optimiser would not fit"),
     **dict.fromkeys(("seed", "extras"), "the order and the augmentation of the running epoch depend on it"),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import sdnet
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.dispatch import Impl
+from sdnet.state import LearnLam
 from sdnet.train.errors import UserError
 from sdnet.train.settings import check_settings, setting, settings_of
 
@@ -36,6 +37,9 @@ class Recipe:
     )
     shortcut: bool = setting(True, "model", "residual connections; only *_all models can do without")
     lam: float = setting(0.1, "model", "lambda, the weight of |z|_1")
+    learn_lam: LearnLam = setting(
+        "no", "model", "learn lambda of each CSC layer, or of each atom, beginning with --lam"
+    )
     impl: Impl = setting("auto", "model", "implementation of the CSC operator")
 
     init_from: str = setting("", "model", "weights to begin with: a file, a run, a hub folder, an official checkpoint")

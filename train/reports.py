@@ -37,7 +37,10 @@ def _model_lines(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> 
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     layers = csc_layers(model)
     name = f"{recipe.model}  width {recipe.width}  {parameters:.2f} million parameters"
-    yield f"{name}  {len(layers)} CSC layer{'s' * (len(layers) > 1)}, lambda {recipe.lam:g}" if layers else name
+    learned = "" if recipe.learn_lam == "no" else f", learned per {recipe.learn_lam}"
+    yield (
+        f"{name}  {len(layers)} CSC layer{'s' * (len(layers) > 1)}, lambda {recipe.lam:g}{learned}" if layers else name
+    )
     device, precision = accelerator.device, {"no": "fp32"}.get(recipe.mixed_precision, recipe.mixed_precision)
     if precision == "fp32" and device.type == "cuda":
         precision = "fp32 in TF32" if recipe.tf32 else "fp32 without TF32"
@@ -56,12 +59,14 @@ def _kernels(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Iter
         x = torch.zeros(1, layer.in_channels, *layer.power_vector.shape[2:], device=accelerator.device)
         options = {"stride": layer.stride, "padding": layer.padding, "impl": recipe.impl, **vars(recipe.coding)}
         with accelerator.autocast():
-            yield explain(x, layer.weight, layer.step_size, recipe.lam, **options)
+            yield explain(x, layer.weight, layer.step_size, layer.lam, **options)
 
 
 @torch.no_grad()
 def layer_scalars(model: nn.Module, images: Tensor, gradient_norm: Tensor) -> dict[str, float]:
-    """Return the norm of the gradient, and the sparsity and the relative residual of every CSC layer; one host sync.
+    """Return the norm of the gradient, and the state of every CSC layer: one host sync.
+
+    These are the sparsity, the relative residual and, where lambda is learned, its mean over the atoms.
 
     The layers see a few of the images in evaluation mode, outside of any compiled graph, so nothing of the training
     changes.
@@ -81,6 +86,9 @@ def layer_scalars(model: nn.Module, images: Tensor, gradient_norm: Tensor) -> di
                 for name, layer in recording.diagnose().items():
                     scalars[f"sparsity/{name}"] = layer.sparsity.mean()
                     scalars[f"relative_residual/{name}"] = layer.relative_residual.mean()
+            for name, layer in csc_layers(model).items():
+                if layer.learn_lam != "no":
+                    scalars[f"lambda/{name}"] = layer.lam.mean()
         finally:
             for module, training in modes:
                 module.training = training

@@ -164,6 +164,8 @@ def test_weights_of_a_network_with_a_fixed_lambda_are_a_start_for_learning_it(tm
     torch.testing.assert_close(learned.get_submodule("stem.conv").lam, torch.full((1, 4, 1, 1), 0.2))
     torch.testing.assert_close(learned.get_parameter("stem.conv.weight"), fixed.get_parameter("stem.conv.weight"))
     save_model(tmp_path / "model.safetensors", learned)
+    model = sdnet.load_model(tmp_path, lam=0.4)  # an argument takes the place of what was learned
+    torch.testing.assert_close(model.get_submodule("stem.conv").lam, torch.full((1, 4, 1, 1), 0.4))
     with pytest.raises(ValueError, match=r"unexpected stem\.conv\.raw_lam"):
         sdnet.load_model(tmp_path, learn_lam="no")
 

@@ -12,9 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import sdnet
+from sdnet.step_size import csc_layers
 from sdnet.train import trainer as trainer_module
 from sdnet.train.build import make_accelerator, make_model
 from sdnet.train.data.dali import open_pictures
@@ -46,9 +48,9 @@ def train(data: Path, run: Path, recipe: Recipe, resume: bool = False) -> Traine
     return trainer
 
 
-def small_model() -> Any:
+def small_model(**options: Any) -> Any:
     torch.manual_seed(0)
-    return sdnet.create_model("sdnet18", 2, stem="cifar", image_size=8, width=4)
+    return sdnet.create_model("sdnet18", 2, stem="cifar", image_size=8, width=4, **options)
 
 
 def test_the_average_is_the_weighted_sum_of_all_weights() -> None:
@@ -150,8 +152,8 @@ def test_clipping_bounds_the_step_and_a_large_bound_changes_nothing(data: Path, 
     torch.testing.assert_close(moved[0.05] / 0.05, moved[0.0] / moved[0.0].norm(), rtol=1e-3, atol=5e-6)
 
 
-def names_without_decay(**changes: Any) -> set[str]:
-    model = small_model()
+def names_without_decay(learn_lam: str = "no", **changes: Any) -> set[str]:
+    model = small_model(learn_lam=learn_lam)
     recipe = replace(demo(), weight_decay=0.01, **changes)
     groups = make_optimizer(recipe, model).param_groups
     assert {group["weight_decay"] for group in groups} <= {0.0, 0.01}
@@ -167,6 +169,39 @@ def test_norms_biases_and_atoms_can_be_exempt_from_decay() -> None:
     assert "linear.weight" not in norms
     assert names_without_decay(decay_atoms=False) == {"stem.conv.weight"}
     assert names_without_decay(decay_norms=False, decay_atoms=False) == norms | {"stem.conv.weight"}
+
+
+@pytest.mark.parametrize("learn_lam", ["layer", "atom"])
+def test_a_learned_lambda_never_decays(learn_lam: str) -> None:
+    assert names_without_decay(learn_lam) == {"stem.conv.raw_lam"}
+    assert "stem.conv.raw_lam" in names_without_decay(learn_lam, decay_norms=False, optimizer="adamw")
+
+
+def test_a_run_learns_lambda_and_resumes_exactly(data: Path, tmp_path: Path) -> None:
+    recipe = replace(SMALL, learn_lam="layer", lam=0.2, ema=0.5, lr=0.1, weight_decay=0.5, epochs=1)
+    train(data, tmp_path / "run", recipe)
+    assert "lambda 0.2, learned per layer" in (tmp_path / "run" / "train.log").read_text()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("train/lambda/stem.conv")
+    assert [event.step for event in events] == [2, 4]
+    model = sdnet.load_model(tmp_path / "run" / "last.safetensors")
+    learned = float(csc_layers(model)["stem.conv"].lam.detach())
+    assert learned == pytest.approx(events[-1].value)
+    assert learned != pytest.approx(0.2, abs=1e-4)
+    assert abs(learned - 0.2) < 0.05  # decay of raw_lam, -1.5, by 0.5 would have moved it by more
+    train(data, tmp_path / "run", replace(recipe, epochs=2), resume=True)
+    train(data, tmp_path / "whole", replace(recipe, epochs=2, warmup_epochs=1.0))
+    one, two = (load_file(tmp_path / name / "last_ema.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(one[name], value) for name, value in two.items())
+
+
+def test_a_lambda_that_cannot_be_learned_is_refused(tmp_path: Path) -> None:
+    for changes, sentence in (
+        ({"model": "resnet18"}, r"^learn_lam is 'atom'; the model resnet18 has no CSC layers\.$"),
+        ({"lam": 0.0}, "^lam is 0; a lambda that is learned must be above 0"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            train(tmp_path / "no data", tmp_path / "run", replace(SMALL, learn_lam="atom", **changes))
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_adamw_takes_the_settings_of_the_recipe() -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import sdnet
+from sdnet.step_size import csc_layers
 from sdnet.train.build import make_model
 from sdnet.train.data.dali import open_pictures
 from sdnet.train.errors import UserError
@@ -104,6 +105,17 @@ def test_an_official_checkpoint_is_a_beginning(tmp_path: Path) -> None:
     assert "the classifier is new" in note
     key = "stages.0.0.conv1.weight"
     assert torch.equal(model.state_dict()[key], official.state_dict()["layer1.0.conv1.weight"])
+
+
+def test_a_learned_lambda_begins_with_that_of_the_recipe_or_of_the_weights(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, lam=0.2, learn_lam="layer", init_from=str(tmp_path))
+    for source, expected in (({}, 0.2), ({"learn_lam": "layer", "lam": 0.3}, 0.3)):
+        network = sdnet.create_model("sdnet18", 2, width=4, image_size=32, **source)
+        sdnet.save_model(tmp_path / "best.safetensors", network)
+        model, initial = make_model(recipe, 2, torch.device("cpu")), read_initial(recipe)
+        assert initial
+        initialise(model, initial, ("a", "b"))
+        assert float(csc_layers(model)["stem.conv"].lam.detach()) == pytest.approx(expected)
 
 
 def test_unknown_parts_and_nothing_to_train_are_refused() -> None:

@@ -161,7 +161,7 @@ def test_every_setting_has_a_flag() -> None:
     wanted |= {"solver": "ista", "data_term": "norm", "extras": "rand", "schedule": "step", "milestones": (2, 5)}
     wanted |= {"mixed_precision": "bf16", "input_dtype": "bf16", "momentum": 0.5, "optimizer": "sgd"}
     wanted |= {"init_from": "runs/other", "freeze": ("stem", "linear")}
-    wanted |= {"compile_mode": "max-autotune", "eval_every": 2, "early_stop": 6}
+    wanted |= {"learn_lam": "atom", "compile_mode": "max-autotune", "eval_every": 2, "early_stop": 6}
     for number, (name, value) in enumerate(demo().to_json().items(), 1):
         if isinstance(value, bool):
             wanted[name] = not value
