@@ -3,14 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sdnet.kernels import checks
-
-LAPLACIAN_DIFFERENCE = ((1.0, -2.0, 1.0), (-2.0, 4.0, -2.0), (1.0, -2.0, 1.0))
-"""The difference of two discrete Laplacians. It removes constant and linear parts; its entries have squares that sum
-to 36, so white noise of standard deviation s comes out with 6 s."""
 
 
 def estimate_noise(images: Tensor) -> Tensor:
@@ -18,9 +13,11 @@ def estimate_noise(images: Tensor) -> Tensor:
 
         sigma = sqrt(pi / 2) / 6 · mean |L * x|,
 
-    with L the difference of two Laplacians, a 3x3 filter that is applied to every channel; the result is the mean over
-    the channels. Gaussian noise of standard deviation s gives s. Edges and texture of the image add to the estimate:
-    about 0.014 for clean CIFAR-10 pictures in [0, 1].
+    with the 3x3 filter L = [1, -2, 1]' [1, -2, 1], the difference of two Laplacians, applied to every channel; the
+    result is the mean over the channels. L removes constant and linear parts, and the squares of its entries sum to
+    36, so white noise of standard deviation s has the standard deviation 6 s in L * x. Gaussian noise of standard
+    deviation s therefore gives s. Edges and texture of the image add to the estimate: about 0.014 for clean CIFAR-10
+    pictures in [0, 1].
 
     Args:
         images: images in any unit, normalised or not; the estimate is in the same unit.
@@ -45,8 +42,8 @@ def estimate_noise(images: Tensor) -> Tensor:
         )
     if not images.is_floating_point():
         raise ValueError(f"images is {images.dtype}; it must be floating point.")
-    channels = images.shape[1]
     with torch.autocast(images.device.type, enabled=False):
         x = images if images.dtype == torch.float64 else images.float()
-        kernel = torch.tensor(LAPLACIAN_DIFFERENCE, dtype=x.dtype, device=x.device).expand(channels, 1, 3, 3)
-        return F.conv2d(x, kernel, groups=channels).abs().mean((1, 2, 3)) * (math.sqrt(math.pi / 2) / 6)
+        # L separates into second differences along both axes, which cost less than a depthwise convolution.
+        filtered = x.diff(n=2, dim=3).diff(n=2, dim=2)
+        return filtered.abs().mean((1, 2, 3)) * (math.sqrt(math.pi / 2) / 6)

@@ -1,6 +1,7 @@
 """Rules choose lambda from the image alone, and recover what was planted."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,14 @@ def test_the_noise_of_a_smooth_image_is_estimated_within_five_percent(std: float
     assert estimate_noise(noisy).shape == (16,)
     assert float(estimate_noise(noisy).mean()) == pytest.approx(std, rel=0.05)
     assert float(estimate_noise(ramp)[0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_estimate_is_that_of_the_filter_of_immerkaer(images: Tensor) -> None:
+    kernel = torch.tensor([[1.0, -2.0, 1.0], [-2.0, 4.0, -2.0], [1.0, -2.0, 1.0]]).expand(3, 1, 3, 3)
+    filtered = torch.nn.functional.conv2d(images, kernel, groups=3)
+    expected = math.sqrt(math.pi / 2) / 6 * filtered.abs().mean((1, 2, 3))
+    torch.testing.assert_close(estimate_noise(images), expected)
+    assert float(estimate_noise(images)[0]) == 0, "the first image is constant"
 
 
 def test_lambda_of_the_noise_rule_is_its_formula(model: sdnet.SDNet, images: Tensor) -> None:
