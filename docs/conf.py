@@ -1,9 +1,15 @@
 """Sphinx configuration of the documentation site; `make docs` builds it."""
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import sdnet
+
+sys.path.insert(0, str(Path(sdnet.__file__).resolve().parent.parent))  # the root of the checkout, for the next import
+
+from tests import with_timm  # noqa: F401  # the page of sdnet.timm imports timm
 
 project = "SDNet"
 copyright = "The SDNet developers"

@@ -13,6 +13,8 @@ from sdnet.kernels import checks
 from sdnet.layers import CSCConv2d
 from sdnet.stored_weight import effective_weight
 
+__all__ = ["ObjectiveCurve", "atom_grid", "mutual_coherence", "objective_curve", "spectrum"]
+
 OPTIMUM_TOLERANCE = 1e-7
 """The relative change of the codes, in fp64, at which the minimum of the objective counts as reached."""
 

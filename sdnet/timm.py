@@ -229,7 +229,7 @@ def _register(name: str) -> None:
     globals()[name] = register_model(build)
 
 
-__all__: list[str] = []  # register_model adds the names
+__all__ = ["TimmSDNet", "make", "run"]  # register_model adds the names of the networks
 if __name__ != "__main__":  # as a program the module imports itself, which registers the names
     for _name in NAMES:
         _register(_name)

@@ -25,6 +25,9 @@ PYTHON_BLOCK = re.compile(r"^```python$", re.MULTILINE)
 FILE = re.compile(r"`((?:\.github|bench|docs|kernels|sdnet|tests|train)/[\w./<>*-]*)`")
 """A path inside the repository, in backquotes."""
 
+PUBLIC = ("sdnet", "sdnet.inspection", "sdnet.kernels", "sdnet.robustness", "sdnet.timm")
+"""The modules with public names."""
+
 WRITTEN = ("kernels/qualify/tables/",)
 """Folders that a checkout may lack."""
 
@@ -141,7 +144,7 @@ def test_every_environment_variable_is_in_the_design() -> None:
     assert used == {name.strip("`") for name, *_ in table("docs/design.md", "Environment variables")}
 
 
-@pytest.mark.parametrize("module", ["sdnet", "sdnet.kernels", "sdnet.robustness"])
+@pytest.mark.parametrize("module", PUBLIC)
 def test_the_api_page_lists_the_public_names(module: str) -> None:
     listed = [name.strip("`") for name, _ in table("docs/api.md", f"`{module}`")]
     assert listed == sorted(listed)
@@ -154,3 +157,11 @@ def test_the_names_in_the_page_on_extending_exist() -> None:
     named = set(re.findall(r"`([A-Za-z_]\w+)(?:\([^`]*\))?`", (ROOT / "docs" / "extending.md").read_text()))
     assert len(named) > 20
     assert {name for name in named if not re.search(rf"\b{name}\b", source)} == set()
+
+
+def test_every_module_with_public_names_has_a_table() -> None:
+    sources = [*ROOT.glob("sdnet/*.py"), *ROOT.glob("sdnet/robustness/*.py"), *ROOT.glob("kernels/**/*.py")]
+    listing = [path for path in sources if re.search(r"^__all__\b", path.read_text(), re.MULTILINE)]
+    stems = {str(path.relative_to(ROOT)).removesuffix(".py").removesuffix("/__init__") for path in listing}
+    names = {f"sdnet.{stem}" if stem.startswith("kernels") else stem for stem in stems}
+    assert {name.replace("/", ".") for name in names} == set(PUBLIC)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_documents import PUBLIC
+
 ROOT = Path(__file__).parent.parent
 PAGES = {page.stem for page in (ROOT / "docs").glob("*.md")}
 
@@ -32,7 +34,7 @@ def test_every_page_and_every_example_is_there(site: Path) -> None:
     assert {page.stem for page in (site / "gallery").glob("plot_*.html")} == examples
 
 
-@pytest.mark.parametrize("module", ["sdnet", "sdnet.robustness", "sdnet.kernels"])
+@pytest.mark.parametrize("module", PUBLIC)
 def test_the_reference_has_every_public_name(module: str, site: Path) -> None:
     page = (site / "reference" / f"{module.split('.')[-1]}.html").read_text()
     names = {name for name in import_module(module).__all__ if name != "robustness"}
