@@ -109,6 +109,10 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {checks.shown(model)}; it must be an nn.Module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model is a torch.jit.ScriptModule, whose layers are fixed; convert it before torch.jit.script."
+        )
     if not isinstance(example, (Tensor, tuple, dict)):
         raise ValueError(f"example is {checks.shown(example)}; it must be a tensor, a tuple or a dict of arguments.")
     if filter_fn is not None and not callable(filter_fn):
@@ -116,17 +120,17 @@ def convert(
     options = {"lam": lam, "adaptive_lam": adaptive_lam, "learn_lam": learn_lam, "impl": impl}
     options |= vars(coding_of(convert, coding))
     CSCConv2d(1, 1, 1, device="meta", **options)  # refuses bad options before any work
-    sizes = _input_sizes(model, example)
+    inputs = _inputs(model, example)
     converted: dict[str, str] = {}
     left: dict[str, str] = {}
     layers: dict[nn.Module, ConvertedConv2d] = {}
     for name, module in _convolutions(model):
         chosen = filter_fn is None or filter_fn(module, name)
-        reason = _obstacle(model, module, sizes) if chosen else "filter_fn leaves it out"
+        reason = _obstacle(model, module, inputs) if chosen else "filter_fn leaves it out"
         if reason is not None or not isinstance(module, nn.Conv2d):
             left[name] = str(reason)
             continue
-        layers[module] = _csc_layer(module, sizes[module], options)
+        layers[module] = _csc_layer(module, _largest(inputs[module]), options)
         converted[name] = _description(layers[module], module)
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
@@ -143,15 +147,12 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _input_sizes(model: nn.Module, example: Any) -> dict[nn.Module, Pair]:
-    """Return the largest input size of every two-dimensional convolution in a forward of the example."""
-    sizes: dict[nn.Module, Pair] = {}
+def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, list[torch.Size | None]]:
+    """Return the shapes of the inputs of every convolution in a forward of the example, None for one by keyword."""
+    inputs: dict[nn.Module, list[torch.Size | None]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if x is not None and x.ndim == 4:
-            size = (x.shape[2], x.shape[3])
-            sizes[module] = max(sizes.get(module, size), size, key=lambda pair: pair[0] * pair[1])
+        inputs.setdefault(module, []).append(None if kwargs else args[0].shape)
 
     handles = [
         module.register_forward_pre_hook(note, with_kwargs=True)
@@ -168,10 +169,16 @@ def _input_sizes(model: nn.Module, example: Any) -> dict[nn.Module, Pair]:
             handle.remove()
         for module, training in modes:
             module.training = training
-    return sizes
+    return inputs
 
 
-def _obstacle(model: nn.Module, module: nn.Module, sizes: dict[nn.Module, Pair]) -> str | None:
+def _largest(shapes: list[torch.Size | None]) -> Pair:
+    """Return the height and width of the largest of several inputs [N, C, H, W]."""
+    sizes = [(shape[2], shape[3]) for shape in shapes if shape is not None]
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _obstacle(model: nn.Module, module: nn.Module, inputs: dict[nn.Module, list[torch.Size | None]]) -> str | None:
     """Return why a convolution cannot be converted, None if it can."""
     if not isinstance(module, nn.Conv2d):
         return f"it is a {type(module).__name__}, and CSC layers take the place of Conv2d"
@@ -197,8 +204,14 @@ def _obstacle(model: nn.Module, module: nn.Module, sizes: dict[nn.Module, Pair])
         return f"its weight is shared by {', '.join(holders)}"
     if _has_hooks(module):
         return "it has hooks, which a new layer would not have"
-    if module not in sizes:
+    if module not in inputs:
         return "the example does not reach it"
+    if None in inputs[module]:
+        return "the model passes its input by keyword, and a CSC layer takes it by position"
+    if any(shape is not None and len(shape) != 4 for shape in inputs[module]):
+        return "its input has no batch dimension"
+    if not module.weight.is_meta and not bool(module.weight.isfinite().all()):
+        return "its weight holds NaN or infinite values"
     return None
 
 

@@ -114,6 +114,17 @@ class Twice(nn.Module):
         return self.second(self.first(x)) if self.tied else self.first(x)
 
 
+class Called(nn.Module):
+    """A convolution that is called by keyword or without a batch dimension."""
+
+    def __init__(self, by_keyword: bool) -> None:
+        super().__init__()
+        self.convolution, self.by_keyword = nn.Conv2d(3, 3, 3), by_keyword
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(input=x) if self.by_keyword else self.convolution(x[0])
+
+
 def hooked() -> nn.Module:
     convolution = nn.Conv2d(3, 3, 3)
     convolution.register_forward_hook(lambda *_: None)
@@ -132,6 +143,11 @@ def hooked() -> nn.Module:
         (lambda: nn.Conv2d(3, 3, 3), "it is the model itself; put it into an nn.Sequential"),
         (lambda: Twice(tied=False), "the example does not reach it"),
         (lambda: Twice(tied=True), "its weight is shared by first.weight, second.weight"),
+        (
+            lambda: Called(by_keyword=True),
+            "the model passes its input by keyword, and a CSC layer takes it by position",
+        ),
+        (lambda: Called(by_keyword=False), "its input has no batch dimension"),
         (hooked, "it has hooks, which a new layer would not have"),
     ],
 )
@@ -143,6 +159,12 @@ def test_what_cannot_be_converted_is_left_alone_with_the_reason(make: Callable[[
     if not report.converted:
         torch.testing.assert_close(model(images()), before(images()))
         assert type(model.get_submodule(next(iter(report.left)))) is type(before.get_submodule(next(iter(report.left))))
+
+
+def test_a_weight_that_is_not_finite_is_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3))
+    nn.init.constant_(model.get_parameter("0.weight"), float("nan"))
+    assert sdnet.convert(model, images()).left == {"0": "its weight holds NaN or infinite values"}
 
 
 def test_a_module_under_two_names_is_replaced_under_both() -> None:
@@ -168,6 +190,7 @@ def test_dtype_memory_format_mode_and_frozen_weights_are_kept() -> None:
     ("changed", "sentence"),
     [
         ({"model": 3}, "model is 3; it must be an nn.Module."),
+        ({"model": torch.jit.ScriptModule()}, "model is a torch.jit.ScriptModule, whose layers are fixed"),
         ({"example": [1]}, r"example is \[1\]; it must be a tensor, a tuple or a dict of arguments."),
         ({"filter_fn": "stem"}, "filter_fn is 'stem'; it must be a function"),
         ({"n_steps": 0}, "n_steps is 0; it must be an int of at least 1."),
