@@ -3,8 +3,9 @@
     compute-sanitizer --tool memcheck python -m sdnet.bench.gpu_calls
     ncu --set base python -m sdnet.bench.gpu_calls --layer 64@56 256@14 --batch 256
 
-Without --layer the calls take each form of the kernels once: a stem, descriptors of stride 1 and 2, pointers in fp32,
-and the steps between cuDNN's convolutions, each forward and backward, and the update of the dictionaries.
+Without --layer the calls take each form of the kernels once: a stem, also with padded channels, descriptors of stride 1
+and 2, pointers in fp32, and the steps between cuDNN's convolutions, each forward and backward, and the update of the
+dictionaries.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from sdnet.kernels.step_sizes import DictionaryState, initial_power_vector
 
 SMALL = (
     ("3->64 7x7/2 @ 32", "bfloat16", "fused"),
+    ("3->64 7x7/2 @ 32", "bfloat16", "padded"),
     ("64@8", "bfloat16", "fused"),
     ("64->128 3x3/2 @ 8", "bfloat16", "fused"),
     ("64@8", "float32", "fused"),

@@ -36,7 +36,9 @@ def convolution_steps(product: Product, layer: LayerShape, shape: Shape, tile: T
     blocks, columns = ceil_div(summed, summed_block), ceil_div(made, made_block)
     size = shape.codes_size if analysis else shape.phase_size
     if tile.form != "descriptors":
-        taps = 1 if few and analysis else shape.taps if analysis or few else ceil_div(kernel, stride) ** 2
+        taps = 1 if few else shape.taps if analysis else ceil_div(kernel, stride) ** 2
+        if few and not analysis:  # the rows of codes that any phase reads, and the columns
+            taps = ((stride - 1 + padding) // stride - (padding - kernel) // stride) ** 2
         phases = 1 if analysis or few else shape.phases
         return [taps * blocks] * (boxes(tile, shape.batch, size) * columns * phases)
     images, steps = ceil_div(shape.batch, tile.images), []

@@ -169,7 +169,7 @@ def path_of(table: Table, name: str) -> str:
 def summary(machine: Machine, table: Table) -> str:
     """Return what was found, in one sentence."""
     layers = [verdict.path for name, verdict in table.items() if not name.startswith("update")]
-    fused = sum(path.startswith('["fused"') for path in layers)
+    fused = sum(path.startswith(('["fused"', '["padded"')) for path in layers)
     update = any(verdict.path == UPDATE for name, verdict in table.items() if name.startswith("update"))
     return (
         f"Kernels on {machine['gpu']}: {fused} of {len(layers)} kinds of CSC layers run on fused kernels, the others "

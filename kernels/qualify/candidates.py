@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sdnet.kernels.qualify.verdicts import GAIN, PLAIN, TORCH, UPDATE, Trial, Verdict
 from sdnet.kernels.triton_path import tiles
 from sdnet.kernels.triton_path.candidates import PROCESSORS, candidates
-from sdnet.kernels.triton_path.paths import Entry
+from sdnet.kernels.triton_path.paths import Entry, PathName
 from sdnet.kernels.triton_path.tiles import Shape
 
 BASELINES = (TORCH, PLAIN)
@@ -28,28 +28,29 @@ class Candidate(NamedTuple):
     @property
     def is_ours(self) -> bool:
         """Whether every product is made by a kernel of this package, which gives the same bits each time."""
-        return self.path.startswith('["fused"')
+        return self.path.startswith(('["fused"', '["padded"'))
 
 
-def candidates_of(shape: Shape, all_tiles: bool, processors: int = PROCESSORS) -> list[Candidate]:
-    """Return the candidates for a layer, the baselines first.
+def candidates_of(shape: Shape, all_tiles: bool, processors: int = PROCESSORS, may_pad: bool = True) -> list[Candidate]:
+    """Return the candidates for a layer: the baselines, the rules' tiles on every path, then other tiles.
 
     Args:
         shape: the layer.
         all_tiles: whether other tiles than the rules' are included.
         processors: multiprocessors of the GPU.
+        may_pad: whether channels of zeros may be added to the images, which those of several dictionaries cannot take.
     """
-    chosen = tiles.by_rule(shape)
     found = [Candidate(path, path) for path in BASELINES]
-    found.append(Candidate("cudnn with Triton's correlation", Entry("cudnn", chosen).encoded()))
-    found.append(Candidate("fused", Entry("fused", chosen).encoded()))
-    for other in candidates(shape, processors)[1:] if all_tiles else []:
-        changed = [
-            f"{name} {tile}"
-            for name, tile, usual in zip(("A'", "A", "correlation"), other, chosen, strict=True)
-            if tile != usual
-        ]
-        found.append(Candidate(f"fused, {', '.join(changed)}", Entry("fused", other).encoded()))
+    found.append(Candidate("cudnn with Triton's correlation", Entry("cudnn", tiles.by_rule(shape)).encoded()))
+    shapes: dict[PathName, Shape] = {"fused": shape}
+    if may_pad and shape.channels_last and shape.padded != shape:
+        shapes["padded"] = shape.padded
+    found += [Candidate(path, Entry(path, tiles.by_rule(each)).encoded()) for path, each in shapes.items()]
+    for path, each in shapes.items() if all_tiles else ():
+        for other in candidates(each, processors)[1:]:
+            named = zip(("A'", "A", "correlation"), other, tiles.by_rule(each), strict=True)
+            changed = ", ".join(f"{name} {tile}" for name, tile, usual in named if tile != usual)
+            found.append(Candidate(f"{path}, {changed}", Entry(path, other).encoded()))
     return found
 
 

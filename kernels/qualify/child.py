@@ -129,7 +129,7 @@ def qualify_call(call: Call, job: Job, device: torch.device, say: Say) -> Verdic
     end = time.perf_counter() + job.patience
     machine = machine_of(device)
     shape = shape_of(call, job.flags, int(machine["capability"].replace(".", "")))
-    candidates = candidates_of(shape, job.all_tiles, machine["multiprocessors"])
+    candidates = candidates_of(shape, job.all_tiles, machine["multiprocessors"], may_pad=call.n_dict == 1)
     say("started", candidate="the comparison")
     comparison = Comparison(call, device)
     trials: list[Trial] = []

@@ -172,8 +172,8 @@ def shape_of(call: Call, flags: Flags, arch: int) -> Shape:
 def fits(path: str, call: Call, flags: Flags, device: torch.device) -> bool:
     """Return whether the call can run with exactly the tiles of an encoded entry."""
     arch = int(key.machine_of(device)["capability"].replace(".", ""))
-    tiles = Entry.decoded(path).tiles
-    return tiles.fitted(shape_of(call, flags, arch)) == tiles
+    entry = Entry.decoded(path)
+    return entry.fitted(shape_of(call, flags, arch)) == entry.tiles
 
 
 def decide_update(dictionaries: Sequence[DictionaryState], device: torch.device) -> tuple[bool, str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdnet.kernels.qualify.key import Machine, digest
+from sdnet.kernels.triton_path.paths import Entry
 
 CACHE_VARIABLE = "SDNET_CACHE"
 
@@ -126,10 +127,10 @@ def is_path(path: str) -> bool:
     if path in (TORCH, PLAIN, UPDATE):
         return True
     try:
-        name, *tiles = json.loads(path)
-        return name in ("fused", "cudnn") and len(tiles) == 3 and all(isinstance(tile, dict) for tile in tiles)
-    except (TypeError, ValueError):
+        Entry.decoded(path)
+    except ValueError:
         return False
+    return True
 
 
 Table = dict[str, Verdict]

@@ -34,38 +34,38 @@ COLUMNS = tl.constexpr(44)
 
 @jit
 def place(owner_ptr, table_ptr):
-    """This program's index among its layer's, and the layer's row."""
+    """Return this program's index among its layer's, and the layer's row."""
     pid = tl.program_id(0)
     return tl.load(owner_ptr + 2 * pid + 1).to(tl.int32), table_ptr + tl.load(owner_ptr + 2 * pid) * COLUMNS
 
 
 @jit
 def tensor(row_ptr, column):
-    """The fp32 tensor whose address stands in a column."""
+    """Return the fp32 tensor whose address stands in a column."""
     return tl.load(row_ptr + column).to(tl.pointer_type(tl.float32))
 
 
 @jit
 def size(row_ptr, column):
-    """The size that stands in a column."""
+    """Return the size that stands in a column."""
     return tl.load(row_ptr + column).to(tl.int32)
 
 
 @jit
 def at_least(x, floor):
-    """max(x, floor) that leaves a NaN."""
+    """Return max(x, floor); a NaN stays one."""
     return tl.where(x < floor, floor, x)
 
 
 @jit
 def is_finite(x):
-    """Whether x is neither infinite nor NaN."""
+    """Return whether x is neither infinite nor NaN."""
     return x - x == 0
 
 
 @jit
 def sum_every(ptr, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of `count` numbers that lie STRIDE apart."""
+    """Return the sum of `count` numbers that lie STRIDE apart."""
     e = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, count, BLOCK):  # pyright: ignore[reportGeneralTypeIssues]
@@ -75,7 +75,7 @@ def sum_every(ptr, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def sum_rows(ptr, rows, columns, c):
-    """The sums of the columns c of a matrix [rows, columns]; zeros past its columns."""
+    """Return the sums of the columns c of a matrix [rows, columns], zeros past its columns."""
     total = tl.zeros(c.shape, tl.float32)
     for row in tl.range(0, rows):  # pyright: ignore[reportGeneralTypeIssues]
         total += tl.load(ptr + row * columns + c, mask=c < columns, other=0.0)
@@ -84,7 +84,7 @@ def sum_rows(ptr, rows, columns, c):
 
 @jit
 def project_kernel(owner_ptr, table_ptr, floor, BLOCK: tl.constexpr):
-    """One atom, which lies in one piece in both memory formats, and the sums of its taps."""
+    """Divide one atom, which lies in one piece in both memory formats, by its norm, and write the sums of its taps."""
     k, row_ptr = place(owner_ptr, table_ptr)
     channels, taps, last = size(row_ptr, C), size(row_ptr, KH) * size(row_ptr, KW), size(row_ptr, LAST) != 0
     length = channels * taps
@@ -107,7 +107,7 @@ def project_kernel(owner_ptr, table_ptr, floor, BLOCK: tl.constexpr):
 
 @jit
 def mean_kernel(owner_ptr, table_ptr, BC: tl.constexpr, BP: tl.constexpr, SPAN: tl.constexpr):
-    """Sums over SPAN pixels of BC channels of the power vector, and the sum of their squares."""
+    """Write sums over SPAN pixels of BC channels of the power vector, and the sum of their squares."""
     index, row_ptr = place(owner_ptr, table_ptr)
     channels, pixels, last = size(row_ptr, C), size(row_ptr, H) * size(row_ptr, W), size(row_ptr, VECTOR_LAST) != 0
     blocks = tl.cdiv(channels, BC)
@@ -127,7 +127,7 @@ def mean_kernel(owner_ptr, table_ptr, BC: tl.constexpr, BP: tl.constexpr, SPAN: 
 
 @jit_of_index
 def pattern_kernel(owner_ptr, table_ptr, source, FIRST: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr):
-    """The share of BK atoms in S'S d / |d|; d is the sum of such shares, or made from the means by the first launch."""
+    """Write the share of BK atoms in S'S d / |d|; d is a sum of such shares, or of means if FIRST."""
     index, row_ptr = place(owner_ptr, table_ptr)
     channels, atoms = size(row_ptr, C), size(row_ptr, K)
     k = index * BK + tl.arange(0, BK)
@@ -165,7 +165,7 @@ def pattern_kernel(owner_ptr, table_ptr, source, FIRST: tl.constexpr, BK: tl.con
 
 @jit
 def write_rest(row_ptr, index, image, rest, n, e, kept):
-    """Store what is left of an image at the elements e, and its products with q_0 .. q_{n-1}, itself and the image."""
+    """Write what is left of an image at the elements e, and its products with q_0 .. q_{n-1}, itself and the image."""
     out_ptr = tensor(row_ptr, LEFT) + 8 * index
     tl.store(tensor(row_ptr, REST) + e, rest, mask=kept)
     for i in tl.range(0, n):  # pyright: ignore[reportGeneralTypeIssues]
@@ -177,7 +177,7 @@ def write_rest(row_ptr, index, image, rest, n, e, kept):
 
 @jit_of_index
 def start_kernel(owner_ptr, table_ptr, source, BLOCK: tl.constexpr, BC: tl.constexpr):
-    """BLOCK elements of q_0, the power vector u, and of what it leaves of the constant image of the pattern d."""
+    """Write BLOCK elements of q_0, the power vector u, and of what it leaves of the constant image of the pattern d."""
     index, row_ptr = place(owner_ptr, table_ptr)
     channels, pixels, groups = size(row_ptr, C), size(row_ptr, H) * size(row_ptr, W), size(row_ptr, GROUPS)
     mean_ptr, pattern_ptr = tensor(row_ptr, MEAN), tensor(row_ptr, source + PATTERN)
@@ -207,7 +207,9 @@ def start_kernel(owner_ptr, table_ptr, source, BLOCK: tl.constexpr, BC: tl.const
 def analysis_kernel(
     owner_ptr, table_ptr, j, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """a[k, i, j] = sum over c, s, t of W[k, c, s, t] q[c, i S + s - P, j S + t - P] for BM pixels and BN atoms.
+    """Write a = A'q for BM pixels and BN atoms.
+
+    a[k, i, j] = sum over c, s, t of W[k, c, s, t] q[c, i S + s - P, j S + t - P]
 
     The grid's second axis counts the directions q_j, q_{j+1} of one launch.
     """
@@ -241,9 +243,9 @@ def analysis_kernel(
 def synthesis_kernel(
     owner_ptr, table_ptr, j, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """w[c, y, x] = sum over k, s, t of W[k, c, s, t] a[k, (y + P - s) / S, (x + P - t) / S] where that is a pixel.
+    """Write w = A a = M q_j for BM pixels and BN channels, and this program's sums of the products q_i'w for i <= j.
 
-    With w = M q_j it also writes its sums of the products q_i'w for i <= j.
+    w[c, y, x] = sum over k, s, t of W[k, c, s, t] a[k, (y + P - s) / S, (x + P - t) / S] where that is a pixel
     """
     index, row_ptr = place(owner_ptr, table_ptr)
     channels, atoms, height, width = size(row_ptr, C), size(row_ptr, K), size(row_ptr, H), size(row_ptr, W)
@@ -278,13 +280,13 @@ def synthesis_kernel(
 
 @jit
 def overlap_of(row_ptr, i, j, BLOCK: tl.constexpr):
-    """q_i'M q_j for i <= j."""
+    """Return q_i'M q_j for i <= j."""
     return sum_every(tensor(row_ptr, j + OVERLAPS) + i, size(row_ptr, PARTS), 4, BLOCK)
 
 
 @jit
 def overlaps_of(row_ptr, n, BLOCK: tl.constexpr):
-    """The symmetric matrix q_i'M q_j of the first n directions, and zeros, [4, 4]."""
+    """Return the symmetric matrix q_i'M q_j of the first n directions, and zeros, [4, 4]."""
     row, column = tl.arange(0, 4)[:, None], tl.arange(0, 4)[None, :]
     matrix = tl.zeros((4, 4), tl.float32)
     for j in tl.range(0, n):  # pyright: ignore[reportGeneralTypeIssues]
@@ -296,7 +298,7 @@ def overlaps_of(row_ptr, n, BLOCK: tl.constexpr):
 
 @jit
 def top_eigenvector(matrix):
-    """The unit eigenvector [4] of the largest eigenvalue, as `step_sizes.top_eigenvector`."""
+    """Return the unit eigenvector [4] of the largest eigenvalue, as `step_sizes.top_eigenvector`."""
     row, column = tl.arange(0, 4)[:, None], tl.arange(0, 4)[None, :]
     power = matrix
     for _ in tl.range(0, SQUARINGS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -309,13 +311,13 @@ def top_eigenvector(matrix):
 
 @jit
 def element(vector, i):
-    """The element i of a vector [4]."""
+    """Return the element i of a vector [4]."""
     return tl.sum(tl.where(tl.arange(0, 4) == i, vector, 0.0), axis=0)
 
 
 @jit
 def mix(row_ptr, column, shares, n, e, kept):
-    """The sum over i < n of shares[i] times the tensor at `column` + i, at the elements e."""
+    """Return the sum over i < n of shares[i] times the tensor at `column` + i, at the elements e."""
     total = tl.zeros(e.shape, tl.float32)
     for i in tl.range(0, n):  # pyright: ignore[reportGeneralTypeIssues]
         total += element(shares, i) * tl.load(tensor(row_ptr, i + column) + e, mask=kept, other=0.0)
@@ -324,7 +326,7 @@ def mix(row_ptr, column, shares, n, e, kept):
 
 @jit
 def combine_kernel(owner_ptr, table_ptr, BLOCK: tl.constexpr):
-    """BLOCK elements of what q_0 and q_1 leave of M x, where x is close to the best vector of their span."""
+    """Write BLOCK elements of what q_0 and q_1 leave of M x, where x is close to the best vector of their span."""
     index, row_ptr = place(owner_ptr, table_ptr)
     e = index * BLOCK + tl.arange(0, BLOCK)
     kept = e < size(row_ptr, C) * size(row_ptr, H) * size(row_ptr, W)
@@ -339,7 +341,7 @@ def combine_kernel(owner_ptr, table_ptr, BLOCK: tl.constexpr):
 
 @jit
 def remove_kernel(owner_ptr, table_ptr, BLOCK: tl.constexpr):
-    """BLOCK elements of what q_0, q_1 and q_2 leave of M q_2."""
+    """Write BLOCK elements of what q_0, q_1 and q_2 leave of M q_2."""
     index, row_ptr = place(owner_ptr, table_ptr)
     e = index * BLOCK + tl.arange(0, BLOCK)
     kept = e < size(row_ptr, C) * size(row_ptr, H) * size(row_ptr, W)
@@ -352,7 +354,7 @@ def remove_kernel(owner_ptr, table_ptr, BLOCK: tl.constexpr):
 
 @jit_of_index
 def extend_kernel(owner_ptr, table_ptr, j, BLOCK: tl.constexpr):
-    """BLOCK elements of q_j: what rounding left of the directions before it is removed, and the norm is made 1."""
+    """Write BLOCK elements of q_j, of norm 1 and without what rounding left of the directions before it."""
     index, row_ptr = place(owner_ptr, table_ptr)
     e = index * BLOCK + tl.arange(0, BLOCK)
     kept = e < size(row_ptr, C) * size(row_ptr, H) * size(row_ptr, W)
@@ -370,7 +372,7 @@ def extend_kernel(owner_ptr, table_ptr, j, BLOCK: tl.constexpr):
 
 @jit
 def finish_kernel(owner_ptr, table_ptr, floor, BLOCK: tl.constexpr):
-    """BLOCK elements of the power vector u = Q s, and their sums of u'M u and |M u|^2."""
+    """Write BLOCK elements of the power vector u = Q s, and their sums of u'M u and |M u|^2."""
     index, row_ptr = place(owner_ptr, table_ptr)
     channels, pixels = size(row_ptr, C), size(row_ptr, H) * size(row_ptr, W)
     e = index * BLOCK + tl.arange(0, BLOCK)
@@ -388,7 +390,7 @@ def finish_kernel(owner_ptr, table_ptr, floor, BLOCK: tl.constexpr):
 
 @jit
 def step_kernel(table_ptr, floor, safety, BLOCK: tl.constexpr):
-    """The step size of one layer, which stays as it is if the estimate is not finite."""
+    """Write the step size of one layer, which stays as it is if the estimate is not finite."""
     row_ptr = table_ptr + tl.program_id(0) * COLUMNS
     final_ptr, chunks = tensor(row_ptr, FINAL), size(row_ptr, CHUNKS)
     theta, square = sum_every(final_ptr, chunks, 2, BLOCK), sum_every(final_ptr + 1, chunks, 2, BLOCK)

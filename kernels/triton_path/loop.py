@@ -20,6 +20,7 @@ from sdnet.kernels.triton_path.cudnn import CudnnPath
 from sdnet.kernels.triton_path.fused.descriptors import aligned
 from sdnet.kernels.triton_path.fused.path import FusedPath
 from sdnet.kernels.triton_path.layer import Layer
+from sdnet.kernels.triton_path.padding import padded, without_padding
 from sdnet.kernels.triton_path.paths import AUTO, ChosenPath, Path, choose_path
 from sdnet.kernels.triton_path.pointwise import mask
 
@@ -39,7 +40,12 @@ def choice_of(layer: Layer, asked: str = AUTO) -> ChosenPath:
 
 def path_of(layer: Layer, problem: Problem, choice: ChosenPath) -> Path:
     """Return the chosen path for a layer and a problem."""
-    return FusedPath(layer, problem, choice.tiles) if choice.name == "fused" else CudnnPath(layer, problem)
+    return CudnnPath(layer, problem) if choice.name == "cudnn" else FusedPath(layer, problem, choice.tiles)
+
+
+def pads(choice: ChosenPath, problem: Problem) -> bool:
+    """Return whether images and dictionary get channels of zeros; those of several dictionaries get none."""
+    return choice.name == "padded" and problem.coding.n_dict == 1
 
 
 def dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
@@ -63,6 +69,8 @@ def forward(
     x, coding = dense(x, layout), problem.coding
     layer = layer_of(x, weight, problem.stride, problem.padding, layout)
     choice = choice_of(layer, asked)
+    if pads(choice, problem):
+        x, layer = dense(padded(x), layout), replace(layer, weight=padded(weight))
     path = first = path_of(layer, problem, choice)
     betas = [*momentum(coding.n_steps, coding.solver), 0.0]
     if coding.n_dict > 1:  # in the first step x meets the sum of the dictionaries
@@ -85,7 +93,7 @@ def forward(
         codes.append(z)
         if not keep_codes:
             del codes[:-2]
-    return codes, residuals
+    return codes, [without_padding(residual, weight.shape[1]) for residual in residuals]
 
 
 def backward(
@@ -117,6 +125,9 @@ def backward(
     coding = problem.coding
     layer = layer_of(x, weight, problem.stride, problem.padding, layout)
     choice = choice_of(layer, asked)
+    if pads(choice, problem):
+        x, *residuals = (dense(padded(tensor), layout) for tensor in (x, *residuals))
+        layer = replace(layer, weight=padded(weight))
     path = path_of(layer, problem, choice)
     betas = [*momentum(coding.n_steps, coding.solver), 0.0]
     fista, norm = coding.solver == "fista", coding.data_term == "norm"
@@ -154,7 +165,8 @@ def backward(
         d_weight.add(dense(copies_of(x, coding.n_dict), layout), m, gamma)
     if d_lam is not None:
         d_lam = -gamma * d_lam
-    return Gradients(d_target, d_weight.total() if needs.weight else None, d_lam)
+    d_x = None if d_target is None else without_padding(d_target, weight.shape[1])
+    return Gradients(d_x, without_padding(d_weight.total(), weight.shape[1]) if needs.weight else None, d_lam)
 
 
 class WeightGradient:

@@ -1,8 +1,9 @@
 """Which Triton path a layer runs on, and with which tiles: what the caller asks for, or a rule.
 
-There are two paths, and both provide the four products of the loop (`Path`):
+There are three paths, and all provide the four products of the loop (`Path`):
 
   * "fused": each convolution with all that surrounds it in one kernel (`fused.path`).
+  * "padded": the same kernels on images of few channels, filled up with channels of zeros (`padding`).
   * "cudnn": cuDNN's convolutions with pointwise kernels between them (`cudnn`).
 
 `choose_path` depends on its arguments alone. `requested_path` reads the environment, once per call of the operator.
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sdnet.kernels.triton_path.tiles import FEW, Form, Shape, Tile, Tiles, by_rule
 
-PathName = Literal["fused", "cudnn"]
+PathName = Literal["fused", "padded", "cudnn"]
 
 ENVIRONMENT_VARIABLE = "SDNET_TRITON_PATH"
 
@@ -100,6 +101,10 @@ class Entry(NamedTuple):
     path: PathName
     tiles: Tiles
 
+    def fitted(self, shape: Shape) -> Tiles:
+        """Return the tiles, with the rules' in the place of those that a layer cannot run with on this path."""
+        return self.tiles.fitted(shape.padded if self.path == "padded" else shape)
+
     def encoded(self) -> str:
         """Return the entry as JSON, which `choose_path` takes."""
         return json.dumps([self.path, *(tile._asdict() for tile in self.tiles)])
@@ -149,11 +154,13 @@ def requested_path() -> str:
     """Return the path that the environment variable SDNET_TRITON_PATH asks for, "auto" without it.
 
     Raises:
-        ValueError: the variable is neither fused nor cudnn.
+        ValueError: the variable names no path.
     """
     asked = os.environ.get(ENVIRONMENT_VARIABLE, AUTO)
     if asked not in (AUTO, *get_args(PathName)):
-        raise ValueError(f"The environment variable {ENVIRONMENT_VARIABLE} is {asked!r}; it must be fused or cudnn.")
+        raise ValueError(
+            f"The environment variable {ENVIRONMENT_VARIABLE} is {asked!r}; it must be fused, padded or cudnn."
+        )
     return asked
 
 
@@ -169,16 +176,17 @@ def choose_path(shape: Shape, asked: str = AUTO) -> ChosenPath:
 
     Args:
         shape: the layer.
-        asked: "auto", "plain", "fused", "cudnn", or an encoded `Entry`, which gives the tiles too. Tiles that the layer
-            cannot run with are replaced by the rule's.
+        asked: "auto", "plain", the name of a path, or an encoded `Entry`, which gives the tiles too. Tiles that the
+            layer cannot run with are replaced by the rule's.
     """
     if asked.startswith("["):
         given = Entry.decoded(asked)
-        return ChosenPath(given.path, given.tiles.fitted(shape), f"the caller asks for the {given.path} path")
+        return ChosenPath(given.path, given.fitted(shape), f"the caller asks for the {given.path} path")
     if asked == PLAIN:
         return ChosenPath("cudnn", by_rule(shape), "the caller asks for cuDNN's convolutions", correlation=False)
-    if asked == "fused" or asked == "cudnn":
-        return ChosenPath(asked, by_rule(shape), f"the caller asks for the {asked} path")
+    if asked == "fused" or asked == "padded" or asked == "cudnn":
+        tiles = by_rule(shape.padded if asked == "padded" else shape)
+        return ChosenPath(asked, tiles, f"the caller asks for the {asked} path")
     return ChosenPath(*_path_by_rule(shape))
 
 

@@ -34,6 +34,8 @@ FEW = 8
 Otherwise each tap has a block of channels of its own. Up to 8 channels would fill at most half of the least block.
 """
 
+VECTOR = 4
+"""Channels that a thread loads at a time where the number of channels is a multiple: 8 bytes in 16 bits."""
 
 MOST_SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """The most shared memory of a program, in KiB, by compute capability; 99 on others from 8.0 on."""
@@ -90,6 +92,11 @@ class Shape(NamedTuple):
         """The most images of a box whose offsets are of 32 bits."""
         image, codes = self.channels * prod(self.image_size), self.atoms * prod(self.codes_size)
         return max(1, 2**30 // max(image, codes))
+
+    @property
+    def padded(self) -> "Shape":
+        """The layer with channels of zeros, if it has few channels: see `padding`."""
+        return self._replace(channels=padded_channels(self.channels))
 
     @property
     def describable(self) -> bool:
@@ -213,6 +220,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def padded_channels(channels: int) -> int:
+    """Return the number of channels with those of zeros, up to a multiple of `VECTOR`, where they are few."""
+    return ceil_div(channels, VECTOR) * VECTOR if channels <= FEW else channels
+
+
 def power_of_two(n: int, most: int, least: int = LEAST_BLOCK) -> int:
     """Return the least power of two that is at least n, within [least, most]."""
     return min(max(1 << (n - 1).bit_length(), least), most)
@@ -334,6 +346,9 @@ def correlation_tile(shape: Shape) -> Tile:
         return Tile("descriptors", images, 1, 1, 64, 64, 4, 3, taps)
     pixels = 128 // shape.itemsize
     box = box_of(pixels, shape.batch, shape.codes_size, pixels, preference)
+    if few and shape.channels_last and shape.channels % VECTOR == 0:
+        # Asynchronous copies of VECTOR channels: no registers hold them, so few threads make a large block.
+        return Tile(form, *box, small[0], power_of_two(columns, 128), 4, 3)
     # Small blocks and many threads where 16-bit elements are gathered one by one, through registers.
     if not shape.channels_last or narrow:
         return Tile(form, *box, *small, 8 if few or not shape.channels_last else 4, 3)

@@ -37,6 +37,14 @@ def test_steps_by_descriptors_are_the_products_without_the_padding(layer: LayerS
     assert multiplied == 256 * layer.products * layer.channels * layer.atoms
 
 
+def test_a_stem_makes_all_phases_in_a_step_for_each_row_and_column_of_codes() -> None:
+    """4 x 4 codes reach the 2 x 2 phases of a pixel through 7 x 7 taps of stride 2."""
+    layer = LayerShape("", 3, 64, 7, 2, (224, 224))
+    shape = tile_shape(layer, 256, 2, "ieee", True, 90)
+    assert set(convolution_steps("synthesis", layer, shape, by_rule(shape).synthesis)) == {16}
+    assert set(convolution_steps("analysis", layer, shape, by_rule(shape).analysis)) == {5}  # 147 pairs by 32
+
+
 def test_the_tail_of_a_launch() -> None:
     assert efficiency([5] * 8, 4) == 1
     assert efficiency([5] * 5, 4) == 5 / 8

@@ -3,14 +3,11 @@
 Run with `pytest -m gpu`, in several processes if there is pytest-xdist: most of the time goes into compiling.
 """
 
-import fcntl
 import gc
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +18,7 @@ from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 
 from .cases import Case
 from .exactness import FLOOR, TF32_FLOOR, assert_as_exact_as_torch
+from .gpu_memory import memory_for_one
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,12 +89,14 @@ def test_tf32_as_exact_as_torch_s(case: Case, precision: str, monkeypatch: pytes
     assert_as_exact_as_torch(case, torch.float32, lam_floor=2e-5, floor=TF32_FLOOR)
 
 
-@contextmanager
-def memory_for_one() -> Iterator[None]:
-    """Within, no other process is here: tests beside each other would ask for more memory than a GPU has."""
-    with Path(tempfile.gettempdir(), f"sdnet-gpu-tests-{os.getuid()}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+@pytest.mark.parametrize("precision", ["ieee"], indirect=True)
+@pytest.mark.parametrize("case", [case for case in CASES if case.channels == 3], ids=str)
+@DTYPES
+def test_padded_stems_are_as_exact_as_torch(
+    case: Case, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDNET_TRITON_PATH", "padded")
+    assert_as_exact_as_torch(case, dtype)
 
 
 @pytest.mark.parametrize("layer", distinct_layers(), ids=str)

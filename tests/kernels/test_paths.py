@@ -38,6 +38,16 @@ def test_what_is_asked_for_comes_before_the_rule() -> None:
     assert choice.correlation
 
 
+def test_padded_fills_up_few_channels_to_a_multiple_of_4_and_leaves_others() -> None:
+    padded = {channels: SHAPE._replace(channels=channels).padded.channels for channels in (1, 3, 4, 5, 8, 9, 64)}
+    assert padded == {1: 4, 3: 4, 4: 4, 5: 8, 8: 8, 9: 9, 64: 64}
+    stem = SHAPE._replace(channels=3)
+    assert choose_path(stem, "padded")[:2] == ("padded", by_rule(SHAPE._replace(channels=4)))
+    given = Entry("padded", Tiles(*(tile._replace(stages=2) for tile in by_rule(stem.padded))))
+    assert choose_path(stem, given.encoded()).tiles == given.tiles == given.fitted(stem)
+    assert choose_path(HOPPER, "padded").tiles == by_rule(HOPPER)
+
+
 def test_given_tiles_that_a_layer_cannot_run_with_give_way_to_the_rule_s() -> None:
     given = Entry("fused", Tiles(*(tile._replace(stages=2) for tile in by_rule(HOPPER)))).encoded()
     assert choose_path(SHAPE, given).tiles == by_rule(SHAPE)  # no descriptors on sm_80
@@ -68,5 +78,5 @@ def test_the_environment_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDNET_TRITON_PATH", "fused")
     assert requested_path() == "fused"
     monkeypatch.setenv("SDNET_TRITON_PATH", "quick")
-    with pytest.raises(ValueError, match="SDNET_TRITON_PATH is 'quick'; it must be fused or cudnn"):
+    with pytest.raises(ValueError, match="SDNET_TRITON_PATH is 'quick'; it must be fused, padded or cudnn"):
         requested_path()

@@ -14,11 +14,15 @@ class Launch(NamedTuple):
         HEAD: pairs whose scale is a number on the device.
         TAIL: pairs after them whose scale is a number of the host.
         WIDE: whether offsets within a box need 64 bits.
+        DENSE: whether the images are dense in channels_last, and the kernel may derive their strides from their sizes.
+            The compiler then sees that a pixel's channels are neighbours at an aligned address, and loads several at a
+            time. Only the form "few" asks for it.
     """
 
     HEAD: int
     TAIL: int
     WIDE: bool
+    DENSE: bool = False
 
 
 @jit

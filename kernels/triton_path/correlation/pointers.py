@@ -86,7 +86,10 @@ def correlate_kernel(
     BLOCKS_A: constexpr = (K + BA - 1) // BA
     COLUMNS: constexpr = T * C if tile.form == "few" else C
     BLOCKS_C: constexpr = (COLUMNS + BC - 1) // BC
+    H, W, _, _ = sizes
     rn, rc, ry, rx, mn, mk, mi, mj = strides
+    if launch.DENSE:
+        rn, rc, ry, rx = H * W * C, 1, W * C, C
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     first, last = share_of_split(split, splits, boxes)
     k = pid % BLOCKS_A * BA + tl.arange(0, BA)  # [BA]
@@ -117,7 +120,7 @@ def correlate_kernel(
         m_ptr = m0_ptr if pair == 0 else (m1_ptr if pair == 1 else m2_ptr)
         total = add_pair(
             total, r_ptr, m_ptr, (r_offset, m_offset), first, last, (b, i, j), (k_kept, q_kept), (u, v), N, sizes,
-            strides, layer, tile,
+            (rn, rc, ry, rx, mn, mk, mi, mj), layer, tile,
         )  # fmt: skip
     total *= factor if launch.TAIL > 0 else tl.load(scale_ptr)
     row = (split.to(tl.int64) * K + k)[:, None] * (T * C)

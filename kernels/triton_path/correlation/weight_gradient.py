@@ -164,7 +164,8 @@ def weight_correlation(
         used = [next(operands) for _ in (*head, *tail)]
         used += used[:1] * (PAIRS - len(used))  # the kernel does not look at these
         scales = head[0][2] if head else part, part, tail[0][2] if tail else 1.0
-        constants = Launch(len(head), len(tail), is_wide((r, m), tile.images))
+        dense = tile.form == "few" and r.is_contiguous(memory_format=torch.channels_last)
+        constants = Launch(len(head), len(tail), is_wide((r, m), tile.images), dense)
         if tile.form == "descriptors":
             sides = tile.channels, tile.atoms
             described = [pixel_boxes(t, tile.images, n) for pair in used for t, n in zip(pair, sides, strict=True)]

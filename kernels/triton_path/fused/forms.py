@@ -7,7 +7,7 @@
 
 The form is a compile-time choice of the tile (see `tiles`):
 
-  * `pointers`: any strides, sizes and types. The taps are the outer loop, blocks of channels the inner one.
+  * `pointers`: any strides, sizes and types. One loop runs over taps and blocks of channels.
   * `few_channels`, "few": for stems. Taps and channels are one axis, for a tap of three channels is not worth a block.
   * `descriptors`: from sm_90 on, for 16-bit channels_last tensors. Boxes go by TMA from memory to shared memory, and
     taps in the padding are left out.

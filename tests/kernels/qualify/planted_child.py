@@ -58,8 +58,8 @@ def operator_call(inputs: compare.Inputs, path: str) -> Any:
     return lambda: inputs.weight
 
 
-def few_candidates(shape: Shape, all_tiles: bool, processors: int) -> list[Candidate]:
-    found = candidates_of(shape, all_tiles, processors)
+def few_candidates(shape: Shape, all_tiles: bool, processors: int, may_pad: bool) -> list[Candidate]:
+    found = candidates_of(shape, all_tiles, processors, may_pad=False)
     return [candidate for candidate in found if candidate.path in (TORCH, PLAIN) or candidate.is_ours]
 
 
