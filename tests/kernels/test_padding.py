@@ -1,5 +1,7 @@
 """The path "padded": images of few channels get channels of zeros, which no result shows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,18 +10,19 @@ from sdnet.kernels.qualify.candidates import candidates_of
 from sdnet.kernels.triton_path.layer import Layer
 from sdnet.kernels.triton_path.tiles import Shape
 
-from .test_triton_path import RISKS, PathCase, assert_near_reference
+from .cases import DEVICE
+from .test_triton_path import PathCase, assert_near_reference
 
 pytestmark = pytest.mark.usefixtures("exact", "poisoned")
 
+STEM = PathCase(3, 16, (5, 5), (2, 2), (9, 7))
+
 PADDED = {
-    "a stem": RISKS["a stem"],
-    "a stem that keeps the residual, signed codes": PathCase(
-        3, 20, (7, 7), (2, 2), (18, 15), keep_residuals=True, nonnegative=False, n_steps=3, mu=0.5
-    ),
-    "a contiguous stem": RISKS["a contiguous stem"],
-    "one channel, in half precision": PathCase(channels=1, atoms=16, keep_residuals=True, half=True),
-    "five channels": PathCase(channels=5, keep_residuals=True, data_term="norm", per_sample=True),
+    "a stem that keeps the residual": replace(STEM, keep_residuals=True),
+    "signed codes of three steps": replace(STEM, kernel_size=(3, 3), nonnegative=False, n_steps=3, mu=0.5),
+    "a contiguous stem": replace(STEM, channels_last=False),
+    "two channels, in half precision": replace(STEM, channels=2, half=True, keep_residuals=True),
+    "five channels": replace(STEM, channels=5, kernel_size=(3, 3), data_term="norm", per_sample=True),
 }
 
 
@@ -37,13 +40,25 @@ def test_channels_of_zeros_change_no_result(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(Layer, "empty_images", noted)
     assert_near_reference(case)
     assert set(made) == {8 if case.channels == 5 else 4}
-    for first, second in zip(*(case.results(case.dtype, "triton") for _ in range(2)), strict=True):
+
+
+def test_the_residual_is_kept_without_the_zeros() -> None:
+    x, weight, lam = (leaf.detach() for leaf in STEM.leaves())
+    step_size = torch.tensor(STEM.step_size, device=DEVICE)
+    kept = torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *STEM.options, "triton", "padded", True, True)
+    assert [tensor.shape[1] for tensor in kept] == [3, 16, 16]
+    assert kept[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_same_padded_call_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNET_TRITON_PATH", "padded")
+    for first, second in zip(*(STEM.results(STEM.dtype, "triton") for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
 
 def test_several_dictionaries_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them has channels of its own, and the images would need zeros between them."""
-    case = PathCase(channels=3, n_dict=2, keep_residuals=True)
+    case = replace(STEM, kernel_size=(3, 3), n_dict=2, keep_residuals=True)
     found = []
     for path in ("fused", "padded"):
         monkeypatch.setenv("SDNET_TRITON_PATH", path)

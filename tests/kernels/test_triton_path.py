@@ -63,7 +63,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "channels_last": (True, False),
     "keep_residuals": (False, True),
     "half": (False, True),
-    "steps": ("fused", "padded", "cudnn"),
+    "steps": ("fused", "cudnn"),
 }
 
 
