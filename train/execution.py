@@ -48,9 +48,10 @@ def execution(recipe: Recipe, say: Callable[[str], None] = lambda text: None) ->
     finally:
         warnings.showwarning = show
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
-        torch.use_deterministic_algorithms(strict, warn_only=warns)
-        if recipe.deterministic and workspace is None:
-            os.environ.pop(CUBLAS_VARIABLE, None)
+        if recipe.deterministic:  # the call alone imports the compiler of PyTorch, which takes a second
+            torch.use_deterministic_algorithms(strict, warn_only=warns)
+            if workspace is None:
+                os.environ.pop(CUBLAS_VARIABLE, None)
 
 
 def _announcer(say: Callable[[str], None], otherwise: Callable[..., None]) -> Callable[..., None]:

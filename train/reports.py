@@ -56,7 +56,7 @@ def _model_lines(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> 
 def _kernels(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Iterator[str]:
     """Yield which implementation each CSC layer takes for one image, and why."""
     for layer in csc_layers(model).values():
-        x = torch.zeros(1, layer.in_channels, *layer.power_vector.shape[2:], device=accelerator.device)
+        x = layer.weight.new_zeros(1, layer.in_channels, *layer.power_vector.shape[2:])
         options = {"stride": layer.stride, "padding": layer.padding, "impl": recipe.impl, **vars(recipe.coding)}
         with accelerator.autocast():
             yield explain(x, layer.weight, layer.step_size, layer.lam, **options)
