@@ -1,7 +1,6 @@
 """The training loop over loaders, a model and Accelerate; without a host sync except where it reports."""
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -21,13 +20,14 @@ from sdnet.train.data.loader import Data, Loader, Rank
 from sdnet.train.data.watch import listening
 from sdnet.train.ema import Ema
 from sdnet.train.environment import describe_environment
-from sdnet.train.errors import NonFiniteLossError, UserError
+from sdnet.train.errors import UserError
 from sdnet.train.execution import execution
+from sdnet.train.guards import Guard
 from sdnet.train.init_from import freeze, initialise, read_initial
 from sdnet.train.interrupt import Interrupt
 from sdnet.train.job import Job
 from sdnet.train.lock import RunLock
-from sdnet.train.metrics import LossMeter, LossReading, evaluate
+from sdnet.train.metrics import LossMeter, evaluate
 from sdnet.train.optimizer import make_optimizer
 from sdnet.train.outcome import by_weights, describe_outcome, describe_scores
 from sdnet.train.progress import Display, Stopwatch, peak_memory
@@ -36,7 +36,7 @@ from sdnet.train.reports import layer_scalars, summary
 from sdnet.train.room import check_room
 from sdnet.train.saving import Digests, Saver
 from sdnet.train.schedule import learning_rate
-from sdnet.train.step_sizes import DIVERGENCE, converge_step_sizes, measured_margins
+from sdnet.train.step_sizes import converge_step_sizes, measured_margins
 from sdnet.train.stopping import Agreement
 from sdnet.train.trackers import check_trackers, start_trackers
 from sdnet.train.verdicts import Verdicts
@@ -108,6 +108,7 @@ class Trainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.gradient_norm = torch.zeros((), device=device)
         self.meter, self.state = LossMeter(device), TrainState()
+        self.guard = Guard(self.run, self.model, self.meter, self.state, self.display.say)
         facts = model_facts(self.model.config, self.data.classes) | {
             "recipe": json.dumps(recipe.to_json()),
             "program": self.data.program,
@@ -139,7 +140,6 @@ class Trainer:
             notes += (f"Changed from step {self.state.step} on; {'; '.join(job.changes)}.",)
 
         self.notes = notes
-        self.warned_of_margin = False
         self.agreement = Agreement(processes, job.timeout)
         set_timeout(job.timeout)
         self.interrupt, self.watch, self.first_batch = Interrupt(), Stopwatch(), self.state.batch
@@ -237,10 +237,10 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Converge the step sizes, evaluate, save, and prepare the next epoch."""
         state, recipe = self.state, self.job.recipe
-        loss = self._read_loss().epoch
+        loss = self.guard.loss().epoch
         speed, wait = self._speed(), self.watch.wait_share
-        self._check_weights()
-        margin = self._check_margins(converge_step_sizes(self.model))
+        self.guard.check_weights()
+        margin = self.guard.check_margins(converge_step_sizes(self.model))
         if self.accelerator.num_processes > 1:  # batch norm's statistics differ between ranks: those of rank 0 count
             broadcast([*self.model.buffers(), *(self.ema.model.buffers() if self.ema else ())])
         evaluated = (state.epoch + 1) % recipe.eval_every == 0 or state.epoch + 1 == recipe.epochs
@@ -283,74 +283,24 @@ class Trainer:
             if data.holdout:
                 held = evaluate(model, self._shown(data.holdout, "held-out"), data.holdout_size, device)
                 scores |= {name.replace("val_", "holdout_"): value for name, value in held.items()}
-        for name, value in scores.items():
-            if not math.isfinite(value):
-                what = "The validation loss" if name == "val_loss" else "The loss of the held-out images"
-                raise self._not_finite(what, f"after step {self.state.step}")
+        self.guard.check_scores(scores)
         return scores
 
     def _shown(self, loader: Loader, images: str) -> Loader:
         """Return the batches of a loader, counted by the display."""
         return cast(Loader, self.display.counted(f"evaluating {images} images, batch", loader, len(loader)))
 
-    def _check_margins(self, margins: dict[str, float]) -> dict[str, float]:
-        """Warn, once in a run, of a step size with which FISTA can diverge.
-
-        Args:
-            margins: Step size times largest eigenvalue, by layer.
-
-        Returns:
-            The largest one as an entry of the log; nothing for a model without CSC layers.
-        """
-        if not margins:
-            return {}
-        name = max(margins, key=lambda name: margins[name])
-        if margins[name] > DIVERGENCE and not self.warned_of_margin:
-            self.warned_of_margin = True
-            self.display.say(
-                f"Warning: step size x eigenvalue of {name} is {margins[name]:.2f} after step {self.state.step}; "
-                "FISTA can diverge above 4/3: lower --lr or raise --warmup-epochs."
-            )
-        return {"step_margin": margins[name]}
-
     def _speed(self) -> float:
         """Return the training images per second of all ranks in this epoch."""
         count = (self.state.batch - self.first_batch) * self.job.recipe.batch / self.job.recipe.accumulate
         return count / self.watch.elapsed
 
-    def _read_loss(self) -> LossReading:
-        """Return the mean losses; a host sync.
-
-        Raises:
-            NonFiniteLossError: Some loss of the epoch was not finite.
-        """
-        reading = self.meter.read()
-        if reading.bad_step is not None:
-            raise self._not_finite("The training loss", f"at step {reading.bad_step + 1}")
-        return reading
-
-    def _check_weights(self) -> None:
-        """Check the weights; a host sync.
-
-        Raises:
-            NonFiniteLossError: Some weights are not finite.
-        """
-        names, values = zip(*self.model.named_parameters(), strict=True)
-        finite = torch.stack([value.isfinite().all() for value in values]).tolist()
-        if not all(finite):
-            raise self._not_finite(names[finite.index(False)], f"after step {self.state.step}")
-
-    def _not_finite(self, what: str, when: str) -> NonFiniteLossError:
-        file = self.run.checkpoint_file
-        kept = f"the last good checkpoint is {file}" if file.exists() else "no checkpoint had been written yet"
-        return NonFiniteLossError(f"{what} became infinite or NaN {when}, in epoch {self.state.epoch + 1}; {kept}.")
-
     def _report(self, images: Tensor) -> None:
         """Show and log where the run stands; a few host syncs."""
-        loss, rate, step = self._read_loss().recent, self.optimizer.param_groups[0]["lr"], self.state.step
+        loss, rate, step = self.guard.loss().recent, self.optimizer.param_groups[0]["lr"], self.state.step
         speed, wait, memory = self._speed(), self.watch.wait_share, peak_memory(self.accelerator.device)
         if self.accelerator.is_main_process:  # the layers of all ranks are equal
-            facts = {"loss": loss, "lr": rate, **self._check_margins(measured_margins(self.model))}
+            facts = {"loss": loss, "lr": rate, **self.guard.check_margins(measured_margins(self.model))}
             facts |= {"images_per_second": speed, "data_wait": wait, "memory_gb": memory}
             facts |= layer_scalars(self.model, images, self.gradient_norm)
             self.accelerator.log({f"train/{name}": value for name, value in facts.items()}, step)
@@ -366,8 +316,8 @@ class Trainer:
         Training continues from the step sizes as they are, so that a resumed run equals an uninterrupted one; only the
         exported weights have converged ones.
         """
-        self._read_loss()
-        self._check_weights()
+        self.guard.loss()
+        self.guard.check_weights()
         self.saver.save()
 
     def _stop(self, signal: int, saved: bool = False) -> None:

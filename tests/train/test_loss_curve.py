@@ -1,10 +1,10 @@
 """The losses of the first 20 steps of a training run, committed: no change of the method may move them unnoticed.
 
 The run is in double precision. In single precision, rounding in another order changes the weights by about 1e-7 of
-themselves, and a code that comes to lie on the other side of its threshold makes a difference of 1e-3 of that within a
-few steps. In double precision 20 steps of another processor agree to about 1e-12. Two things are single precision in
-every run, and would bring its rounding back: the random numbers of the first weights, which the test takes from NumPy
-instead, and the step sizes, which it rounds to four digits after each step.
+themselves; soon a code lies on the other side of its threshold, and the loss differs by 1e-3. In double precision the
+losses of 20 steps differ by about 1e-12 between processors. Two things are in single precision in every run, and would
+bring its rounding back: the random numbers of the first weights, which the test takes from NumPy instead, and the step
+sizes, which it rounds to four digits after each step.
 
 `python tests/train/test_loss_curve.py` prints the losses of this machine.
 """

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sdnet
+from sdnet.train import guards
 from sdnet.train import trainer as trainer_module
-from sdnet.train.build import MPI_AND_SLURM, launched_processes
 from sdnet.train.checkpoint import Checkpoint
 from sdnet.train.data.dali import DaliLoader, open_pictures
 from sdnet.train.data.folder import read_image_folder
@@ -247,7 +247,7 @@ def test_the_largest_step_margin_is_logged(whole: Path) -> None:
 def test_a_step_size_that_diverges_is_reported_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainer_module, "DIVERGENCE", 0.1)
+    monkeypatch.setattr(guards, "DIVERGENCE", 0.1)
     trainer(data, tmp_path / "run", replace(SMALL, epochs=2)).train()
     said = capsys.readouterr().out
     assert said.count("Warning: step size x eigenvalue of stem.conv is ") == 1
@@ -273,68 +273,10 @@ def test_channels_last_gives_the_same_losses(data: Path, tmp_path: Path) -> None
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_fp16_needs_a_gpu(data: Path, tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(UserError, match="Mixed precision fp16 needs a GPU; this run has cpu"):
-        trainer(data, tmp_path / "run", replace(SMALL, mixed_precision="fp16"))
-
-
-def test_the_launcher_and_the_recipe_must_agree(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(UserError, match="launched with mixed precision bf16 but the recipe says no: pass --mixed"):
-        trainer(data, tmp_path / "run")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(UserError, match="launched with 4 accumulation steps: pass --accumulate 4 instead"):
-        trainer(data, tmp_path / "run")
-
-
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_a_launch_that_divides_the_network_is_refused(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(UserError, match=r"^accelerate was launched with .*, which this trainer does not take: [^\n]*$"):
-        trainer(data, tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"batch": 4, "accumulate": 3}, "batch is 4, which does not divide among 1 processes x 3 accumulated batches."),
-        ({"shortcut": False}, "shortcut=False is for "),
-        ({"impl": "triton"}, "the argument impl is 'triton', but x is on cpu: "),
-        (
-            {"accumulate": 4, "image_size": 8, "eval_resize": 8},
-            "A batch of one process has one image and the last stage is 1 x 1 at image_size 8: batch norm needs more",
-        ),
-    ],
-    ids=str,
-)
-def test_what_only_this_launch_decides_is_said_before_the_data_are_opened(
-    tmp_path: Path, changes: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if changes.get("impl") == "triton" and torch.cuda.is_available():
-        pytest.skip("the Triton kernels run on this machine")
-    with pytest.raises(UserError) as caught:
-        trainer(tmp_path / "no data", tmp_path / "run", replace(SMALL, **changes))
-    assert sentence in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_one_image_a_batch_trains_where_the_last_stage_is_larger(data: Path, tmp_path: Path) -> None:
     recipe = replace(SMALL, stem="cifar", epochs=1, batch=16, accumulate=16, image_size=16, eval_resize=16)
     trainer(data, tmp_path / "run", recipe).train()
     assert metrics(tmp_path / "run")[0]["train_loss"] < 10
-
-
-def test_a_training_set_smaller_than_a_batch_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^The training set is smaller than one batch of 32\.$"):
-        trainer(data, tmp_path / "run", replace(SMALL, batch=32))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_checkpoint_is_said_before_the_data_are_opened(whole: Path, tmp_path: Path) -> None:
@@ -350,36 +292,6 @@ def test_a_checkpoint_with_other_parameters_is_refused_in_one_sentence(data: Pat
     shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(UserError, match=r"^The model in the checkpoint .*last\.pt does not fit: [^\n]*$"):
         trainer(data, tmp_path / "run", replace(SMALL, model="resnet18"), resume=True)
-
-
-@pytest.mark.parametrize(
-    ("environment", "processes"),
-    [
-        ({}, 1),
-        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, 4),  # srun starts torchrun once on each node
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, 2),
-        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PTY_PORT": "40000"}, 1),
-    ],
-    ids=str,
-)
-def test_the_launcher_tells_how_many_processes_it_started(
-    environment: dict[str, str], processes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WORLD_SIZE", *MPI_AND_SLURM, "SLURM_PTY_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert launched_processes() == processes
-
-
-def test_processes_that_do_not_form_a_group_are_refused(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(UserError, match=r"^2 processes were launched, but this one is in a group of 1: they would"):
-        trainer(data, tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_ends_the_run_with_one_sentence(data: Path, tmp_path: Path) -> None:
