@@ -122,6 +122,12 @@ class CodingState(nn.Module):
         self._lam = torch.zeros((), dtype=_lambda_dtype(self.weight.dtype), device=device)
         self.lam = lam
 
+    def __prepare_scriptable__(self) -> "CodingState":
+        """Refuse torch.jit.script, which calls this method."""
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script; use torch.compile or sdnet.export."
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; the geometry is checked, and kept as pairs.
 

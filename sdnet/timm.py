@@ -11,6 +11,7 @@ Example:
 
 import runpy
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -56,19 +57,13 @@ class TimmSDNet(SDNet):
         self.drop_rate = checks.number("drop_rate", drop_rate)
         if self.drop_rate > 1:
             raise ValueError(f"drop_rate is {drop_rate}; it must be a number of 0 to 1.")
-        self.global_pool = self._checked_pool(global_pool)
+        self.global_pool = checked_pool(global_pool, self.num_classes)
         width, first, later = self.stem.norm.num_features, *((2, 4) if network.config["stem"] == "imagenet" else (1, 1))
         self.feature_info = [{"num_chs": width, "reduction": first, "module": "stem.norm"}]
         for index, stage in enumerate(self.stages.children()):
             channels = [block.out_channels for block in stage.children() if isinstance(block, (BasicBlock, Bottleneck))]
             info = {"num_chs": channels[-1], "reduction": later * 2**index, "module": f"stages.{index}"}
             self.feature_info.append(info)
-
-    def _checked_pool(self, global_pool: str) -> str:
-        checks.choice("global_pool", global_pool, POOLS)
-        if not global_pool and self.num_classes:
-            raise ValueError(f"global_pool is '', which needs num_classes=0; num_classes is {self.num_classes}.")
-        return global_pool
 
     def forward(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
         """Compute the logits of images, see `SDNet.forward`."""
@@ -158,16 +153,24 @@ class TimmSDNet(SDNet):
         return self.linear
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by one of other classes, with random weights; 0 for none."""
-        self.num_classes = checks.integer("num_classes", num_classes, 0)
-        self.global_pool = self._checked_pool(self.global_pool if global_pool is None else global_pool)
+        """Replace the classifier by one of other classes, with random weights.
+
+        Args:
+            num_classes: The number of classes; 0 for no classifier.
+            global_pool: See `TimmSDNet`. None keeps the pooling, or takes "avg" if there is none and a classifier
+                needs it.
+        """
+        num_classes = checks.integer("num_classes", num_classes, 0)
+        kept = "avg" if num_classes and not self.global_pool else self.global_pool
+        self.global_pool = checked_pool(kept if global_pool is None else global_pool, num_classes)
+        self.num_classes = num_classes
         self.config, self.class_names = {**self.config, "num_classes": num_classes}, ()
         like = self.stem.norm.weight
         self.linear = (
             nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             if num_classes
             else nn.Identity()
-        )
+        ).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Choose whether the backward pass computes the blocks again instead of keeping what they computed."""
@@ -186,6 +189,19 @@ class TimmSDNet(SDNet):
         return set(parameters) & {name for name, _ in self.named_parameters()}
 
 
+def checked_pool(global_pool: str, num_classes: int) -> str:
+    """Return `global_pool` if it is a pooling that a network of so many classes can have.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(global_pool, str) or global_pool not in POOLS:
+        raise ValueError(f"global_pool is {checks.shown(global_pool)}; it must be 'avg', or '' with num_classes=0.")
+    if not global_pool and num_classes:
+        raise ValueError(f"global_pool is '', which needs num_classes=0; num_classes is {num_classes}.")
+    return global_pool
+
+
 def make(
     name: str,
     num_classes: int = 1000,
@@ -193,11 +209,26 @@ def make(
     img_size: int | tuple[int, int] | None = None,
     global_pool: str = "avg",
     drop_rate: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> TimmSDNet:
-    """Build a network from timm's names of arguments; the others are those of `sdnet.create_model`."""
-    network = sdnet.create_model(name, num_classes, in_channels=in_chans, image_size=img_size, **options)
-    return TimmSDNet(network, global_pool, drop_rate)
+    """Build a network from timm's names of arguments.
+
+    Args:
+        name: One of `NAMES`.
+        num_classes: The number of classes; 0 for no classifier.
+        in_chans: The number of channels of the images.
+        img_size: The height and width of the images on which the step sizes are estimated; None is 224.
+        global_pool: See `TimmSDNet`.
+        drop_rate: See `TimmSDNet`.
+        device: The device of the network; None is the default device of torch.
+        dtype: The floating-point type of the parameters; None is the default type of torch.
+        **options: The other arguments of `sdnet.create_model`, such as `lam`.
+    """
+    with nullcontext() if device is None else torch.device(device):
+        network = sdnet.create_model(name, num_classes, in_channels=in_chans, image_size=img_size, **options)
+    return TimmSDNet(network, global_pool, drop_rate).to(dtype=dtype)
 
 
 def _config(url: str = "") -> dict[str, Any]:

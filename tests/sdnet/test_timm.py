@@ -1,5 +1,6 @@
 """SDNets in timm: what timm and programs around it ask of a model."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,8 @@ def test_groups_of_parameters() -> None:
 def test_wrong_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"drop_rate is 2; it must be a number of 0 to 1\."):
         make("sdnet18", drop_rate=2)
+    with pytest.raises(ValueError, match=r"^global_pool is 'max'; it must be 'avg', or '' with num_classes=0\.$"):
+        make("sdnet18", global_pool="max")
     with pytest.raises(TypeError, match="drop_path_rate"):
         make("sdnet18", drop_path_rate=0.1)
 
@@ -162,3 +165,71 @@ def test_optimizers_of_timm_can_be_attached(x: Tensor) -> None:
     optimizer.step()
     weight: nn.Parameter = model.stem.conv.weight
     torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.ones(4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_entry_keeps_the_contract_of_timm(name: str, x: Tensor) -> None:
+    """What timm's tests of its own models check, in this order: gradients, depths, classifiers, and the prune."""
+    model = make(name)
+    model(x).mean().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+    model.eval()
+    with torch.no_grad():
+        out, features = model(x), model.forward_features(x)
+        last, maps = model.forward_intermediates(x)
+        assert torch.equal(last, features)
+        for info, depth in zip(model.feature_info, maps, strict=True):
+            assert depth.shape[1:] == (info["num_chs"], 64 // info["reduction"], 64 // info["reduction"])
+            assert model.get_submodule(info["module"]) is not None
+        model.set_grad_checkpointing()
+        torch.testing.assert_close(model(x), out)
+        for index in range(len(maps)):
+            pruned = copy.deepcopy(model)
+            taken = pruned.prune_intermediate_layers([index])
+            assert torch.equal(pruned.forward_intermediates(x, indices=taken, intermediates_only=True)[0], maps[index])
+
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (2, model.head_hidden_size)
+        model.reset_classifier(0)
+        assert torch.equal(model(x), pooled)
+        model.reset_classifier(0, "")
+        assert torch.equal(model(x), features)
+        model.double().reset_classifier(3)
+        assert model.global_pool == "avg"
+        assert model(x.double()).shape == (2, 3)
+        assert not model.get_classifier().training
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configuration_of_an_entry_is_true(name: str) -> None:
+    model: Any = timm.create_model(name, device="meta")
+    config = model.pretrained_cfg
+    features = model.forward_features(torch.empty(1, *config["input_size"], device="meta"))
+    assert features.shape == (1, model.num_features, *config["pool_size"])
+    assert model.num_classes == config["num_classes"] == model.get_classifier().out_features
+    assert model.in_chans == config["input_size"][0]
+    assert {f"{config[key]}.weight" for key in ("first_conv", "classifier")} <= set(model.state_dict())
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+def test_an_entry_takes_the_channels_and_the_type_that_timm_passes_on(x: Tensor) -> None:
+    model = make("sdnet18_all", in_chans=1, dtype=torch.float64, device="cpu", drop_rate=1.0)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert model.stem.conv.step_size.dtype == torch.float32
+    grey = x[:, :1].double()
+    assert model(grey).std(dim=0).max() == 0, "only the bias of the classifier is left"
+    assert model.eval()(grey).std(dim=0).max() > 0
+
+
+def test_graphs_of_torch_fx_have_the_same_outputs(x: Tensor) -> None:
+    model = make("sdnet18_all").eval()
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    backbone = make("sdnet18_all", features_only=True, feature_cls="fx", out_indices=(0, 2)).eval()
+    backbone.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(backbone(x), model.forward_intermediates(x, indices=[0, 2], intermediates_only=True))
+
+
+def test_torchscript_is_refused_in_one_sentence() -> None:
+    with pytest.raises(NotImplementedError, match=r"^CSCConv2d cannot be compiled by torch.jit.script; use torch\."):
+        torch.jit.script(make("sdnet18"))
