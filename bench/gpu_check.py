@@ -1,8 +1,8 @@
 """`gpu-check`: what to do first on a GPU, within a quarter of an hour; all results in one folder.
 
 In this order: compute-sanitizer over one small call of each kernel; the tests that need a GPU; the qualification of
-SDNet-18 and SDNet-18_all; training speed with the verdicts of that qualification; Nsight Compute on two layers. What
-time is left goes to further measurements. `bench/gpu_parts.py` lists the stages.
+SDNet-18 and SDNet-18_all in the rules' tiles; training speed with these verdicts; Nsight Compute on two layers. What
+time is left goes to other tiles and further measurements. `bench/gpu_parts.py` lists the stages.
 
 Each stage is a process that coreutils' `timeout` ends at its limit: with SIGINT, after which pytest writes its results,
 and a few seconds later with SIGKILL. After every stage a row enters the ledger and summary.json is written. A stage

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -98,19 +99,29 @@ def qualify(
     layers = csc_layers(model)
     if not layers:
         raise ValueError("model has no CSC layers; qualify needs at least one.")
-    if not isinstance(example_batch, (Tensor, tuple, dict)):
+    sizes_alone = isinstance(example_batch, tuple) and all(isinstance(n, Integral) for n in example_batch)
+    if not isinstance(example_batch, (Tensor, tuple, dict)) or sizes_alone:
         given = checks.shown(example_batch)
         raise ValueError(f"example_batch is {given}; it must be a tensor, a tuple or a dict of arguments.")
     fresh, all_tiles = checks.flag("fresh", fresh), checks.flag("all_tiles", all_tiles)
     budget = checks.number("budget", budget)
-    memory = None if memory is None else checks.number("memory", memory)
+    if memory is not None and checks.number("memory", memory) == 0:
+        raise ValueError("memory is 0; it must be a number of GiB above 0, or None for all that is free.")
+    if not (cache is None or isinstance(cache, (str, os.PathLike))):
+        raise ValueError(f"cache is {checks.shown(cache)}; it must be the path of a folder, or None.")
+    if not callable(say):
+        raise ValueError(f"say is {checks.shown(say)}; it must be a function that takes a line.")
     target = target_device(model, device)
     calls = recorded_calls(model, example_batch)
+    if any(call.batch == 0 for found in calls.values() for call in found):
+        raise ValueError("example_batch has no images; qualify needs a full batch.")
     update = update_of(layers.values())
     items: list[Call | Update] = [call for found in calls.values() for call in found]
-    known_types = {str(dtype).removeprefix("torch.") for dtype in DTYPES}
+    known_types = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    others = sorted({item.dtype for item in items if isinstance(item, Call) and item.dtype not in known_types})
     items = [item for item in items if isinstance(item, Call) and item.dtype in known_types]
     items += [update] if update else []
+    left_out = f"Calls in {', '.join(others)} run on PyTorch: the Triton kernels compute in {', '.join(known_types)}."
     options = {"fresh": fresh, "budget": budget, "memory_gib": memory, "all_tiles": all_tiles, "say": say}
     outcome = agreed_outcome(items, target, Store(cache), budget, options)
     table, flags = outcome.table, Flags.now()
@@ -120,7 +131,7 @@ def qualify(
             for name, found in calls.items()
         },
         table.get(update.key(flags)) if update else None,
-        outcome.notes,
+        (*outcome.notes, left_out) if others else outcome.notes,
     )
 
 
@@ -175,6 +186,10 @@ def target_device(model: nn.Module, device: torch.device | str | None) -> torch.
     if target.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         found = "torch finds none" if not torch.cuda.is_available() else f"the device is {target.type}"
         raise NotImplementedError(f"qualify needs an NVIDIA GPU, and {found}: without one PyTorch computes all.")
+    if target.type not in ("cuda", "cpu"):  # Triton's interpreter runs on a CPU
+        raise ValueError(f"device is {checks.shown(device)}; it must be a GPU, or 'cpu' with Triton's interpreter.")
+    if target.type == "cuda" and target.index >= torch.cuda.device_count():
+        raise ValueError(f"device is {checks.shown(device)}, but torch finds {torch.cuda.device_count()} GPUs.")
     if obstacle := obstacle_of(target, torch.float32):
         raise NotImplementedError(f"There is nothing to qualify: {obstacle}.")
     return target

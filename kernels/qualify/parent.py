@@ -174,7 +174,8 @@ def qualify(
     finally:
         run.close()
     if run.machine is None:
-        return Outcome(None, {}, tuple(run.notes))
+        spent = f"The budget of {budget:.0f} seconds was spent before the machine was known."
+        return Outcome(None, {}, tuple(run.notes) or (spent,))
     known = store.load(run.machine) | run.found
     table = {name: known[name] for name in names if name in known}
     left = [name for name in names if name not in table or (fresh and name not in run.found)]

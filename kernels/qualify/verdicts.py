@@ -161,7 +161,7 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path | None:
     """
     named = os.fspath(given) if given is not None else os.environ.get(CACHE_VARIABLE, "")
     if named:
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # the specification ignores other values
         base = os.path.expanduser("~/.cache")

@@ -120,7 +120,7 @@ def test_the_stages_come_in_the_order_of_business(tmp_path: Path, capsys: pytest
     """Sanitizers, tests, verdicts, training with these verdicts, Nsight Compute; the dry run prints it."""
     assert front.main(["gpu-check", "--out", str(tmp_path / "none"), "--dry-run"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    order = ["memcheck", "racecheck", "tests", *["qualify"] * 4, "train", "ncu", "kernels", "train_more"]
+    order = ["memcheck", "racecheck", "tests", *["qualify"] * 4, "train", "ncu", "tiles", "kernels", "train_more"]
     assert [line.split()[1].split("_sdnet")[0].rstrip(",") for line in printed] == order
     assert not (tmp_path / "none").exists()
     qualified = [line for line in printed if line.split()[1].startswith("qualify")]

@@ -84,6 +84,21 @@ def test_types_and_memory_formats_are_those_of_the_call() -> None:
     )
 
 
+def test_calls_in_other_types_are_left_out_and_it_is_said(asked: list[dict[str, Any]]) -> None:
+    found = sdnet.qualify(network().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert asked[0]["items"] == []
+    assert found.verdicts["0"] == ()
+    assert found.notes[-1] == (
+        "Calls in float64 run on PyTorch: the Triton kernels compute in float16, bfloat16, float32."
+    )
+
+
+def test_a_wrapped_model_is_asked_for_what_the_model_itself_is() -> None:
+    model, batch = network(), torch.randn(2, 3, 8, 8)
+    found = recorded_calls(nn.DataParallel(model), batch)
+    assert list(found.values()) == list(recorded_calls(model, batch).values())
+
+
 def test_the_plan_of_a_model_without_memory_is_what_it_will_be_asked_for() -> None:
     options: dict[str, Any] = {"num_classes": 4, "stem": "cifar", "image_size": 16, "width": 8}
     with torch.device("meta"):
@@ -102,7 +117,14 @@ def test_the_plan_of_a_model_without_memory_is_what_it_will_be_asked_for() -> No
         ({"budget": -1}, "budget is -1; it must be a finite number of at least 0"),
         ({"memory": "much"}, "memory is 'much'; it must be a finite number"),
         ({"fresh": 1}, "fresh is 1; it must be True or False"),
+        ({"memory": 0}, "memory is 0; it must be a number of GiB above 0"),
+        ({"example_batch": ()}, r"example_batch is \(\); it must be a tensor, a tuple or a dict of arguments"),
+        ({"example_batch": (8, 8)}, r"example_batch is \(8, 8\); it must be a tensor"),
+        ({"example_batch": torch.randn(0, 3, 8, 8)}, "example_batch has no images"),
+        ({"cache": 5}, "cache is 5; it must be the path of a folder, or None"),
+        ({"say": None}, "say is None; it must be a function that takes a line"),
         ({"device": "gpu"}, "device is 'gpu'; it must be a device such as 'cuda' or 'cuda:1'"),
+        ({"device": "meta"}, "device is 'meta'; it must be a GPU, or 'cpu' with Triton's interpreter"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(

@@ -79,6 +79,11 @@ def test_an_item_that_ends_its_child_is_pytorch_s_and_the_others_go_on(
     assert outcome.notes == ()
 
 
+def test_a_budget_of_nothing_starts_no_child_and_says_so(tmp_path: Path) -> None:
+    outcome = qualify({1: "torch"}, Store(tmp_path), budget=0)
+    assert outcome == Outcome(None, {}, ("The budget of 0 seconds was spent before the machine was known.",))
+
+
 def test_what_the_budget_does_not_reach_runs_on_pytorch_and_comes_first_the_next_time(tmp_path: Path) -> None:
     begin = time.monotonic()
     outcome = qualify({1: "torch", 2: "hangs", 3: "torch"}, Store(tmp_path), budget=2)

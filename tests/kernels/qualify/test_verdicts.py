@@ -256,6 +256,8 @@ def test_the_folder_is_the_argument_the_variable_or_the_cache(monkeypatch: pytes
     assert verdicts.cache_folder() == Path("/elsewhere/.cache/sdnet")
     monkeypatch.setenv("SDNET_CACHE", "/named")
     assert verdicts.cache_folder() == Path("/named")
+    monkeypatch.setenv("SDNET_CACHE", "~nobody-of-this-name/cache")  # a shell leaves it as it is too
+    assert verdicts.cache_folder() == Path("~nobody-of-this-name/cache")
     assert verdicts.cache_folder("given") == Path("given")
 
 
