@@ -11,6 +11,7 @@ COMMANDS = {
     "kernels": ("measure_kernels", "operators over the layer shapes of a model, checked and timed"),
     "paths": ("measure_paths", "the Triton path and tiles of each layer on this GPU, measured and kept in a table"),
     "train": ("measure_training", "images per second of training steps, and the phases of a step"),
+    "infer": ("measure_inference", "images per second of inference, eager and exported"),
     "load": ("measure_loading", "images per second of the loaders, and the CPU time of an image"),
     "profile": ("profile_steps", "operators, launches and host syncs of a recipe's training steps"),
     "margins": ("measure_margins", "how far step sizes are from divergence while networks learn"),

@@ -24,7 +24,7 @@ RESULTS = ROOT / "bench" / "results"
 """The ledger that is committed."""
 
 SCHEMA = 1
-Theme = Literal["kernels", "train", "load", "profile", "margins", "gpu", "counts"]
+Theme = Literal["kernels", "train", "load", "profile", "margins", "gpu", "counts", "inference"]
 Status = Literal["ok", "refused", "unsupported", "skipped"]
 ENVIRONMENT = ("device", "device_type", "driver", "threads", "packages", "commit", "dirty", "command", "date")
 

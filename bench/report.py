@@ -37,6 +37,7 @@ Found = tuple[Path, Row]
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "kernels": ("kernels", tables.kernels_table),
     "train": ("train", tables.training_table),
+    "inference": ("inference", tables.inference_table),
     "load": ("load", tables.loading_table),
     "profile": ("profile", tables.profile_table),
     "margins": ("margins", tables.margins_table),

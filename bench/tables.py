@@ -175,6 +175,23 @@ def training_table(rows: Iterable[Row]) -> str:
     return with_left_out(markdown(header, lines), rows)
 
 
+def inference_table(rows: Iterable[Row]) -> str:
+    """Return images per second of inference, and the ratio to ResNet-18 in the same form."""
+    rows, lines = list(rows), []
+    for row in timed(rows):
+
+        def comparable(other: Row, row: Row = row) -> bool:
+            same = (other.run, other.shape, other.settings["form"]) == (row.run, row.shape, row.settings["form"])
+            return same and other.provider == BASELINE_MODEL
+
+        baseline = fastest(filter(comparable, rows))
+        words = [row.provider, f"width {row.shape['width']}", f"{row.shape['image_size']} px"]
+        words += [f"batch {row.shape['batch']}", row.dtype, row.settings["form"]]
+        times = ratio(None if baseline is None else p50(baseline) / p50(row))
+        lines.append([", ".join(words), rate_spread(row), times, number(row.memory_mib)])
+    return markdown(["model, setting", "images/s [p20–p80]", f"× {BASELINE_MODEL}", "peak MiB"], lines)
+
+
 def name_of(row: Row) -> str:
     """Return a training row's model and setting in words."""
     return ", ".join([row.provider, *setting_words(row)])

@@ -53,14 +53,19 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
 }
 
-OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./|(?:\.\./)+)(?!docs/)([^)#]+)(?:#[^)]*)?\)")
-"""A Markdown link to a file of the repository that is no page of this site."""
+UPWARDS = re.compile(r"\[[^\]]*\]\(((?:\.\./)+)([^)#]+)(?:#[^)]*)?\)")
+"""A Markdown link to a file in a folder above that of the page."""
 
 
 def name_files_outside(app: Any, page: str, source: list[str]) -> None:
-    """Replace links to files of the repository by their names, because the site has no copy of them."""
-    del app, page
-    source[0] = OUTSIDE.sub(lambda match: f"`{match[2]}`", source[0])
+    """Replace links to files of the repository outside docs/ by their names, because the site has no copy of them."""
+    del app
+
+    def name(link: re.Match[str]) -> str:
+        inside = link[1].count("../") <= page.count("/") or link[2].startswith("docs/")
+        return link[0] if inside else f"`{link[2]}`"
+
+    source[0] = UPWARDS.sub(name, source[0])
 
 
 def escape_marks(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
