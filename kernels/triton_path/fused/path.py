@@ -42,7 +42,7 @@ class FusedPath:
         if out.numel():
             lam = problem.lam.contiguous()  # a view of one number per sample may have any strides
             arguments = (
-                _boxes(aligned(residual), tile, tile.channels), _dictionary(layer, tile, tile.atoms, tile.channels),
+                _boxes(aligned(residual), tile, tile.channels), _dictionary(layer, tile),
                 *(_boxes(t, tile, tile.atoms) for t in (codes, previous if beta else None, out, extrapolated)),
                 problem.step_size, lam, scale, (float(problem.coding.mu), float(beta), float(next_beta)),
                 layer.batch, layer.sizes, layer.geometry, tile, problem.coding.nonnegative, lam.ndim > 0,
@@ -74,7 +74,7 @@ class FusedPath:
         d_y = layer.empty_codes() if at_y and beta else None
         if out.numel():
             arguments = (
-                _boxes(d_residual, tile, tile.channels), _dictionary(layer, tile, tile.atoms, tile.channels),
+                _boxes(d_residual, tile, tile.channels), _dictionary(layer, tile),
                 *(_boxes(t, tile, tile.atoms) for t in (m, codes, after, out, d_y)),
                 problem.step_size, (float(problem.coding.mu), float(beta), float(next_beta)),
                 layer.batch, layer.sizes, layer.geometry, tile, at_y,
@@ -89,7 +89,7 @@ class FusedPath:
         image = layer.empty_images()
         if image.numel():
             arguments = (
-                _boxes(codes, tile, tile.atoms), _dictionary(layer, tile, tile.atoms, tile.channels),
+                _boxes(codes, tile, tile.atoms), _dictionary(layer, tile),
                 x, add, image, problem.step_size, scale, float(problem.coding.mu), layer.batch, layer.sizes,
                 layer.geometry, tile,
                 image.shape[1] if x is None else x.shape[1],
@@ -105,6 +105,6 @@ def _boxes(tensor: Tensor | None, tile: Tile, channels: int) -> Any:
     return pixel_boxes(tensor, tile.images, channels)
 
 
-def _dictionary(layer: Layer, tile: Tile, atoms: int, channels: int) -> Any:
+def _dictionary(layer: Layer, tile: Tile) -> Any:
     """Return the packed dictionary as the tile's form reads it."""
-    return matrix_blocks(layer.packed, atoms, channels) if tile.form == "descriptors" else layer.packed
+    return matrix_blocks(layer.packed, tile.atoms, tile.channels) if tile.form == "descriptors" else layer.packed

@@ -87,7 +87,8 @@ def test_on_a_gpu_every_candidate_of_a_layer_is_right_and_timed(tmp_path: Path) 
     call = CALL._replace(channels=64, atoms=64, kernel_size=(3, 3), padding=(1, 1), image_size=(28, 28), batch=64)
     half = call._replace(dtype="bfloat16")
     update = Update(((64, 64, (3, 3), (1, 1), (1, 1), (28, 28), True, False),))
-    items = [half, half._replace(channels_last=False), call, update]
+    stem = half._replace(channels=3, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3))
+    items = [half, half._replace(channels_last=False), call, stem, update]
     outcome = parent.qualify(items, "cuda", flags=FLAGS, store=Store(tmp_path), all_tiles=False, say=print)
     assert outcome.notes == ()
     for item in items:
@@ -95,3 +96,4 @@ def test_on_a_gpu_every_candidate_of_a_layer_is_right_and_timed(tmp_path: Path) 
             assert not trial.fault, trial.fault
             assert trial.launched_ms
             assert trial.replayed_ms or isinstance(item, Update)
+    assert "padded" in [trial.name for trial in outcome.table[stem.key(FLAGS)].trials]
