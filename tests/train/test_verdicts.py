@@ -158,6 +158,20 @@ def test_a_changed_table_is_announced(why: str, request_of_run: Job, on_gpu: lis
     assert changed[0].endswith("runs on cuDNN with pointwise Triton kernels, not on PyTorch as before.")
 
 
+def test_a_table_with_the_tiles_of_another_version_is_left_out(
+    request_of_run: Job, on_gpu: list[dict[str, Any]]
+) -> None:
+    table = {key: Verdict('["fused", {"block": 64}, {}, {}]', "older") for key in found(request_of_run).table}
+    on_gpu.clear()
+    result = found(store(request_of_run, MACHINE, table))
+    assert len(on_gpu) == 1
+    assert {verdict.path for verdict in result.table.values()} == {PLAIN}
+    stored = Verdicts()
+    stored.machine, stored.table = MACHINE, table
+    result.load_state_dict(stored.state_dict())
+    assert {verdict.path for verdict in result.table.values()} == {PLAIN}
+
+
 def test_a_checkpoint_without_verdicts_is_no_hindrance(request_of_run: Job, on_gpu: list[dict[str, Any]]) -> None:
     request_of_run.run.path.mkdir()
     Checkpoint("", {}, [{}]).save(request_of_run.run.checkpoint_file)
