@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import sdnet
-from sdnet.bench import look_figures
+from sdnet.bench import look_document, look_figures
 from sdnet.bench.common_options import at_least
 from sdnet.bench.robustness.measure import PIXEL_NORMS
 from sdnet.inspection import mutual_coherence, objective_curve, spectrum
@@ -36,7 +36,7 @@ from sdnet.step_size import csc_layers
 from sdnet.train.demo_data import photographs_folder
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
-from sdnet.weights import load_model
+from sdnet.weights import load_model, read_weights, weights_file
 
 OFFICIAL_ENDINGS = (".tar", ".pth", ".pt")
 
@@ -57,10 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimum-steps", type=at_least(1), default=1000, help="the most iterations for the minimum; default 1000"
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder for the pictures")
+    parser.add_argument(
+        "--document", type=Path, help="also write the table and two figures into a document, such as docs/inversion.md"
+    )
+    parser.add_argument("--note", default="", help="a sentence about the data, for --document")
 
 
 def run(options: argparse.Namespace) -> int:
     """Draw everything and print the table."""
+    if options.document:
+        look_document.check(options.document)
     model = _model(options.checkpoint)
     layers = csc_layers(model)
     if not layers:
@@ -114,6 +120,9 @@ def run(options: argparse.Namespace) -> int:
     text = json.dumps({"model": model.config, "images": len(pixels), "layers": facts}, indent=2) + "\n"
     write_atomically(options.out / "look.json", lambda path: path.write_text(text, encoding="utf-8"))
     print(table(facts))
+    if options.document:
+        header = _header(options.checkpoint)
+        look_document.write(options.document, model, header, options.note, facts, table(facts), options.out)
     print(f"Written to {options.out}: {', '.join([*figures, 'look.json'])}")
     return 0
 
@@ -156,6 +165,11 @@ def _model(checkpoint: Path) -> sdnet.SDNet:
         return load_model(checkpoint)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
+
+
+def _header(checkpoint: Path) -> dict[str, str]:
+    """Return the facts in the header of the weights file that a checkpoint is; none for an official checkpoint."""
+    return {} if checkpoint.suffix in OFFICIAL_ENDINGS else read_weights(weights_file(checkpoint)).facts
 
 
 def _norms(model: sdnet.SDNet) -> tuple[Tensor, Tensor]:

@@ -37,11 +37,14 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_draws_everything_and_writes_the_numbers(
+def test_it_draws_everything_and_writes_the_numbers_also_into_a_document(
     checkpoint: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "look"
+    document = tmp_path / "page.md"
+    document.write_text("# Before\n\n<!-- look -->\nold\n<!-- /look -->\n\nAfter.\n")
     arguments = ["--checkpoint", str(checkpoint), "--image", str(picture), "--out", str(out), "--n-steps", "10"]
+    arguments += ["--document", str(document), "--note", "Noise."]
     assert main(["look", *arguments, "--optimum-steps", "40"]) == 0
     names = {"atoms.png", "codes.png", "inversions.png", "objective.png", "dictionary.png", "look.json"}
     assert {path.name for path in out.iterdir()} == names
@@ -60,12 +63,24 @@ def test_it_draws_everything_and_writes_the_numbers(
     assert printed.count("\n| `st") == 17
     assert "| `stem.conv` | approximate |" in printed
 
+    text = document.read_text()
+    assert text.startswith(
+        "# Before\n\n<!-- look -->\nThe network is `sdnet18_all` without shortcuts of width 4: "
+        "0.04 million parameters.\nNoise.\n\n| layer | inversion |"
+    )
+    assert text.count("\n| `st") == 17
+    assert text.endswith(" dB.\n<!-- /look -->\n\nAfter.\n")
+    for name in ("inversions.png", "objective.png"):
+        assert f"](figures/look/{name})" in text
+        assert (tmp_path / "figures" / "look" / name).read_bytes() == (out / name).read_bytes()
+
 
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
         ({"--checkpoint": "nowhere"}, "There is no weights file at 'nowhere'."),
         ({"--image": "pyproject.toml"}, "pyproject.toml cannot be read as an image: cannot identify image file"),
+        ({"--document": "README.md"}, "--document is README.md; it must have one pair of marks <!-- look -->"),
         ({"--layer": "stem"}, "--layer is stem; it must be one of stem.conv, stages.0.0.conv1"),
     ],
     ids=str,
