@@ -66,8 +66,12 @@ def shrink(v: Tensor, threshold: Tensor, nonnegative: bool) -> Tensor:
 
 
 def proximal(v: Tensor, step_size: Tensor, lam: Tensor, mu: float, nonnegative: bool) -> Tensor:
-    """Return P(v), the proximal map of step_size (lam |.|_1 + mu/2 |.|^2). `lam` broadcasts against v."""
-    return shrink(v, step_size * lam, nonnegative) / (1 + step_size * mu)
+    """Return P(v), the proximal map of step_size (lam |.|_1 + mu/2 |.|^2), in v's dtype.
+
+    `lam` broadcasts against v. The threshold is rounded to v's dtype once: lam may be too large for fp16 where
+    step_size lam is not.
+    """
+    return shrink(v, (step_size * lam).to(v.dtype), nonnegative) / (1 + step_size * mu)
 
 
 def momentum(n_steps: int, solver: Solver) -> list[float]:
@@ -135,8 +139,7 @@ def solve(
     `iteration.prox`. The tolerance looks at values only, which waits for the device after each step. The callback and
     `prox` get copies, so that what they do in place changes nothing.
     """
-    step_size = step_size.detach().to(x.dtype)
-    lam = lam.to(x.dtype)
+    step_size = step_size.detach()  # 0-d, and so products with it keep the dtype of x
     target = copies_of(x, coding.n_dict)
     size = (x.shape[2], x.shape[3])
     codes = previous = None if iteration.z0 is None else iteration.z0.to(x.dtype)
@@ -155,7 +158,8 @@ def solve(
         if iteration.prox is None:
             found = proximal(v, step_size, lam, coding.mu, coding.nonnegative)
         else:
-            found = checked_codes(iteration.prox(v, step_size.clone(), lam.clone()), v, codes)
+            copies = step_size.to(v.dtype, copy=True), lam.to(v.dtype, copy=True)
+            found = checked_codes(iteration.prox(v, *copies), v, codes)
         previous, codes = found if codes is None else codes, found
         if iteration.callback is not None:
             iteration.callback(step, codes.clone())

@@ -111,6 +111,8 @@ def attach(model: nn.Module, optimizer: Optimizer, iterations: int = 1) -> Remov
     if not layers:
         raise ValueError("model has no CSC layers; attach needs at least one.")
     optimizer = innermost_optimizer(optimizer)
+    if not hasattr(optimizer, "_zero_grad_profile_name"):  # made without Optimizer.__init__, as timm's Lookahead
+        optimizer._patch_step_function()  # without it, step() calls no hooks
     trained = trained_layers(model, optimizer)
     if not trained:
         if holds_dictionaries(model, optimizer):

@@ -192,10 +192,15 @@ def _read(source: Path) -> object:
 
 
 def _refusal(error: Exception) -> str:
-    """Return the line of torch's error message that names the cause."""
+    """Return why torch could not read a file. Its own messages are kept where they name the cause."""
     message = str(error)
-    refused = re.search(r"GLOBAL (\S+)", message)
-    return f"it refers to {refused[1]}." if refused else (message.splitlines() or ["it is empty."])[0]
+    if refused := re.search(r"GLOBAL (\S+)", message):
+        return f"it refers to {refused[1]}."
+    if isinstance(error, EOFError):
+        return "it ends too early."
+    if isinstance(error, (RuntimeError, OSError)) and message:
+        return f"{message.splitlines()[0].rstrip('.')}."
+    return "it is no file of torch.save, or a damaged one."
 
 
 def _state_dict(content: object, source: Path) -> dict[str, Tensor]:

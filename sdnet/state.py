@@ -196,6 +196,13 @@ class CodingState(nn.Module):
             raise ValueError("lam is 0; a lambda that is learned must be above 0, as softplus(raw_lam) is.")
         return lam
 
+    def __copy__(self) -> "CodingState":
+        """Return a shallow copy, which shares parameters and buffers, as with other modules, and has its own lambda."""
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self.__getstate__())
+        copied._lam = self._lam.clone()
+        return copied
+
     @torch.no_grad()
     def reset_learned_lambda(self) -> None:
         """Set `raw_lam`, if there is one, such that lambda is the last assigned value."""

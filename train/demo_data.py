@@ -6,10 +6,12 @@ the left two thirds of the photograph, validation crops from the right third: no
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,11 +53,13 @@ def make_demo_data(out: Path, train: int = 64, val: int = 16, side: int = 96, se
     Raises:
         UserError: `out` holds something else, or scikit-image is not installed.
     """
+    if not out.name:
+        raise UserError(f"OUT is {printable(out)}; it must be the path of a folder to make.")
     made_with = {"train": train, "val": val, "side": side, "seed": seed, "photographs": list(PHOTOGRAPHS)}
     marker = out / MARKER
-    if marker.is_file() and json.loads(marker.read_text()) == made_with:
+    if marker.is_file() and _content_of(marker) == made_with:
         return False
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{printable(out)} holds something else: remove it, or choose another folder.")
     source = photographs_folder()
     temporary = out.with_name(f".{out.name}.tmp")
@@ -75,6 +79,14 @@ def make_demo_data(out: Path, train: int = 64, val: int = 16, side: int = 96, se
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary.replace(out)
     return True
+
+
+def _content_of(marker: Path) -> Any:
+    """Return what a marker says, None for a damaged one."""
+    try:
+        return json.loads(marker.read_text())
+    except ValueError:
+        return None
 
 
 def _random_crop(photograph: Image.Image, side: int, generator: np.random.Generator) -> Image.Image:

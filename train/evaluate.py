@@ -1,8 +1,10 @@
 """Evaluate weights: `python -m sdnet.train.evaluate --checkpoint RUN --data DIR`.
 
-The checkpoint is a run folder (its best weights), a weights file of a run such as `last_ema.safetensors`, or a file of
-the official SDNet code, `model_best.pth.tar`. The images are read as in the training that made the weights; under
-torchrun or `accelerate launch` the processes share them. The result is one JSON object on standard output:
+The checkpoint is a run folder (its best weights), a weights file of a run such as `last_ema.safetensors`, a file of
+`sdnet.save_model`, or one of the official SDNet code, `model_best.pth.tar`. The images are read as in the training that
+made the weights. A file of `sdnet.save_model` does not say how that was: it needs --program, and images are then read
+as by its first recipe, at the image size of the network. Under torchrun or `accelerate launch` the processes share the
+images. The result is one JSON object on standard output:
 
 checkpoint, model, data, images     what was evaluated
 top1, top5, loss                    accuracies in percent, and the mean cross-entropy
@@ -15,7 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -47,7 +49,7 @@ class Subject:
     Attributes:
         file: The file that they come from.
         model: The network, in evaluation mode.
-        recipe: The recipe that made them; for an official file the official one.
+        recipe: The recipe that made them; the official one for a file that does not say it.
         program: The entry script whose loader reads the images.
         classes: The names of the classes; empty if they are not known.
     """
@@ -85,29 +87,38 @@ def read_subject(checkpoint: Path, program: Program | None, changes: dict[str, A
     said = cast(Program | None, weights.facts.get("program"))
     if program is None and said not in get_args(Program):
         raise UserError(f"{file} does not say how its images were read: pass --program imagenet or --program cifar.")
-    return Subject(file, model, _recipe_of(weights, file), program or cast(Program, said), weights.classes)
+    program = program or cast(Program, said)
+    recipe = _recipe_of(weights, file) if "recipe" in weights.facts else _official_recipe(program, model)
+    return Subject(file, model, recipe, program, weights.classes)
 
 
 def _official_subject(file: Path, program: Program | None, changes: dict[str, Any]) -> Subject:
     model = load_official_model(file, **changes)
     program = program or cast(Program, model.config["stem"])
+    return Subject(file, model, _official_recipe(program), program, ())
+
+
+def _official_recipe(program: Program, model: sdnet.SDNet | None = None) -> Recipe:
+    """Return the official recipe of a program, at the image size of a model if one is given."""
     recipe = RECIPES["imagenet_sdnet18"]() if program == "imagenet" else CIFAR_RECIPES["cifar_sdnet18"]()
-    return Subject(file, model, recipe, program, ())
+    height, width = (recipe.image_size,) * 2 if model is None else model.config["image_size"]
+    if height != width or height == recipe.image_size:
+        return recipe
+    size = int(height)
+    return replace(recipe, image_size=size, eval_resize=round(size * recipe.eval_resize / recipe.image_size))
 
 
 def _recipe_of(weights: Weights, file: Path) -> Recipe:
     """Return the recipe in the header of a weights file.
 
     Raises:
-        UserError: It has none, or one of another version.
+        UserError: It is of another version.
     """
     try:
         return Recipe.from_json(json.loads(weights.facts["recipe"]))
-    except (KeyError, ValueError, TypeError, AttributeError, UserError) as error:
-        reason = "there is none" if isinstance(error, KeyError) else str(error).rstrip(".")
-        raise UserError(
-            f"{file} does not say the recipe that made it, or that of another version: {reason}."
-        ) from error
+    except (ValueError, TypeError, AttributeError, UserError) as error:
+        reason = str(error).rstrip(".")
+        raise UserError(f"{file} does not say the recipe that made it, or one of another version: {reason}.") from error
 
 
 def open_data(subject: Subject, job: Job, rank: Rank, device: torch.device) -> Data:

@@ -1,5 +1,6 @@
 """`attach`: which layers it updates, how they may be wrapped and stored, and what it refuses."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,33 @@ def test_a_layer_that_was_frozen_but_still_has_a_gradient_is_updated_as_the_opti
     optimizer.step()
     assert bits(model) != before
     assert norms_off(model) < 1e-6
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As timm's: it does not call `Optimizer.__init__`, and moves the weights after the step of what it wraps."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self.base, self.param_groups, self.defaults, self.state = base, base.param_groups, base.defaults, base.state
+        self.slow = [[weight.detach().clone() for weight in group["params"]] for group in base.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.base.step()
+        for group, slow in zip(self.param_groups, self.slow, strict=True):
+            for weight, old in zip(group["params"], slow, strict=True):
+                weight.copy_(old.lerp_(weight, 0.5))
+
+
+def test_an_optimizer_that_wraps_another_is_followed_after_its_own_step() -> None:
+    model = network()
+    optimizer = Lookahead(sgd(model))
+    sdnet.attach(model, optimizer)
+    for _ in range(3):
+        model.zero_grad()  # not optimizer.zero_grad(), with which torch would prepare step() for hooks
+        F.cross_entropy(model(images()), torch.arange(4)).backward()
+        optimizer.step()
+        assert norms_off(model) < 1e-6
 
 
 def test_layers_and_parameter_groups_added_later_are_updated() -> None:

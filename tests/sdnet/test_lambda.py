@@ -193,3 +193,13 @@ def test_lambda_is_no_part_of_the_state_dict() -> None:
     csc = layer()
     csc.lam = torch.tensor([0.3, 0.9])
     assert list(csc.state_dict()) == ["weight", "step_size", "power_vector"]
+
+
+def test_lambda_of_a_shallow_copy_is_its_own() -> None:
+    """`copy.copy` shares the parameters of a module; its attributes belong to the copy."""
+    csc, x = layer(lam=0.1), images()
+    copied = copy.copy(csc)
+    copied.lam = 0.5
+    assert copied.weight is csc.weight
+    torch.testing.assert_close(csc(x), expected_codes(csc, x, 0.1))
+    torch.testing.assert_close(copied(x), expected_codes(csc, x, 0.5))

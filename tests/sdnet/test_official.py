@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,23 @@ def test_a_file_that_is_no_checkpoint_gets_one_sentence(
         load_official_checkpoint(model, path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it ends too early."),
+        (b"junk, junk, junk", "it is no file of torch.save, or a damaged one."),
+        (b"<html>not found</html>", "it is no file of torch.save, or a damaged one."),
+        (pickle.dumps(Path("x"), protocol=2), "it refers to pathlib.PosixPath."),
+    ],
+)
+def test_the_reason_why_a_file_is_no_checkpoint_says_what_it_is(
+    content: bytes, reason: str, model: nn.Module, path: Path
+) -> None:
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"and nothing in it was executed: {re.escape(reason)}$"):
+        load_official_checkpoint(model, path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {"state_dict": {"a": "b"}}], ids=str)

@@ -113,6 +113,7 @@ def test_an_interrupted_check_goes_on_where_it_stopped(make_tree: MakeTree, monk
             "--extras=trivial",
             "extras is trivial, which has no effect in train/cifar.py: these augmentations are DALI's",
         ),
+        ("--first-image-size=4", "first_image_size is 4, which has no effect in train/cifar.py: all images are of "),
         ("--prefetch=3", "prefetch is 3, which has no effect in train/cifar.py: all images are in memory."),
         ("--hw-decoder-load=0.5", "hw_decoder_load is 0.5, which has no effect in train/cifar.py: "),
         ("--val-labels=labels.txt", "val_labels is labels.txt, which has no effect in train/cifar.py: the labels are "),

@@ -45,6 +45,17 @@ def test_an_existing_tree_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
         main([str(tmp_path / "other")])
 
 
+def test_what_cannot_become_the_tree_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^OUT is \.; it must be the path of a folder to make\.$"):
+        make_demo_data(Path())
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "demo.json").write_bytes(b"\xff{")
+    for name in ("link", "damaged"):
+        with pytest.raises(UserError, match=f"{name} holds something else: remove it, or choose another folder"):
+            make_demo_data(tmp_path / name)
+
+
 def test_an_unfinished_tree_is_rebuilt(tmp_path: Path) -> None:
     (tmp_path / ".demo.tmp" / "train" / "astronaut").mkdir(parents=True)
     assert make_demo_data(tmp_path / "demo", train=1, val=1)

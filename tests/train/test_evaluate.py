@@ -154,6 +154,17 @@ def test_an_official_file_is_evaluated_by_one_command(
     assert (result["model"]["num_classes"], result["model"]["lam"], result["images"]) == (2, 0.2, 7)
 
 
+def test_a_file_of_save_model_is_evaluated_as_the_run_was_that_it_comes_from(
+    small_run: Path, small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The file has no recipe: the network tells the image size, and --program how images are read."""
+    file = tmp_path / "plain.safetensors"
+    sdnet.save_model(file, sdnet.load_model(small_run))
+    plain = evaluated(capsys, "--checkpoint", file, "--data", small, "--program", "cifar", "--batch", "4")
+    wanted = evaluated(capsys, "--checkpoint", small_run, "--data", small)
+    assert {**plain, "checkpoint": ""} == {**wanted, "checkpoint": ""}
+
+
 def test_what_cannot_be_evaluated_is_said_in_one_sentence(
     run: Path, small_run: Path, photographs: Path, official: Path, write_tree: WriteTree, tmp_path: Path
 ) -> None:

@@ -275,3 +275,11 @@ def test_a_validation_set_without_a_training_set(tmp_path: Path, jpeg: bytes) ->
     (root / "train-0.tar").unlink()
     with pytest.raises(UserError, match=r"has no shards of both splits: train-\*\.tar and val-\*\.tar"):
         read_pictures(root)
+
+
+def test_shards_beside_an_image_folder(tmp_path: Path, jpeg: bytes) -> None:
+    """Neither is left out in silence."""
+    root = shards(tmp_path / "shards", jpeg, [0, 1], [0])
+    (root / "train" / "class 00").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds tar shards and a folder train: move the one to train on to a folder"):
+        read_pictures(root)

@@ -31,6 +31,7 @@ from sdnet.train.errors import UserError
 from sdnet.train.job import BadFiles, Job, Verify
 
 UNUSED = {
+    "first_image_size": "all images are of one size",
     "extras": "these augmentations are DALI's, in train/imagenet.py",
     "prefetch": "all images are in memory",
     "hw_decoder_load": "all images are in memory",

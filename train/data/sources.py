@@ -83,8 +83,13 @@ def read_pictures(
         bad_files: "fail" to refuse links that lead nowhere and damaged archives, "skip" to list them in `lost`.
 
     Raises:
-        UserError: The folder holds none of them, or something is missing or damaged.
+        UserError: The folder holds none of them, or shards beside an ImageFolder tree, or something is missing or
+            damaged.
     """
+    if holds_shards(root) and holds_image_folder(root):
+        raise UserError(
+            f"{printable(root)} holds tar shards and a folder train: move the one to train on to a folder of its own."
+        )
     if val_labels is None:
         reader = next((reader for reader in READERS if reader.holds(root)), READERS[-1])
         sets = reader.read(root)
