@@ -153,7 +153,8 @@ def qualify(
         flags: the flags of PyTorch; None for those of this process.
         store: where verdicts are read from and added to; None for the user's cache folder.
         fresh: whether verdicts that exist are found out again.
-        budget: the most seconds of it all. Items that are left get the verdict "torch", which is not stored.
+        budget: the most seconds of it all. Items that are left keep the verdict that they have, or get the verdict
+            "torch", which is not stored.
         silence: the most seconds of one candidate.
         memory_gib: the most GPU memory that the child uses, in GiB; None for all that is free.
         all_tiles: whether other tiles than the rules' are candidates.
@@ -174,17 +175,21 @@ def qualify(
     finally:
         run.close()
     if run.machine is None:
-        spent = f"The budget of {budget:.0f} seconds was spent before the machine was known."
+        spent = f"The budget of {budget:g} seconds was spent before the machine was known."
         return Outcome(None, {}, tuple(run.notes) or (spent,))
     known = store.load(run.machine) | run.found
     table = {name: known[name] for name in names if name in known}
     left = [name for name in names if name not in table or (fresh and name not in run.found)]
     reason = f"PyTorch computes it, because the budget of {budget:.0f} seconds was spent before its turn"
+    earlier = sum(name in table for name in left)
     for name in left:
         item = unique[name]
-        table[name] = Verdict(TORCH, reason, item.batch if isinstance(item, Call) else 0)
+        table.setdefault(name, Verdict(TORCH, reason, item.batch if isinstance(item, Call) else 0))
     if left:
-        run.notes.append(f"The budget of {budget:.0f} seconds was spent before {len(left)} of {len(names)} verdicts.")
+        kept = f"; {earlier} of these {'is' if earlier == 1 else 'are'} kept as before" if earlier else ""
+        run.notes.append(
+            f"The budget of {budget:.0f} seconds was spent before {len(left)} of {len(names)} verdicts{kept}."
+        )
     return Outcome(run.machine, table, tuple(run.notes))
 
 
@@ -239,10 +244,13 @@ class Qualification:
     def started(self) -> bool:
         """Return whether the child has described the machine, and tell it what to do."""
         assert self.child is not None
+        limit = self.remaining(START)
         answer: dict[str, Any]
         try:
-            answer = self.child.read(self.remaining(START))
+            answer = self.child.read(limit)
         except ChildError as error:
+            if limit < START and time.monotonic() >= self.end:
+                return False  # the budget, and no fault of the child
             answer = {"event": "failed", "reason": f"the child {error}"}
         if answer["event"] != "machine":
             self.notes.append(f"The kernels could not be qualified: {answer.get('reason', 'no answer')}.")

@@ -84,6 +84,12 @@ def test_a_budget_of_nothing_starts_no_child_and_says_so(tmp_path: Path) -> None
     assert outcome == Outcome(None, {}, ("The budget of 0 seconds was spent before the machine was known.",))
 
 
+def test_a_child_that_starts_slowly_is_the_budget_s_fault(tmp_path: Path) -> None:
+    slow = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    outcome = parent.qualify([CALL], "cpu", flags=FLAGS, store=Store(tmp_path), say=print, budget=0.3, command=slow)
+    assert outcome == Outcome(None, {}, ("The budget of 0.3 seconds was spent before the machine was known.",))
+
+
 def test_what_the_budget_does_not_reach_runs_on_pytorch_and_comes_first_the_next_time(tmp_path: Path) -> None:
     begin = time.monotonic()
     outcome = qualify({1: "torch", 2: "hangs", 3: "torch"}, Store(tmp_path), budget=2)
@@ -94,6 +100,15 @@ def test_what_the_budget_does_not_reach_runs_on_pytorch_and_comes_first_the_next
     again = qualify({1: "killed", 2: "torch", 3: "torch"}, Store(tmp_path), lines := [])
     assert lines[0] == "Qualifying 2 of 3 on Triton's interpreter ..."
     assert again.notes == ()
+
+
+def test_found_out_again_what_the_budget_does_not_reach_keeps_its_verdict(tmp_path: Path) -> None:
+    before = qualify({1: "torch", 2: "torch"}, Store(tmp_path))
+    again = qualify({1: "torch", 2: "hangs"}, Store(tmp_path), fresh=True, budget=2)
+    first, second = (CALL._replace(atoms=atoms).key(FLAGS) for atoms in (1, 2))
+    assert again.table[first] != before.table[first]
+    assert again.table[second] == before.table[second]
+    assert again.notes == ("The budget of 2 seconds was spent before 1 of 2 verdicts; 1 of these is kept as before.",)
 
 
 def test_a_child_that_cannot_start_is_said_and_nothing_is_stored(tmp_path: Path) -> None:
