@@ -22,8 +22,8 @@ LAYERS = "layers"
 OF_A_MACHINE = ("impl", "pretrained")
 """Arguments of `create_model` that no file may give: a file must not decide what else is read."""
 
-OPTIONS = ("lam", *CODING_FIELDS)
-"""What "layers" can give for a layer."""
+OPTIONS = ("lam", *(name for name in CODING_FIELDS if name != "n_dict"))
+"""What "layers" can give for a layer: all options but the one that determines the shape of its weight."""
 
 
 def configuration(model: SDNet) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _options_of(name: str, layer: CSCConv2d) -> dict[str, Any]:
     """Return lambda, unless it is learned, and the options of the coding of a layer."""
     if layer.prox is not None:
         raise ValueError(f"{name} has a prox, which is a function and cannot be stored; set it to None.")
-    options: dict[str, Any] = layer.coding.__dict__.copy()
+    options: dict[str, Any] = {key: value for key, value in vars(layer.coding).items() if key in OPTIONS}
     lam = layer._exact_lam
     if isinstance(lam, Tensor) and lam.ndim and lam.shape[0] != 1:
         raise ValueError(f"lam of {name} has a value per sample, {list(lam.shape)}; set a number or one per atom.")
@@ -94,10 +94,19 @@ def build(config: Mapping[str, Any], source: str, **changes: Any) -> SDNet:
             raise ValueError(f"{source} has options for a layer that its network does not have: {name} {options}.")
         for key, value in options.items():
             if key not in changes:
-                setattr(
-                    found[name], key, torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
-                )
+                setattr(found[name], key, _tensor(value, source) if isinstance(value, list) else value)
     return model
+
+
+def _tensor(values: list[Any], source: str) -> Tensor:
+    """Return the values of a lambda per atom as a tensor [1, K, 1, 1], or raise a ValueError."""
+    try:
+        tensor = torch.tensor(values, dtype=torch.float64)
+    except (ValueError, TypeError, RuntimeError):
+        tensor = torch.empty(0)
+    if tensor.ndim != 4 or (tensor.shape[0], *tensor.shape[2:]) != (1, 1, 1):
+        raise ValueError(f"{source} has malformed options of single layers.")
+    return tensor
 
 
 def differences_of(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ The package huggingface_hub is imported when one of the functions is called. Not
 
 import json
 import os
+import re
 import warnings
 from importlib.util import find_spec
 from os import PathLike
@@ -29,20 +30,21 @@ from sdnet.weights import load_model, read_weights, save_model
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 CLASSES = "class_names"
+REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+"""The name of a repository: "user/name", or "name" alone."""
 
 
 def adapter() -> Any:
-    """Return a class of huggingface_hub's mixin that saves and loads an `SDNet`.
+    """Return a class of huggingface_hub's mixin that saves an `SDNet`.
 
     Raises:
         ImportError: huggingface_hub or safetensors is not installed.
     """
-    if missing := [name for name in ("huggingface_hub", "safetensors") if find_spec(name) is None]:
-        raise ImportError(f"{missing[0]} is not installed; the hub needs it: pip install 'sdnet[hub]'.")
-    from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+    check_packages()
+    from huggingface_hub import ModelCard, ModelHubMixin
 
     class Adapter(ModelHubMixin, library_name="sdnet", license="mit"):
-        """What the mixin needs to save and load the network `model`."""
+        """What the mixin needs to save the network `model`."""
 
         def __init__(self, model: SDNet) -> None:
             self.model = model
@@ -57,33 +59,39 @@ def adapter() -> Any:
         def generate_model_card(self, *_: Any, **facts: Any) -> ModelCard:
             return ModelCard(f"---\n{metadata(self.model, **facts).to_yaml()}\n---\n\n{card_text(self.model, **facts)}")
 
-        @classmethod
-        def _from_pretrained(
-            cls,
-            *,
-            model_id: str,
-            revision: str | None,
-            cache_dir: str | Path | None,
-            force_download: bool,
-            local_files_only: bool,
-            token: str | bool | None,
-            changes: dict[str, Any],
-            **_: Any,
-        ) -> "Adapter":
-            folder = model_id
-            if not os.path.isdir(folder):
-                folder = snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=[CONFIG, WEIGHTS],
-                )
-            return cls(load_folder(Path(folder), changes))
-
     return Adapter
+
+
+def check_packages() -> None:
+    """Raise an ImportError if huggingface_hub or safetensors is not installed."""
+    if missing := [name for name in ("huggingface_hub", "safetensors") if find_spec(name) is None]:
+        raise ImportError(f"{missing[0]} is not installed; the hub needs it: pip install 'sdnet[hub]'.")
+
+
+def load_pretrained(name: str | PathLike[str], changes: dict[str, Any], **options: Any) -> SDNet:
+    """Build the network of a folder, or of a repository of the hub, see `SDNet.from_pretrained`.
+
+    Args:
+        name: The folder or the repository.
+        changes: Arguments of `create_model` that replace those of the file.
+        **options: Options of `huggingface_hub.snapshot_download`.
+    """
+    check_packages()
+    from huggingface_hub import snapshot_download
+
+    if not isinstance(name, (str, PathLike)):
+        raise ValueError(
+            f"pretrained_model_name_or_path is {checks.shown(name)}; it must be a folder or a repository 'user/name'."
+        )
+    folder = os.fspath(name)
+    if not os.path.isdir(folder):
+        if isinstance(name, PathLike) or not REPOSITORY.fullmatch(name):
+            raise FileNotFoundError(
+                f"pretrained_model_name_or_path is {folder!r}: there is no such folder, and repositories are named "
+                "'user/name'."
+            )
+        folder = snapshot_download(folder, allow_patterns=[CONFIG, WEIGHTS], **options)
+    return load_folder(Path(folder), changes)
 
 
 def config_of(model: SDNet) -> dict[str, Any]:
@@ -104,10 +112,12 @@ def load_folder(folder: Path, changes: dict[str, Any]) -> SDNet:
         weights = read_weights(folder / WEIGHTS)
         try:
             written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"'{folder / CONFIG}' cannot be read as JSON: {error}.") from error
         stored = {**weights.model, CLASSES: list(weights.classes)}
-        if not isinstance(written, dict) or written != stored:
+        if not isinstance(written, dict):
+            raise ValueError(f"'{folder / CONFIG}' holds {checks.shown(written)}; it must hold a JSON object.")
+        if written != stored:
             keys = sorted(key for key in {*written, *stored} if written.get(key) != stored.get(key))
             raise ValueError(
                 f"'{folder / CONFIG}' and the header of {WEIGHTS} beside it differ in {', '.join(keys)}; give other "

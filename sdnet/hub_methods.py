@@ -117,8 +117,8 @@ class HubMethods:
 
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
-            FileNotFoundError: There is no model.safetensors.
-            ValueError: The files are damaged, or config.json does not belong to the weights.
+            FileNotFoundError: There is no such folder, or no model.safetensors.
+            ValueError: The name has a wrong type, the files are damaged, or config.json does not belong to the weights.
             TypeError: `changes` has an argument that `create_model` does not have.
 
         Example:
@@ -126,16 +126,12 @@ class HubMethods:
         """
         from sdnet import hub
 
-        return (
-            hub.adapter()
-            .from_pretrained(
-                pretrained_model_name_or_path,
-                force_download=force_download,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                revision=revision,
-                changes=changes,
-            )
-            .model
+        return hub.load_pretrained(
+            pretrained_model_name_or_path,
+            changes,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
         )

@@ -1,5 +1,6 @@
 """`create_model(..., pretrained=...)`: networks with the weights of a file, or of the small ones beside the cards."""
 
+import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -40,7 +41,7 @@ def load_pretrained(
     if not isinstance(pretrained, (str, PathLike)):
         raise ValueError(f"pretrained is {checks.shown(pretrained)}; it must be a path or a name.")
     place = FOLDER / pretrained if pretrained in list_pretrained() else Path(pretrained)
-    if not place.exists():
+    if not pretrained or not os.path.exists(place):
         names = ", ".join(list_pretrained()) or "none, because they come with a checkout and not with the wheel"
         raise FileNotFoundError(f"pretrained is {str(pretrained)!r}: there is no such file, and the names are {names}.")
     config = read_weights(place).model

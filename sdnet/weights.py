@@ -79,9 +79,13 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     weights = read_weights(file)
     if not weights.model:
         raise ValueError(f"'{file}' does not say which network it belongs to: its header has no entry 'model'.")
-    with torch.device("meta"):  # a header may describe a network of any size
-        plain = {name: value for name, value in weights.model.items() if name != LAYERS}
-        check_tensors(build(plain, f"'{file}'", **changes), weights.tensors, file)
+    plain = {name: value for name, value in weights.model.items() if name != LAYERS}
+    try:
+        with torch.device("meta"):  # a header may describe a network of any size
+            twin = build(plain, f"'{file}'", **changes)
+    except RuntimeError as error:
+        raise ValueError(f"'{file}' describes a network that is too large for any memory.") from error
+    check_tensors(twin, weights.tensors, file)
     model = build(weights.model, f"'{file}'", **changes)
     if weights.classes and len(weights.classes) != model.config["num_classes"]:
         raise ValueError(
@@ -114,6 +118,9 @@ def check_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> di
     found = {name: tensor for name, tensor in own.items() if name.endswith(".raw_lam")} | dict(tensors)
     if differences := differences_of(found, own):
         raise ValueError(f"'{file}' holds the weights of another network: {differences}.")
+    for name, tensor in found.items():
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise ValueError(f"'{file}' is damaged: {name} is {tensor.dtype}; the network has {own[name].dtype}.")
     return found
 
 
@@ -135,9 +142,10 @@ def read_weights(path: str | PathLike[str]) -> Weights:
         model, classes = json.loads(facts.pop("model", "{}")), json.loads(facts.pop("classes", "[]"))
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"'{file}' cannot be read as a weights file: {error}.") from error
-    if not isinstance(model, dict) or not isinstance(classes, list):
+    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not isinstance(model, dict) or not names:
         raise ValueError(f"'{file}' cannot be read as a weights file: its entry 'model' or 'classes' is malformed.")
-    return Weights(model, tuple(map(str, classes)), facts, tensors)
+    return Weights(model, tuple(classes), facts, tensors)
 
 
 def save_model(

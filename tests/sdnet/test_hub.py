@@ -165,7 +165,38 @@ def test_an_edited_configuration_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"pretrained": "elsewhere"}, {"impl": "torch"}, {"layers": {"stem.conv": {"impl": 1}}}]
+    ("content", "sentence"),
+    [
+        (b"{", "cannot be read as JSON: Expecting property name"),
+        (b"\xff", "cannot be read as JSON: 'utf-8' codec"),
+        (b"[" * 100000, "cannot be read as JSON: maximum recursion depth"),
+        (b"[]", "holds \\[\\]; it must hold a JSON object"),
+    ],
+)
+def test_a_damaged_configuration_is_named(content: bytes, sentence: str, tmp_path: Path) -> None:
+    network().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^'.*config\.json' {sentence}"):
+        sdnet.SDNet.from_pretrained(tmp_path)
+
+
+def test_what_is_no_folder_and_no_repository_is_refused_without_the_network(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "absent"), tmp_path / "absent", "a/b/c", "../up", ""):
+        with pytest.raises(FileNotFoundError, match="there is no such folder, and repositories are named 'user/name'"):
+            sdnet.SDNet.from_pretrained(name)
+    wrong: Any = None
+    with pytest.raises(ValueError, match=r"^pretrained_model_name_or_path is None; it must be a folder or a repo"):
+        sdnet.SDNet.from_pretrained(wrong)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pretrained": "elsewhere"},
+        {"impl": "torch"},
+        {"layers": {"stem.conv": {"impl": 1}}},
+        {"layers": {"stem.conv": {"n_dict": 2}}},
+    ],
 )
 def test_a_file_decides_no_more_than_the_network(config: dict[str, Any], tmp_path: Path) -> None:
     """`pretrained` in a file would read another file."""

@@ -135,3 +135,27 @@ def test_a_header_that_describes_a_huge_network_costs_no_memory(model: sdnet.SDN
     (tmp_path / "huge.safetensors").write_bytes(weights_bytes(model.state_dict(), model_facts(huge)))
     with pytest.raises(ValueError, match="holds the weights of another network"):
         sdnet.load_model(tmp_path / "huge.safetensors")
+    huge |= {"width": 2**30}
+    (tmp_path / "huge.safetensors").write_bytes(weights_bytes(model.state_dict(), model_facts(huge)))
+    with pytest.raises(ValueError, match=r"describes a network that is too large for any memory\.$"):
+        sdnet.load_model(tmp_path / "huge.safetensors")
+
+
+def test_tensors_and_names_of_another_type_are_refused(model: sdnet.SDNet, tmp_path: Path) -> None:
+    file, state = tmp_path / "net.safetensors", model.state_dict()
+    file.write_bytes(
+        weights_bytes(state | {"linear.bias": torch.ones(3, dtype=torch.int32)}, model_facts(model.config))
+    )
+    with pytest.raises(ValueError, match=r"is damaged: linear.bias is torch.int32; the network has torch.float32\.$"):
+        sdnet.load_model(file)
+    file.write_bytes(weights_bytes(state, model_facts(model.config) | {"classes": "[1, 2, 3]"}))
+    with pytest.raises(ValueError, match="its entry 'model' or 'classes' is malformed"):
+        sdnet.load_model(file)
+
+
+@pytest.mark.parametrize("lam", [["a"], [0.1, 0.2, 0.3, 0.4], [[[[0.1]]], [[[0.2]]]]])
+def test_malformed_lambdas_of_single_layers_are_refused(lam: list[Any], model: sdnet.SDNet, tmp_path: Path) -> None:
+    config = model.config | {"layers": {"stem.conv": {"lam": lam}}}
+    (tmp_path / "net.safetensors").write_bytes(weights_bytes(model.state_dict(), model_facts(config)))
+    with pytest.raises(ValueError, match="has malformed options of single layers"):
+        sdnet.load_model(tmp_path / "net.safetensors")
