@@ -231,7 +231,10 @@ def restore(parts: Mapping[str, Stateful], states: Mapping[str, State], path: Pa
             except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise UserError(f"The {name} in the checkpoint {path} does not fit: {_one_line(error)}.") from error
     missing = [name for name in parts if name not in states]
-    return tuple(f"{path} is from an older version of sdnet and lacks {name}, which starts afresh." for name in missing)
+    return tuple(
+        f"{path} does not hold {name}, which starts afresh: a setting has changed, or an older version wrote the file."
+        for name in missing
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -34,6 +34,10 @@ class Ema:
         self._averages, self._sources = _averaged(self.model), _averaged(model)
         self._copies, self._originals = _counters(self.model), _counters(model)
 
+    def restart(self, model: nn.Module) -> None:
+        """Begin again with the present weights of a model."""
+        self.model.load_state_dict(model.state_dict())
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Include the present weights; no host sync.

@@ -33,10 +33,15 @@ def train_runs(job: Job, open_data: Callable[[Job, Rank, torch.device], Data]) -
         open_data: Returns the loaders of a process.
 
     Raises:
-        UserError: A run cannot be done, or there are several processes.
+        UserError: A run cannot be done, there are several processes, or a single run would share a folder with several.
         SystemExit: A signal ended the training.
     """
     if job.runs == 1:
+        if not job.resume and (others := sorted(job.run.path.glob("seed*/last.pt"))):
+            raise UserError(
+                f"{job.run.path} holds several runs, such as {others[0].parent.name}: go on with --runs N or choose "
+                "another --out."
+            )
         Trainer(job, open_data).train()
         return
     if job.resume:

@@ -1,5 +1,8 @@
 """The experiment trackers of Accelerate, by name; each gets the same scalars."""
 
+import json
+from hashlib import sha256
+
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, get_available_trackers
 from accelerate.utils import LoggerType
@@ -26,11 +29,18 @@ def check_trackers(job: Job) -> None:
         raise UserError(f"tracker is {missing[0]}, whose package is not installed: pip install {missing[0]}.")
 
 
+def run_id(job: Job) -> str:
+    """Return an identifier that all starts of a run share: of its seed and of the environment of its first start."""
+    first = json.dumps([job.recipe.seed, job.run.environments()[:1]])
+    return sha256(first.encode()).hexdigest()[:16]
+
+
 def start_trackers(accelerator: Accelerator, job: Job, step: int) -> None:
     """Start the trackers of a job.
 
     TensorBoard writes to `tensorboard/` in the run folder, and forgets what was logged after the step at which a run is
-    resumed. The others get the project "sdnet", the name of the run folder where they take one, and the recipe.
+    resumed. The others get the project "sdnet", the name of the run folder where they take one, and the recipe. In
+    wandb a resumed run goes on under its first id.
 
     Args:
         accelerator: Accelerate, which passes scalars on to the trackers.
@@ -40,7 +50,7 @@ def start_trackers(accelerator: Accelerator, job: Job, step: int) -> None:
     names = [name for name in job.tracker if name != "none"]
     folder = str(job.run.path)
     options = {
-        "wandb": {"name": job.run.path.name, "dir": folder},
+        "wandb": {"name": job.run.path.name, "dir": folder, "id": run_id(job), "resume": "allow"},
         "dvclive": {"dir": f"{folder}/dvclive"},
     }
     board = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)

@@ -134,6 +134,8 @@ class Trainer:
             notes += restore(self.saver.shared, checkpoint.shared, file)
             notes += restore(self.saver.own, checkpoint.ranks[self.accelerator.process_index], file)
             notes += self.run.missing_metrics(self.state.epoch)
+            if self.ema and "ema" not in checkpoint.shared:  # --override ema=...
+                self.ema.restart(self.model)
         if job.changes:
             for group, settings in zip(self.optimizer.param_groups, settings_of_groups, strict=True):
                 group.update(settings)  # those of the checkpoint are from before the change
@@ -170,10 +172,9 @@ class Trainer:
                 self._train_epoch()
                 self._finish_epoch()
             if self.state.epoch < self.job.recipe.epochs:
-                self.display.say(
-                    f"Training ended after epoch {self.state.epoch}: {self.job.recipe.early_stop} epochs without a "
-                    "better top-1."
-                )
+                waited = self.job.recipe.early_stop
+                epochs = f"{waited} epoch{'s' * (waited > 1)}"
+                self.display.say(f"Training ended after epoch {self.state.epoch}: {epochs} without a better top-1.")
             if self.accelerator.is_main_process:
                 self.display.say(f"Done: {describe_outcome(self.run.metrics())}; the run folder is {self.run.path}")
         self.accelerator.end_training()

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from sdnet.train.cli import parse_job
 from sdnet.train.data.dali import open_pictures
@@ -25,7 +27,7 @@ from sdnet.train.trainer import Trainer
 MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
 
 RECIPE = replace(demo(), epochs=1, batch=5, width=4, image_size=32, eval_resize=36, lr=0.01)
-CHANGED = {"lr": 0.002, "epochs": 2, "nesterov": True, "label_smoothing": 0.1}
+CHANGED: dict[str, Any] = {"lr": 0.002, "epochs": 2, "nesterov": True, "label_smoothing": 0.1, "ema": 0.99}
 WORDS = [word for name, value in CHANGED.items() for word in ("--override", f"{name}={str(value).lower()}")]
 
 
@@ -65,14 +67,20 @@ def test_a_resumed_run_takes_the_changed_settings_and_records_them(make_tree: Ma
     data, run = make_tree([8, 7], [3, 2]), RunFolder(tmp_path / "run")
     train(data, Job(RECIPE, data, run))
     job = parse("--resume", run.path, *WORDS)
-    assert job.recipe == replace(RECIPE, lr=0.002, epochs=2, nesterov=True, label_smoothing=0.1)
+    assert job.recipe == replace(RECIPE, **CHANGED)
     assert job.changes == (
         "epochs: 2, not 1",
         "lr: 0.002, not 0.01",
         "nesterov: True, not False",
         "label_smoothing: 0.1, not 0.0",
+        "ema: 0.99, not 0.0",
     )
-    trainer = train(data, job)
+    trainer = Trainer(replace(job, data=data, threads=1), open_pictures)
+    assert trainer.ema
+    averaged = trainer.ema.state_dict()
+    for name, value in trainer.model.state_dict().items():  # the average begins with the weights of the checkpoint
+        assert torch.equal(averaged[name], value), name
+    trainer.train()
     assert trainer.optimizer.param_groups[0]["nesterov"]
     assert "Changed from step 3 on; epochs: 2, not 1; " in "".join(trainer.notes)
     assert run.recipe() == job.recipe

@@ -25,7 +25,7 @@ from sdnet.train.progress import Display, folded
 from sdnet.train.recipes import demo
 from sdnet.train.reports import layer_scalars
 from sdnet.train.run_folder import RunFolder
-from sdnet.train.trackers import check_trackers
+from sdnet.train.trackers import check_trackers, run_id
 from sdnet.train.trainer import Trainer
 
 WriteTree = Callable[[Path, Sequence[int], Sequence[int]], Path]
@@ -248,7 +248,8 @@ def test_wandb_records_a_run_offline(data: Path, tmp_path: Path) -> None:
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     done = subprocess.run([*command, "--log-every=2"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (stored,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    first = job(data, run)
+    (stored,) = (run / "wandb").glob(f"offline-run-*/run-{run_id(first)}.wandb")
     content = stored.read_bytes()
     for name in (b"train/gradient_norm", b"epoch/val_top1", b"weight_decay"):
         assert name in content

@@ -1,6 +1,7 @@
 """Averaged weights, clipping, optimiser groups, erasing, evaluation every few epochs and an early stop."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -282,12 +283,46 @@ def test_synchronised_batch_norm_needs_gpus_and_keeps_the_names_of_the_weights(t
     assert model.state_dict().keys() == make_model(SMALL, 2, torch.device("cpu")).state_dict().keys()
 
 
-def test_execution_settings_hold_within_a_run_only() -> None:
-    def state() -> tuple[Any, ...]:
-        cudnn: Any = torch.backends.cudnn
-        matmul = torch.backends.cuda.matmul
-        return (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
+def state() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    return (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
 
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"tf32": False, "cudnn_benchmark": False}, (False, False, False, False)),
+        ({"deterministic": True}, (True, True, False, True)),
+    ],
+    ids=str,
+)
+def test_a_run_computes_with_the_switches_of_its_recipe(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: tuple[bool, ...]
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    before, rate = state(), trainer_module.learning_rate
+    monkeypatch.setattr(trainer_module, "learning_rate", lambda *rest: seen.append(state()) or rate(*rest))
+    train(data, tmp_path / "run", replace(SMALL, model="resnet18", epochs=1, batch=16, **changes))
+    assert seen == [expected]
+    assert state() == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_a_compiled_run_takes_the_same_step_in_every_mode(data: Path, tmp_path: Path, mode: Any) -> None:
+    recipe = replace(SMALL, epochs=1, batch=16)  # one step
+    plain = train(data, tmp_path / "plain", recipe).model.state_dict()
+    compiled = train(data, tmp_path / "compiled", replace(recipe, compile=True, compile_mode=mode)).model.state_dict()
+    assert f"compiled, mode {mode}" in (tmp_path / "compiled" / "train.log").read_text()
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            compiled[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_execution_settings_hold_within_a_run_only() -> None:
     before = state()
     with execution(Recipe()):
         assert state() == (True, True, True, False)

@@ -42,9 +42,9 @@ def test_any_number_can_be_held_out_of_one_class(count: int) -> None:
 
 
 def test_too_many_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^holdout is 5; The set has 5 images, and some must be left to train on\.$"):
+    with pytest.raises(UserError, match=r"^The set has 5 images and holdout is 5; some must be left to train on\.$"):
         divide([0] * 5, 5, "The set")
-    with pytest.raises(UserError, match=r"^holdout is 3; that is all images of class number 1 of The set\.$"):
+    with pytest.raises(UserError, match=r"^The set would have no images of class number 1 left; holdout is 3\.$"):
         divide([0, 0, 0, 0, 1], 3, "The set")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sdnet.train import imagenet
 from tests.train import kills
 
 MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
@@ -95,15 +96,18 @@ def test_ranks_agree_to_stop_long_before_a_report_and_bear_repeated_signals(data
     assert not (run / "run.lock").exists()
 
 
-def test_three_kills_at_random_moments_change_nothing(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_three_kills_at_random_moments_change_nothing(data: Path, tmp_path: Path, ranks: int) -> None:
     """`python tests/train/kills.py` does it 20 times, on one rank and on two; RESULTS.md has what came out."""
-    settings = kills.SETTINGS
-    kills.run_killed(data, tmp_path / "whole", 1, 0, 0)
-    assert len(kills.run_killed(data, tmp_path / "killed", 1, 3, seed=3)) == 3
-    assert kills.differences(tmp_path / "killed", tmp_path / "whole") == []
-    assert epochs(tmp_path / "killed") == [1, 2, 3, 4]
-    assert "--ema=0.99" in settings
-    assert (tmp_path / "killed" / "last_ema.safetensors").exists()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    if ranks == 1:
+        imagenet.main(kills.command(data, whole, 1)[2:])  # in this process, which takes half the time
+    else:
+        kills.run_killed(data, whole, ranks, 0, 0)
+    assert len(kills.run_killed(data, killed, ranks, 3, seed=3)) == 3
+    assert kills.differences(killed, whole) == []
+    assert epochs(killed) == [1, 2, 3, 4]
+    assert (killed / "last_ema.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -189,3 +193,55 @@ def test_nodes_that_differ_are_refused_with_one_sentence(data: Path, tmp_path: P
             second.wait()
         assert said.count(f"error: {sentence}") == 1, said
         assert not run.exists()
+
+
+SLURM = {
+    # srun passes signals of scancel on to all processes of the step, torchrun and the ranks.
+    "srun": 'shift 2\necho $$ > "$STEP"\nexec "$@"',
+    "scancel": '[ "$*" = "--signal=TERM 7.0" ] && step=$(cat "$STEP") && '
+    "kill -TERM $step $(cat /proc/$step/task/$step/children)",
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >> "$STEP.requeued"; fi',
+}
+"""Stand-ins for the commands of Slurm, for one node."""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_stops_with_a_checkpoint_and_requeues_the_job(data: Path, tmp_path: Path) -> None:
+    """The script of docs/training.md, with two processes in place of eight."""
+    root, run, step = PROGRAM.parents[1], tmp_path / "run", tmp_path / "step"
+    script = (root / "docs" / "training.md").read_text().partition("#!/bin/bash\n")[2].partition("```")[0]
+    for ours, theirs in (("2", "8"), (str(free_port()), "29500")):
+        script = script.replace(f"--nproc_per_node {theirs}", f"--nproc_per_node {ours}").replace(
+            f":{theirs}", f":{ours}"
+        )
+    script = script.replace("--resume auto", " ".join(["--resume auto", *ENDLESS]))
+    (tmp_path / "job.sh").write_text(script)
+    for name, content in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = ENVIRONMENT | {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+        "SLURM_CPUS_PER_TASK": "2",
+        "STEP": str(step),
+    }
+    environment |= {"SLURM_JOB_NODELIST": "node", "DATA": str(data), "RUN": str(run)}
+    environment["PATH"] = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    with subprocess.Popen(
+        ["bash", tmp_path / "job.sh"],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        try:
+            wait_for((run / "last.pt").exists)
+            job.send_signal(signal.SIGUSR1)
+            said, _ = job.communicate(timeout=180)
+        finally:
+            kills.kill_all(job.pid)
+    assert said.count("go on with --resume") == 1, said
+    assert job.returncode == 1
+    assert Path(f"{step}.requeued").read_text() == "requeue 7\n"
+    assert not (run / "run.lock").exists()

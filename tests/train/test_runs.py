@@ -60,6 +60,8 @@ def test_several_runs_have_seeds_of_their_own_and_go_on_after_an_interruption(
     train_runs(job, open_noise)  # all is done already
     assert (tmp_path / "runs" / "seed5" / "last.pt").stat().st_mtime_ns == before
     assert job_of(job, 5).resume
+    with pytest.raises(UserError, match=r"holds several runs, such as seed5: go on with --runs N or choose another"):
+        train_runs(replace(job, runs=1), open_noise)
     with pytest.raises(UserError, match=r"seed5 holds a run of another recipe; lr: 0\.5, not 0\.02\.$"):
         job_of(replace(job, recipe=replace(recipe, lr=0.5)), 5)
 

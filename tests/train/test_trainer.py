@@ -33,7 +33,7 @@ WriteTree = Callable[[Path, Sequence[int], Sequence[int]], Path]
 MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
 
 # 21 images: 5 steps an epoch.
-SMALL = replace(demo(), epochs=2, batch=4, image_size=32, eval_resize=36, lr=0.01)
+SMALL = replace(demo(), width=16, epochs=2, batch=4, image_size=32, eval_resize=36, lr=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_weights_that_are_not_finite_are_not_saved_on_a_signal(
 
 
 def margins_of(weights: dict[str, torch.Tensor]) -> dict[str, float]:
-    model = sdnet.create_model("sdnet18", 3, image_size=32)
+    model = sdnet.create_model("sdnet18", 3, image_size=32, width=16)
     model.load_state_dict(weights)
     return sdnet.step_margins(model)
 
@@ -297,7 +297,7 @@ def test_a_checkpoint_with_other_parameters_is_refused_in_one_sentence(data: Pat
 def test_a_full_disk_ends_the_run_with_one_sentence(data: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=110m", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=15m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small disk needs root")
     try:

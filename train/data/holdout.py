@@ -29,12 +29,12 @@ def divide(labels: Sequence[int] | np.ndarray, count: int, name: str) -> tuple[n
     """
     labels = np.asarray(labels)
     if count >= len(labels):
-        raise UserError(f"holdout is {count}; {name} has {len(labels)} images, and some must be left to train on.")
+        raise UserError(f"{name} has {len(labels)} images and holdout is {count}; some must be left to train on.")
     generator = np.random.default_rng(SPLIT_SEED)
     by_class = np.lexsort((generator.permutation(len(labels)), labels))
     held_out = np.zeros(len(labels), bool)
     held_out[by_class[(2 * np.arange(count) + 1) * len(labels) // (2 * count)]] = True
     kept, held = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if emptied := set(labels.tolist()) - set(labels[kept].tolist()):
-        raise UserError(f"holdout is {count}; that is all images of class number {min(emptied)} of {name}.")
+        raise UserError(f"{name} would have no images of class number {min(emptied)} left; holdout is {count}.")
     return kept, held
