@@ -87,8 +87,8 @@ def as_tensor(name: str, value: float | Tensor, x: Tensor, atoms: int | None = N
         return torch.full((), checks.number(name, value, otherwise), dtype=dtype, device=x.device)
     check_dense(name, value)
     batch = x.shape[0]
-    per_sample = value.ndim > 0 and value.numel() == batch and value.shape[0] == batch
     per_atom = value.ndim == 4 and value.shape[0] in (1, batch) and value.shape[1:] == (atoms, 1, 1)
+    per_sample = not per_atom and value.ndim > 0 and value.numel() == batch and value.shape[0] == batch
     if value.ndim > 0 and (atoms is None or not (per_sample or per_atom)):
         allowed = "0-d"
         if atoms is not None:

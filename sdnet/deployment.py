@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sdnet.blocks import BasicBlock, Bottleneck, StemBlock
 from sdnet.kernels import checks
+from sdnet.kernels.operators import problem_of
+from sdnet.kernels.reference import copies_of, momentum, residual_scale, shrink, synthesis
 from sdnet.step_size import csc_layers
 
 SUFFIXES = (".pt2", ".onnx")
@@ -44,10 +47,9 @@ def export(
 ) -> Exported:
     """Write a model for inference as `path`, which ends in .pt2 (torch.export) or .onnx.
 
-    The file has plain operators only, because all CSC layers of a copy of the model take the reference. It takes
-    batches of any size. Before the file gets its name, it is loaded and its outputs are compared with those of the
-    model, for the example, for one image of it and, with `dynamic_size`, for images of another size. The model is
-    unchanged.
+    The file has plain operators only, also in place of the operator of the CSC layers. It takes batches of any size.
+    Before the file gets its name, it is loaded and its outputs are compared with those of the model, for the example,
+    for one image of it and, with `dynamic_size`, for images of another size. The model is unchanged.
 
     Args:
         model: A network in fp32 that takes one tensor and returns one. It is exported in evaluation mode.
@@ -100,10 +102,11 @@ def export(
     if not isinstance(expected[0], Tensor):
         raise ValueError(f"model returns {type(expected[0]).__name__}; it must return one tensor.")
     for layer in csc_layers(plain).values():
-        layer.impl = "reference"
+        layer.impl = "torch"
     if checks.flag("fold_batch_norm", fold_batch_norm):
         fold_batch_norms(plain)
-    program = traced(plain, examples[0], dynamic_size)
+    with torch.no_grad():  # without gradients the operator of a CSC layer returns the last codes alone
+        program = traced(plain, examples[0], dynamic_size)
     temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")
     try:
         if onnx:
@@ -133,7 +136,7 @@ def traced(model: nn.Module, example: Tensor, dynamic_size: bool) -> torch.expor
     """Return a model as a program of torch.export for batches, and images, of any size."""
     shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     if not dynamic_size:
-        return torch.export.export(model, (example,), dynamic_shapes=(shapes,))
+        return of_plain_operators(torch.export.export(model, (example,), dynamic_shapes=(shapes,)))
     shapes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     # Where a size shrinks to 1 within the network, the tracer takes it as a constant: then larger images show the rest.
     larger = nn.functional.interpolate(example, scale_factor=4.0)
@@ -143,13 +146,48 @@ def traced(model: nn.Module, example: Tensor, dynamic_size: bool) -> torch.expor
             program = torch.export.export(
                 model, (images,), dynamic_shapes=(shapes,), prefer_deferred_runtime_asserts_over_guards=True
             )
-            return without_assertions(program)
+            return without_assertions(of_plain_operators(program))
         except Exception as error:
             cause = error
     raise ValueError(
         "dynamic_size is True, but the model cannot be traced for images of all sizes; export it with "
         "dynamic_size=False."
     ) from cause
+
+
+def of_plain_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Replace the operator of the CSC layers in a program by plain operators."""
+    return program.run_decompositions({torch.ops.sdnet.csc_forward.default: plain_forward})
+
+
+def plain_forward(x: Tensor, weight: Tensor, step_size: Tensor, lam: Tensor, *options: Any) -> list[Tensor]:
+    """Compute the last codes, as `sdnet.kernels.torch_path.forward` does, without operators that work in place.
+
+    For nonnegative codes the threshold is the bias of the convolution, so that a step costs two convolutions, a
+    difference, a sum and a rectifier.
+    """
+    problem = problem_of(step_size, lam, options[:-4])
+    coding, size = problem.coding, (x.shape[2], x.shape[3])
+    scaled, threshold = problem.scaled(weight), problem.gamma * problem.lam
+    by_bias = coding.nonnegative and (threshold.ndim == 0 or threshold.shape[0] == 1)
+    bias = -threshold.flatten().expand(len(weight)) if by_bias else None
+
+    def step(y: Tensor | None, residual: Tensor, scaled: Tensor) -> Tensor:
+        v = F.conv2d(residual, scaled, bias, problem.stride, problem.padding)
+        if y is not None:
+            v = v + (y * problem.damping if coding.mu else y)
+        return v.clamp_min(0) if by_bias else shrink(v, threshold, coding.nonnegative)
+
+    first = scaled.unflatten(1, (coding.n_dict, -1)).sum(1) if coding.n_dict > 1 else scaled
+    previous = codes = step(None, x, first)
+    for beta in momentum(coding.n_steps, coding.solver)[1:]:
+        y = codes + beta * (codes - previous) if beta else codes
+        point = y if coding.solver == "fista" else codes
+        reconstruction = synthesis(point, weight, size, problem.stride, problem.padding)
+        residual = copies_of(x, coding.n_dict) - reconstruction
+        scale = residual_scale(residual, coding.data_term)
+        previous, codes = codes, step(y, residual if scale is None else residual * scale, scaled)
+    return [codes]
 
 
 def without_assertions(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

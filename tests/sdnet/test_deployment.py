@@ -1,6 +1,7 @@
 """Exported files compute what the model computes, for batches and images of other sizes too."""
 
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,37 @@ def test_pt2_file_of_strided_layers(tmp_path: Path) -> None:
     for shape in ((1, 32, 35), (4, 29, 40)):
         x = images(*shape)
         torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def hard_threshold(v: Tensor, step_size: Tensor, lam: Tensor, least: float) -> Tensor:
+    """A proximal operator."""
+    return torch.where(v.abs() > step_size * lam + least, v, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_steps": 1},
+        {"n_steps": 4, "solver": "sdnet", "mu": 0.3},
+        {"n_steps": 4, "solver": "fista", "nonnegative": False, "data_term": "norm"},
+        {"n_dict": 2, "stride": 2},
+        {"learn_lam": "atom"},
+        {"prox": partial(hard_threshold, least=0.02)},
+    ],
+    ids=str,
+)
+def test_every_option_is_exported_as_plain_operators(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = sdnet.CSCConv2d(3, 6, 3, lam=0.05, input_size=12, **options).eval()
+    if layer.raw_lam is not None:
+        nn.init.uniform_(layer.raw_lam, -4, 0)
+    x = images(2, 12, 12)
+    with torch.no_grad():
+        program = deployment.traced(nn.Sequential(layer), x, dynamic_size=False)
+        assert not [node for node in program.graph.nodes if "sdnet" in str(node.target)]
+        codes = program.module()(x)
+        torch.testing.assert_close(codes, layer(x), atol=1e-5, rtol=1e-4)
+    assert 0.05 < float((codes != 0).float().mean()) < 1
 
 
 def test_wrong_outputs_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
