@@ -289,7 +289,7 @@ def cifar_resnet18() -> Recipe:
 
 
 def cifar_fast() -> Recipe:
-    """SDNet-18 on CIFAR-10 in 24 epochs of a one-cycle schedule, for a GPU with bfloat16; measured at small scale only."""
+    """SDNet-18 on CIFAR-10 in 24 epochs of a one-cycle schedule in bfloat16; measured at a small scale only."""
     return replace(
         cifar_sdnet18(),
         name="cifar_fast",
