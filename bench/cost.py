@@ -105,6 +105,16 @@ def partial_sums(layer: LayerShape, batch: int, itemsize: int) -> int:
     return 2 * 4 * splits * weights_of(layer)
 
 
+def padding_bytes(layer: LayerShape, channels: int, batch: int, needs_x: bool, keep_residual: bool) -> int:
+    """Return the bytes in 16 bits that padding up to so many channels costs, beside their share of the passes.
+
+    Padding fills the images with zeros and copies into them; x is padded forward and backward, a kept residual is cut
+    and padded again, and a gradient of x is cut. A copy of some of a pixel's channels touches the whole pixel.
+    """
+    bare, padded = images_of(layer, batch), images_of(layer._replace(channels=channels), batch)
+    return 2 * ((2 + keep_residual) * (bare + 2 * padded) + (keep_residual + needs_x) * (bare + padded))
+
+
 ANALYSIS = Operation("A'", images=1, codes=1, weights=1, convolutions=1)
 SYNTHESIS = Operation("A", images=1, codes=1, weights=1, convolutions=1)
 RESIDUAL = SYNTHESIS._replace(name="residual", images=2)

@@ -4,9 +4,9 @@ Nothing runs on a GPU. The layers are those of SDNet-18_all in bf16, channels_la
 
 Counted are bytes of tensors that the kernels read and write, floating-point operations, bytes from the L2 cache into
 shared memory, and the share of a launch in which the multiprocessors are busy: with the residual computed again and
-kept, for the rules' tiles and for the candidate of the least traffic per busy time. The milliseconds of a row are the
-host's for the launches of forward and backward pass, on a stub of a GPU (`bench/stub_gpu.py`): all of Python, without
-Triton's C functions.
+kept, for the rules' tiles, for the candidate of the least traffic per busy time, and for a stem with padded channels.
+The milliseconds of a row are the host's for the launches of forward and backward pass, on a stub of a GPU
+(`bench/stub_gpu.py`): all of Python, without Triton's C functions.
 """
 
 import argparse
@@ -50,19 +50,22 @@ def run(options: argparse.Namespace) -> int:
             needs_x = layer != layers[0].geometry
             shape = {"layer": str(layer), "batch": batch, "layers": count}
             for keep in (False, True):
-                gpu.clear()
-                spent = host_ms(layer, batch, needs_x, keep, options.repeats)
-                launches = len(gpu.launches) // (1 + options.repeats)
-                words = {"residual": "kept" if keep else "computed again"}
                 found = {} if options.host_only else counted(layer, batch, needs_x, keep)
+                spent: dict[str, dict[str, float]] = {}
                 for variant, numbers in found.items() or [("rules", {})]:
-                    facts = {"metrics": {"launches": launches} | numbers, "settings": words | {"tiles": variant}}
-                    ledger.add("fused", "both", shape, dtype="bf16", layout="channels_last", time_ms=spent, **facts)
+                    path = "padded" if variant == "padded" else "fused"
+                    if path not in spent:
+                        gpu.clear()
+                        spent[path] = host_ms(layer, batch, needs_x, keep, options.repeats, path)
+                    metrics = {"launches": len(gpu.launches) // (1 + options.repeats)} | numbers
+                    words = {"residual": "kept" if keep else "computed again", "tiles": variant}
+                    facts = {"metrics": metrics, "settings": words, "time_ms": spent[path]}
+                    ledger.add(path, "both", shape, dtype="bf16", layout="channels_last", **facts)
     print(f"{len(ledger.rows)} rows in {ledger.path}")
     return 0
 
 
-def host_ms(layer: LayerShape, batch: int, needs_x: bool, keep: bool, repeats: int) -> dict[str, float]:
+def host_ms(layer: LayerShape, batch: int, needs_x: bool, keep: bool, repeats: int, path: str) -> dict[str, float]:
     """Return quantiles of the milliseconds of processor time for the launches of one training step of a layer."""
     from sdnet.kernels.triton_path import loop
 
@@ -77,18 +80,19 @@ def host_ms(layer: LayerShape, batch: int, needs_x: bool, keep: bool, repeats: i
     times = []
     for _ in range(1 + repeats):
         begin = time.process_time()
-        codes, residuals = loop.forward(x, weight, problem, layout, keep, "fused")
-        loop.backward(grad, x, weight, codes, residuals, problem, needs, layout, "fused")
+        codes, residuals = loop.forward(x, weight, problem, layout, keep, path)
+        loop.backward(grad, x, weight, codes, residuals, problem, needs, layout, path)
         times.append(1e3 * (time.process_time() - begin))
     ordered = sorted(times[1:])
     return {f"p{percent}": ordered[min(percent * repeats // 100, repeats - 1)] for percent in (20, 50, 80)}
 
 
 def counted(layer: LayerShape, batch: int, needs_x: bool, keep: bool) -> dict[str, dict[str, Any]]:
-    """Return the counts of the rules' tiles and, if another candidate reads less from L2, of that one."""
+    """Return the counts of the rules' tiles, of another candidate if it reads less from L2, and of padded channels."""
     from sdnet.bench import cost
     from sdnet.bench.work import training_work
     from sdnet.kernels.triton_path.candidates import candidates
+    from sdnet.kernels.triton_path.tiles import by_rule
 
     shape = cost.tile_shape(layer, batch, 2, "ieee", True, cost.ARCH)
     work = {tiles: training_work(layer, shape, tiles, keep, needs_x) for tiles in candidates(shape)}
@@ -101,4 +105,11 @@ def counted(layer: LayerShape, batch: int, needs_x: bool, keep: bool) -> dict[st
         numbers |= {"l2_gb": work[tiles].l2_bytes / 1e9, "busy": work[tiles].busy, "programs": work[tiles].programs}
         name = name if tiles == rules else ", ".join(str(a) for a, b in zip(tiles, rules, strict=True) if a != b)
         found[name] = numbers
+    if shape.padded != shape:
+        channels = shape.padded.channels
+        layer, padding = layer._replace(channels=channels), cost.padding_bytes(layer, channels, batch, needs_x, keep)
+        done = training_work(layer, shape.padded, by_rule(shape.padded), keep, needs_x)
+        moved = cost.total(passes, layer, batch).bytes + padding
+        numbers = {"gb": moved / 1e9, "gflop": total.flops / 1e9, "l2_gb": done.l2_bytes / 1e9, "busy": done.busy}
+        found["padded"] = numbers | {"programs": done.programs}
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdnet.bench.cost import Operation, Total, backward, forward, total
+from sdnet.bench.cost import Operation, Total, backward, forward, padding_bytes, total
 from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.kernels import csc_encode, torch_path
 from sdnet.kernels.coding import Coding
@@ -116,6 +116,14 @@ def test_passes_and_convolutions_of_the_fused_formulation() -> None:
     kept, recomputed = counted(backward(keep_residual=True)), counted(backward())
     assert (kept.passes, kept.convolutions) == (18, 6)
     assert (recomputed.passes, recomputed.convolutions) == (21, 7)
+
+
+def test_bytes_of_padding_by_hand() -> None:
+    """A pixel of 3 channels takes 6 bytes, one of 4 takes 8: padding reads 6 and writes 8 twice, a cut reads 8."""
+    layer, pixels = LayerShape("", 3, 64, 7, 2, (224, 224)), 256 * 224 * 224
+    assert padding_bytes(layer, 4, 256, needs_x=False, keep_residual=False) == 2 * 22 * pixels
+    assert padding_bytes(layer, 4, 256, needs_x=False, keep_residual=True) == (3 * 22 + 14) * pixels
+    assert padding_bytes(layer, 4, 256, needs_x=True, keep_residual=True) == (3 * 22 + 2 * 14) * pixels
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 5])
