@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     writable_folder(options.out)
     if options.autoattack:
         autoattack_class()  # before hours of work, whether it is installed
-    pictures, digest = test_pictures(options.data, options.pictures, device)
+    pictures, digest = test_pictures(options.data, options.pictures, device, model.num_classes)
     attacks = AttackOptions(
         pictures=options.pictures,
         linf=tuple(options.linf),

@@ -52,16 +52,22 @@ def load_checkpoint(path: Path, weights: str, device: torch.device) -> sdnet.SDN
         The network in evaluation mode, in the channels-last memory format.
 
     Raises:
-        UserError: there is no such file, or it does not say its network, or holds weights of another one.
+        UserError: there is no such file, it does not say its network, it holds weights of another one, or the network
+            does not classify images of three channels.
     """
     of_run = path / f"{weights}.safetensors"
     file = of_run if of_run.is_file() else path
     try:
         if not read_weights(file).model and file == of_run:  # from before weights files said their network
             return load_run(path, weights, load_file(file)["linear.bias"].shape[0], device)[0]
-        return placed(sdnet.load_model(file), device, channels_last=True)
+        model = sdnet.load_model(file)
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise UserError(str(error)) from error
+    if not model.num_classes:
+        raise UserError(f"{path} holds a network without a classifier, so it has no accuracy.")
+    if model.in_channels != 3:
+        raise UserError(f"{path} holds a network for images of {model.in_channels} channels; it must take 3.")
+    return placed(model, device, channels_last=True)
 
 
 def placed(model: sdnet.SDNet, device: torch.device, channels_last: bool) -> sdnet.SDNet:

@@ -104,23 +104,32 @@ def open_sets(data: Path, holdout: int, test: int, held: int, device: torch.devi
     return Sets(parts[0], parts[1], found.classes, digest)
 
 
-def test_pictures(data: Path, count: int, device: torch.device) -> tuple[Pictures, str]:
+def test_pictures(data: Path, count: int, device: torch.device, classes: int) -> tuple[Pictures, str]:
     """Read test pictures.
 
     Args:
         data: a folder of CIFAR or other small pictures, as train/cifar.py takes it.
         count: how many are used, a seeded choice of all; 0 for all.
         device: the device of the pictures.
+        classes: the number of classes of the network.
 
     Returns:
         The pictures, and a fingerprint of them.
 
     Raises:
-        UserError: there are no such data, or too few pictures.
+        UserError: there are no such data, too few pictures, or another number of classes.
     """
-    arrays = chosen(read_small_pictures(data).val, count, "test")
+    found = read_small_pictures(data)
+    check_classes(data, len(found.classes), classes)
+    arrays = chosen(found.val, count, "test")
     images, labels = torch.from_numpy(arrays.images).to(device), torch.from_numpy(arrays.labels).long().to(device)
     return Pictures(images, labels, SEED), arrays.digest()
+
+
+def check_classes(data: Path, found: int, classes: int) -> None:
+    """Raise a UserError unless the pictures in a folder have as many classes as the network."""
+    if found != classes:
+        raise UserError(f"The pictures in {data} have {found} classes; the network has {classes}.")
 
 
 def chosen(arrays: Arrays, count: int, name: str) -> Arrays:

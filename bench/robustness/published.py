@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdnet.bench.robustness.pictures import SEED
+from sdnet.bench.robustness.pictures import SEED, check_classes
 from sdnet.robustness.corruptions import as_pixels
 from sdnet.robustness.published import corruptions_of, read_cifar_c, read_imagenet_c
 from sdnet.train.errors import UserError
@@ -20,6 +20,7 @@ def published_source(
     severities: Sequence[int] | None,
     pictures: int | None,
     device: torch.device,
+    classes: int,
 ) -> tuple[Callable[[Group], tuple[Tensor, Tensor]], list[Group], str]:
     """Return a source of the pictures of a published set, its corruptions and severities, and a name for the set.
 
@@ -29,9 +30,10 @@ def published_source(
         severities: severities; None for 1 to 5.
         pictures: how many pictures of each, a seeded choice; None for all.
         device: the device of the pictures.
+        classes: the number of classes of the network.
 
     Raises:
-        UserError: there is no such folder, corruption or severity, or fewer pictures.
+        UserError: there is no such folder, corruption or severity, there are fewer pictures, or other classes.
     """
     try:
         found = corruptions_of(folder)
@@ -49,11 +51,14 @@ def published_source(
         try:
             if (folder / f"{noise}.npy").is_file():
                 images, labels = read_cifar_c(folder, noise, severity)
+                if (most := int(labels.max())) >= classes:
+                    raise UserError(f"{folder} has the label {most}; the network has classes 0 to {classes - 1}.")
                 chosen = choice(len(images), pictures)
                 return as_pixels(images[chosen]).to(device), labels[chosen].to(device)
             listed = read_imagenet_c(folder, noise, severity)
         except ValueError as error:
             raise UserError(str(error)) from error
+        check_classes(folder / noise / str(severity), len(listed.classes), classes)
         chosen = choice(len(listed.files), pictures)
         files = [listed.files[i] for i in chosen.tolist()]
         return as_pixels(decoded(files)).to(device), listed.labels[chosen].to(device)

@@ -27,7 +27,7 @@ from sdnet.bench.ledger import writable_folder
 from sdnet.bench.robustness import plots
 from sdnet.bench.robustness.checkpoints import load_checkpoint
 from sdnet.bench.robustness.measure import BATCH, PIXEL_NORMS, correct, digest_of, first_layer_facts, percent
-from sdnet.bench.robustness.pictures import Pictures, open_sets, test_pictures
+from sdnet.bench.robustness.pictures import Pictures, check_classes, open_sets, test_pictures
 from sdnet.bench.robustness.published import published_source
 from sdnet.bench.robustness.rule_table import OFFICIAL_LAMBDAS, name_of
 from sdnet.bench.robustness.stored import StoredResults
@@ -91,7 +91,10 @@ def run(options: argparse.Namespace) -> int:
 def source_of(options: argparse.Namespace, model: sdnet.SDNet, device: torch.device) -> tuple[Source, list[Group], str]:
     """Return where pictures come from, the noises and severities, and a fingerprint of the pictures."""
     if options.published is not None:
-        return published_source(options.published, options.noises, options.severities, options.pictures, device)
+        classes = model.num_classes
+        return published_source(
+            options.published, options.noises, options.severities, options.pictures, device, classes
+        )
     names = options.noises or list(NOISES)
     if unknown := sorted(set(names) - set(NOISES)):
         raise UserError(f"--noises has {unknown[0]}; they must be among {', '.join(NOISES)}.")
@@ -107,9 +110,10 @@ def source_of(options: argparse.Namespace, model: sdnet.SDNet, device: torch.dev
     count = options.pictures or 0
     if options.holdout:
         sets = open_sets(options.data, options.holdout, 1, count, device)
+        check_classes(options.data, len(sets.classes), model.num_classes)
         pictures, digest = sets.held, sets.digest
     else:
-        pictures, digest = test_pictures(options.data, count, device)
+        pictures, digest = test_pictures(options.data, count, device, model.num_classes)
     return lambda group: noisy(pictures, group, options.scale), groups, digest
 
 

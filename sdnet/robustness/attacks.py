@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sdnet.kernels import checks
 from sdnet.robustness.corruptions import Seed, generator_for
-from sdnet.robustness.fitting import check_labels
+from sdnet.robustness.fitting import check_classes, check_labels
 
 Norm = Literal["linf", "l2"]
 
@@ -74,7 +74,9 @@ def pgd(
         return (images + within(point - images, eps, norm)).clamp(*bounds)
 
     found = images.clone()
-    wrong, highest = _judged(model(images), labels)
+    logits = model(images)
+    check_classes(labels, logits)
+    wrong, highest = _judged(logits, labels)
     for _ in range(restarts):
         point = project(images + random_offset(images, eps, norm, generator)) if random_start else images
         for step in range(steps + 1):

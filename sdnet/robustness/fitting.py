@@ -40,8 +40,12 @@ class PixelModel(nn.Module):
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise ValueError(f"mean is {list(mean)} and std {list(std)}; they must be as long, and std above 0.")
+        sequences = all(hasattr(values, "__len__") for values in (mean, std))
+        if not sequences or len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ValueError(
+                f"mean is {checks.shown(mean)} and std {checks.shown(std)}; they must be sequences of one number per "
+                "channel, and std above 0."
+            )
         self.model = model
         self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1))
@@ -66,12 +70,14 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch: int = D
         batch: images of one forward.
 
     Raises:
-        ValueError: there are no images, or not as many labels as images.
+        ValueError: there are no images, not as many labels as images, or labels that are no classes of the model.
     """
     check_labels(images, labels)
     right = torch.zeros((), dtype=torch.long, device=images.device)
     for begin in range(0, len(images), checks.integer("batch", batch, 1)):
         logits = model(images[begin : begin + batch])
+        if not begin:
+            check_classes(labels, logits)
         right += (logits.argmax(1) == labels[begin : begin + batch]).sum()
     return 100 * float(right) / len(images)
 
@@ -82,6 +88,15 @@ def check_labels(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"images is {checks.shown(images)}; it must be a tensor [N, C, H, W] with images.")
     if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
         raise ValueError(f"labels is {checks.shown(labels)}; it must hold {len(images)} integers, one per image.")
+
+
+def check_classes(labels: Tensor, logits: Tensor) -> None:
+    """Raise a ValueError if a label is no class of a model that computes these logits."""
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= logits.shape[1]:
+        raise ValueError(
+            f"labels holds {least if least < 0 else most}; the model has classes 0 to {logits.shape[1] - 1}."
+        )
 
 
 def accuracy_over_lambda(

@@ -193,7 +193,12 @@ def residual_of(layer: CSCConv2d, x: Tensor, lam: float | Tensor | None = None) 
 
     Returns:
         The residuals, in fp32 or better; differentiable with respect to x and lam.
+
+    Raises:
+        ValueError: `layer` is no CSC layer, or x or lam has a wrong shape or value.
     """
+    if not isinstance(layer, CSCConv2d):
+        raise ValueError(f"layer is of type {type(layer).__name__}; it must be a CSC layer.")
     codes = layer(x, lam)
     with torch.autocast(x.device.type, enabled=False):
         x, codes = at_least_single(x), at_least_single(codes)

@@ -90,6 +90,37 @@ def test_bad_options_are_refused(
     assert message in capfd.readouterr().err
 
 
+def test_a_network_of_other_pictures_or_classes_is_refused(
+    checkpoint: Path, cifar_c: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    three = tmp_path / "three"
+    for folder in (three / split / name for split in ("train", "test") for name in "abc"):
+        folder.mkdir(parents=True)
+        Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(folder / "0.png")
+    (tmp_path / "c").mkdir()
+    np.save(tmp_path / "c" / "fog.npy", np.load(cifar_c / "fog.npy"))
+    np.save(tmp_path / "c" / "labels.npy", np.full(30, 7))
+    networks: list[tuple[dict[str, Any], str]] = [
+        ({"num_classes": 0}, "holds a network without a classifier, so it has no accuracy."),
+        ({"num_classes": 4, "in_channels": 1}, "holds a network for images of 1 channels; it must take 3."),
+    ]
+    cases = [(["--published", cifar_c, "--checkpoint", tmp_path / f"{n}"], s) for n, (_, s) in enumerate(networks)]
+    for number, (arguments, _) in enumerate(networks):
+        (tmp_path / f"{number}").mkdir()
+        model = sdnet.create_model("sdnet18", stem="cifar", width=2, **arguments)
+        sdnet.save_model(tmp_path / f"{number}" / "model.safetensors", model)
+    cases += [
+        (["--data", three, "--checkpoint", checkpoint], f"The pictures in {three} have 3 classes; the network has 4."),
+        (
+            ["--published", tmp_path / "c", "--checkpoint", checkpoint],
+            "has the label 7; the network has classes 0 to 3.",
+        ),
+    ]
+    for words, sentence in cases:
+        assert main(["robustness", "--device", "cpu", "--out", str(tmp_path / "out"), *map(str, words)]) == 2
+        assert sentence in capfd.readouterr().err
+
+
 def test_a_network_without_lambda_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.safetensors"
     sdnet.save_model(file, sdnet.create_model("resnet18", 4, stem="cifar", width=2))

@@ -21,6 +21,7 @@ from sdnet.robustness import (
     calibrate_noise_rule,
     estimate_noise,
     fit_residual_rule,
+    pgd,
     residual_of,
 )
 from sdnet.robustness.rules import line_through
@@ -216,6 +217,7 @@ def test_batch_statistics_are_those_of_the_batch(images: Tensor) -> None:
 
 IMAGE = torch.rand(1, 3, 32, 32)
 LABEL = torch.zeros(1, dtype=torch.long)
+UNPACKED: Any = (0.5, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +236,14 @@ LABEL = torch.zeros(1, dtype=torch.long)
         (lambda m: fit_residual_rule(m, [(IMAGE, LABEL)], [0.1]), "groups holds 1 groups; a line needs two at least"),
         (lambda m: fit_residual_rule(m, [(IMAGE, LABEL)], [-0.1]), "lambdas is -0.1; it must be a finite number"),
         (lambda m: PixelModel(m, [0.5] * 3, [0.0] * 3), "std above 0"),
+        (
+            lambda m: PixelModel(m, *UNPACKED),
+            "mean is 0.5 and std 0.2; they must be sequences of one number per channel",
+        ),
+        (lambda m: accuracy(m, IMAGE, LABEL + 10), "labels holds 10; the model has classes 0 to 9"),
+        (lambda m: accuracy(m, IMAGE, LABEL - 1), "labels holds -1; the model has classes 0 to 9"),
+        (lambda m: pgd(m, IMAGE, LABEL + 10, eps=0.1), "labels holds 10; the model has classes 0 to 9"),
+        (lambda m: residual_of(m.linear, IMAGE), "layer is of type Linear; it must be a CSC layer"),
         (lambda m: line_through([1.0, 1.0], [0.1, 0.2]), "residuals has 1 different values; a line needs two"),
     ],
 )
