@@ -24,7 +24,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     def decays(parameter: Tensor) -> bool:
         if id(parameter) in atoms:
             return recipe.decay_atoms
-        norm_or_bias = parameter.ndim == 1
+        norm_or_bias = parameter.ndim <= 1
         return id(parameter) not in lambdas and (recipe.decay_norms or not norm_or_bias)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
