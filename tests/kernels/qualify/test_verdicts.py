@@ -174,8 +174,10 @@ def test_a_table_shipped_with_the_package_needs_the_same_facts(tmp_path: Path, m
         '{"machine": %s, "verdicts": {"a": 1}}',
         '{"machine": %s, "verdicts": {"a": {"path": "/bin/sh", "reason": "", "trials": []}}}',
         '{"machine": %s, "verdicts": {"a": {"path": "torch", "reason": "", "trials": [], "date": "yesterday"}}}',
+        r'{"machine": %s, "verdicts": {"a": {"path": "[\"fused\", {}, {}, {}]", "reason": "", "trials": []}}}',
+        r'{"machine": %s, "verdicts": {"a": {"path": "[\"quick\"]", "reason": "", "trials": []}}}',
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_a_damaged_table_is_ignored_with_a_warning_and_replaced(text: str, tmp_path: Path) -> None:
     store = Store(tmp_path)
