@@ -184,7 +184,8 @@ class Checkpoint:
             UserError: It does not.
         """
         if len(self.ranks) != processes:
-            raise UserError(f"The run cannot be resumed with {processes} processes: it began with {len(self.ranks)}.")
+            now = f"{processes} process{'es' * (processes > 1)}"
+            raise UserError(f"The run cannot be resumed with {now}: it began with {len(self.ranks)}.")
 
     def check_data(self, data: str, val: str = "") -> None:
         """Check that the run continues with the images that it began with.

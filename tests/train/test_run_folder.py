@@ -163,7 +163,7 @@ def test_a_checkpoint_belongs_to_its_data_and_processes(checkpoint: Checkpoint) 
     checkpoint.check_processes(2)
     with pytest.raises(UserError, match="the files or classes of the training data have changed"):
         checkpoint.check_data("other")
-    with pytest.raises(UserError, match="resumed with 1 processes: it began with 2"):
+    with pytest.raises(UserError, match="resumed with 1 process: it began with 2"):
         checkpoint.check_processes(1)
 
 
