@@ -24,6 +24,10 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
 """The largest difference between the outputs of the model and of the file, as a part of the largest output, or of 1."""
 
+NOT_FOR_ALL_SIZES = (
+    "dynamic_size is True, but the model cannot be traced for images of all sizes; export it with dynamic_size=False."
+)
+
 
 class Exported(NamedTuple):
     """What `export` wrote.
@@ -80,6 +84,9 @@ def export(
     file = Path(path)
     if not file.parent.is_dir():
         raise ValueError(f"path is '{file}'; there is no folder '{file.parent}'.")
+    if file.is_dir():
+        raise ValueError(f"path is '{file}', a folder; it must be the path of a file.")
+    model = getattr(model, "_orig_mod", model)  # of a compiled model
     checks.flag("dynamic_size", dynamic_size)
     if (
         not isinstance(example, Tensor)
@@ -89,6 +96,10 @@ def export(
     ):
         shape = "[N, C, H, W]" if dynamic_size else "with a batch dimension"
         raise ValueError(f"example is {checks.shown(example)}; it must be a tensor {shape}.")
+    if dynamic_size and not example.is_floating_point():
+        raise ValueError(f"example is {example.dtype}; it must be floating point, or dynamic_size be False.")
+    if not bool(example.isfinite().all()):
+        raise ValueError("example holds NaN or infinite values; the outputs could not be compared.")
     if others := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
         raise ValueError(f"model has parameters of {others.pop()}; export model.float().")
     onnx = file.suffix == ".onnx"
@@ -114,8 +125,11 @@ def export(
         else:
             torch.export.save(program, temporary)
             loaded = torch.export.load(temporary).module()
-            with torch.no_grad():
-                found = [loaded(images) for images in examples]
+            try:
+                with torch.no_grad():
+                    found = [loaded(images) for images in examples]
+            except AssertionError as error:  # what the tracer took for granted does not hold for all sizes
+                raise ValueError(NOT_FOR_ALL_SIZES) from error
         difference = largest_difference(found, expected)
         os.replace(temporary, file)
     finally:
@@ -149,10 +163,7 @@ def traced(model: nn.Module, example: Tensor, dynamic_size: bool) -> torch.expor
             return without_assertions(of_plain_operators(program))
         except Exception as error:
             cause = error
-    raise ValueError(
-        "dynamic_size is True, but the model cannot be traced for images of all sizes; export it with "
-        "dynamic_size=False."
-    ) from cause
+    raise ValueError(NOT_FOR_ALL_SIZES) from cause
 
 
 def of_plain_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -221,8 +221,10 @@ class Call(NamedTuple):
 
 def _record(model: nn.Module, image: Tensor) -> list[Call]:
     """Return the calls of the modules without children in one forward in evaluation mode, in their order."""
-    if not isinstance(image, Tensor) or image.ndim != 4 or not image.is_floating_point():
-        raise ValueError(f"image is {checks.shown(image)}; it must be a floating-point tensor [N, C, H, W].")
+    if not isinstance(image, Tensor) or image.ndim != 4:
+        raise ValueError(f"image is {checks.shown(image)}; it must be a tensor [N, C, H, W].")
+    if not image.is_floating_point():
+        raise ValueError(f"image is {image.dtype}; it must be floating point.")
     calls: list[Call] = []
     versions: dict[int, int] = {}
 

@@ -119,9 +119,16 @@ def test_wrong_outputs_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"example": torch.zeros(3, 8, 8)}, r"example is .*; it must be a tensor \[N, C, H, W\]"),
         ({"model": nn.Conv2d(3, 2, 3).half()}, r"model has parameters of torch\.float16; export model\.float\(\)"),
         ({"model": None}, r"it must be an nn\.Module"),
+        ({"path": "folder.pt2"}, r"path is 'folder\.pt2', a folder; it must be the path of a file"),
+        ({"example": torch.ones(1, 3, 8, 8, dtype=torch.uint8)}, "example is torch.uint8; it must be floating point"),
+        ({"example": torch.full((1, 3, 8, 8), float("nan"))}, "example holds NaN or infinite values"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(
+    arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.pt2").mkdir()
     given: dict[str, Any] = {"model": nn.Conv2d(3, 2, 3), "path": "model.pt2", "example": images(1, 8, 8)} | arguments
     with pytest.raises(ValueError, match=message):
         sdnet.export(**given)
