@@ -25,6 +25,8 @@ extensions = [
 exclude_patterns = ["_build", "examples/*.rst"]
 html_theme = "furo"
 html_title = "SDNet"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 default_role = "literal"  # `name` in docstrings is code, as in Markdown
@@ -77,7 +79,14 @@ def escape_marks(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
         lines[number] = start + "".join(p if p.startswith("`") else re.sub(r"([|*])", r"\\\1", p) for p in parts)
 
 
+def leave_out_fields(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples, which stand under the attributes of their class."""
+    del app, what, name, skip, options
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
 def setup(app: Any) -> None:
     """Connect the changes of sources and docstrings; marks are escaped before Napoleon reads a docstring."""
+    app.connect("autodoc-skip-member", leave_out_fields)
     app.connect("source-read", name_files_outside)
     app.connect("autodoc-process-docstring", escape_marks, priority=400)

@@ -41,6 +41,12 @@ def test_the_reference_has_every_public_name(module: str, site: Path) -> None:
     assert {name for name in names if f'id="{module}.{name}"' not in page} == set()
 
 
+def test_fields_of_named_tuples_are_described_once(site: Path) -> None:
+    pages = [page.read_text() for page in (site / "reference").glob("*.html")]
+    assert "sdnet.Exported" in "".join(pages)
+    assert not any("Alias for field number" in page for page in pages)
+
+
 def test_every_picture_is_there(site: Path) -> None:
     missing, seen = [], 0
     for page in site.rglob("*.html"):
