@@ -80,11 +80,11 @@ def described(model: sdnet.SDNet, header: Mapping[str, str]) -> str:
 
 
 def summary(layers: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one or two sentences on the first and the last picture, and on the layers alone."""
+    """Return one sentence on the layers alone, and one on the first and the last picture if there are two."""
     rebuilt = [(name, facts["psnr_matched"]) for name, facts in layers.items() if "psnr_matched" in facts]
     alone = [facts["layer_psnr"] for facts in layers.values()]
     text = f"Alone, the layers reconstruct their inputs with {min(alone):.1f} to {max(alone):.1f} dB."
-    if not rebuilt:
+    if len(rebuilt) < 2:
         return text
     (first, most), (last, least) = rebuilt[0], rebuilt[-1]
     pictures = (
