@@ -351,7 +351,9 @@ def correlation_tile(shape: Shape) -> Tile:
         return Tile(form, *box, small[0], power_of_two(columns, 128), 4, 3)
     # Small blocks and many threads where 16-bit elements are gathered one by one, through registers.
     if not shape.channels_last or narrow:
-        return Tile(form, *box, *small, 8 if few or not shape.channels_last else 4, 3)
+        # With 3 stages, Triton 3.6 spills registers of 16-bit channels_last operands on sm_80.
+        stages = 2 if shape.arch < 90 and shape.itemsize == 2 and shape.channels_last else 3
+        return Tile(form, *box, *small, 8 if few or not shape.channels_last else 4, stages)
     return Tile(form, *box, 128, 128, 8, 3)
 
 

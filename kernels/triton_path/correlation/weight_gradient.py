@@ -27,7 +27,7 @@ from sdnet.kernels.triton_path.geometry import Geometry
 from sdnet.kernels.triton_path.grids import boxes, correlation_blocks, splits_of
 from sdnet.kernels.triton_path.jit import constexpr, jit_of_batch
 from sdnet.kernels.triton_path.launch import launch
-from sdnet.kernels.triton_path.tiles import Shape, Tile, ceil_div, correlation_tile
+from sdnet.kernels.triton_path.tiles import VECTOR, Shape, Tile, ceil_div, correlation_tile
 
 ScaledPair = tuple[Tensor, Tensor, Tensor | float]
 """Images [N, C, H, W], codes [N, K, h, w] and the scale of their correlation, 0-d fp32 or a number."""
@@ -164,7 +164,7 @@ def weight_correlation(
         used = [next(operands) for _ in (*head, *tail)]
         used += used[:1] * (PAIRS - len(used))  # the kernel does not look at these
         scales = head[0][2] if head else part, part, tail[0][2] if tail else 1.0
-        dense = tile.form == "few" and r.is_contiguous(memory_format=torch.channels_last)
+        dense = r.shape[1] % VECTOR == 0 and tile.form == "few" and r.is_contiguous(memory_format=torch.channels_last)
         constants = Launch(len(head), len(tail), is_wide((r, m), tile.images), dense)
         if tile.form == "descriptors":
             sides = tile.channels, tile.atoms
