@@ -10,6 +10,7 @@ from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from sdnet.examples import Example, checked_example, run_example
 from sdnet.kernels import checks
 from sdnet.kernels.arguments import DTYPES
 from sdnet.kernels.coding import coding_of, takes_coding
@@ -66,7 +67,7 @@ class Conversion:
 @takes_coding
 def convert(
     model: nn.Module,
-    example: Tensor | tuple[Any, ...] | dict[str, Any],
+    example: Example,
     filter_fn: Filter | None = None,
     *,
     lam: float = 0.1,
@@ -113,8 +114,7 @@ def convert(
         raise ValueError(
             "model is a torch.jit.ScriptModule, whose layers are fixed; convert it before torch.jit.script."
         )
-    if not isinstance(example, (Tensor, tuple, dict)):
-        raise ValueError(f"example is {checks.shown(example)}; it must be a tensor, a tuple or a dict of arguments.")
+    checked_example("example", example)
     if filter_fn is not None and not callable(filter_fn):
         raise ValueError(f"filter_fn is {checks.shown(filter_fn)}; it must be a function of a module and its name.")
     options = {"lam": lam, "adaptive_lam": adaptive_lam, "learn_lam": learn_lam, "impl": impl}
@@ -146,8 +146,7 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-@torch.no_grad()
-def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, list[torch.Size | None]]:
+def _inputs(model: nn.Module, example: Example) -> dict[nn.Module, list[torch.Size | None]]:
     """Return the shapes of the inputs of every convolution in a forward of the example, None for one by keyword."""
     inputs: dict[nn.Module, list[torch.Size | None]] = {}
 
@@ -159,16 +158,11 @@ def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, list[torch.Size |
         for module in model.modules()
         if isinstance(module, nn.Conv2d)
     ]
-    modes = [(module, module.training) for module in model.modules()]
-    positional = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     try:
-        model.eval()
-        model(*positional, **(example if isinstance(example, dict) else {}))
+        run_example(model, example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return inputs
 
 

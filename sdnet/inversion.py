@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from sdnet.examples import run_example
 from sdnet.kernels import checks
 from sdnet.layers import CSCConv2d
 from sdnet.linear import CSCLinear
@@ -248,15 +249,11 @@ def _record(model: nn.Module, image: Tensor) -> list[Call]:
         if module in layers or (id(module) not in within and not any(True for _ in module.children())):
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(note(name), with_kwargs=True))
-    modes = [(module, module.training) for module in inner.modules()]
     try:
-        inner.eval()
-        inner(image)
+        run_example(inner, image)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return calls
 
 

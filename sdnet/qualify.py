@@ -3,12 +3,12 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
+from sdnet.examples import Example, checked_example
 from sdnet.kernels import checks
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.dictionaries import is_dense
@@ -19,8 +19,9 @@ from sdnet.kernels.qualify.key import Call, Flags, Update, machine_of
 from sdnet.kernels.qualify.parent import BUDGET, Outcome
 from sdnet.kernels.qualify.verdicts import Store, Verdict
 from sdnet.kernels.reference import Pair
-from sdnet.layers import CSCConv2d, Recorder
-from sdnet.step_size import Example, csc_layers, input_sizes
+from sdnet.layers import CSCConv2d
+from sdnet.recorder import Recorder
+from sdnet.step_size import csc_layers, input_sizes
 from sdnet.stored_weight import is_plain
 
 LAYOUTS = {True: torch.channels_last, False: torch.contiguous_format}
@@ -99,10 +100,7 @@ def qualify(
     layers = csc_layers(model)
     if not layers:
         raise ValueError("model has no CSC layers; qualify needs at least one.")
-    sizes_alone = isinstance(example_batch, tuple) and all(isinstance(n, Integral) for n in example_batch)
-    if not isinstance(example_batch, (Tensor, tuple, dict)) or sizes_alone:
-        given = checks.shown(example_batch)
-        raise ValueError(f"example_batch is {given}; it must be a tensor, a tuple or a dict of arguments.")
+    checked_example("example_batch", example_batch)
     fresh, all_tiles = checks.flag("fresh", fresh), checks.flag("all_tiles", all_tiles)
     budget = checks.number("budget", budget)
     if memory is not None and checks.number("memory", memory) == 0:

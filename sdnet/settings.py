@@ -2,9 +2,9 @@
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
+from sdnet.examples import Example, checked_example, run_example
 from sdnet.kernels import checks
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.layers import CSCConv2d
@@ -13,7 +13,6 @@ from sdnet.state import checked_lambda
 from sdnet.step_size import csc_layers
 
 Layers = Literal["all", "first"]
-Example = Tensor | tuple[Tensor, ...]
 
 
 def set_lambda(
@@ -28,10 +27,10 @@ def set_lambda(
         lam: a number of at least 0, or a tensor of such numbers: 0-d, one per sample of the next batches, [N] or
             [N, 1, 1, 1], or one per atom, [1, K, 1, 1].
         layers: "all", or "first" for the CSC layer that the data reach first, which is the stem of an SDNet.
-        example: for "first", an input of the model (a tensor, or a tuple of the positional arguments). The first layer
-            is then found by one forward in evaluation mode. It is needed where the order of the calls does not follow
-            from the model's structure, that is, for several CSC layers that are in neither an `SDNet` nor an
-            `nn.Sequential`.
+        example: for "first", a batch that the model takes, a tuple of its positional or a dict of its keyword
+            arguments. The first layer is then found by one forward in evaluation mode. It is needed where the order of
+            the calls does not follow from the model's structure, that is, for several CSC layers that are in neither
+            an `SDNet` nor an `nn.Sequential`.
 
     Raises:
         ValueError: an argument has a wrong type or value, `model` has no CSC layers, or `example` is needed. No lambda
@@ -115,7 +114,6 @@ def _first_by_structure(module: nn.Module) -> CSCConv2d | None:
     return None
 
 
-@torch.no_grad()
 def _first_called(model: nn.Module, example: Example) -> CSCConv2d:
     """Return the CSC layer that is called first in a forward of `example`, in evaluation mode."""
     called: list[CSCConv2d] = []
@@ -124,16 +122,13 @@ def _first_called(model: nn.Module, example: Example) -> CSCConv2d:
         assert isinstance(module, CSCConv2d)
         called.append(module)
 
+    example = checked_example("example", example)
     handles = [layer.register_forward_pre_hook(note) for layer in csc_layers(model).values()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        model(*(example if isinstance(example, tuple) else (example,)))
+        run_example(model, example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     if not called:
         raise ValueError("example did not reach any CSC layer of model.")
     return called[0]

@@ -4,19 +4,16 @@
 """
 
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sdnet.examples import Example, checked_example, run_example
 from sdnet.kernels import checks, step_sizes
 from sdnet.kernels.reference import Pair
 from sdnet.layers import CSCConv2d
 from sdnet.recorder import Recorder
 from sdnet.stored_weight import effective_weight, project_layer, refusal
-
-Example = Tensor | tuple[Any, ...] | dict[str, Any] | int
-"""What a model is called with, see `refresh_step_size`."""
 
 
 def csc_layers(model: nn.Module) -> dict[str, CSCConv2d]:
@@ -34,7 +31,7 @@ def csc_layers(model: nn.Module) -> dict[str, CSCConv2d]:
 
 @torch.no_grad()
 def refresh_step_size(
-    model: nn.Module, example: Example | None = None, *, image_size: int | Pair | None = None
+    model: nn.Module, example: Example | int | None = None, *, image_size: int | Pair | None = None
 ) -> None:
     """Set every step size of a model to 0.9 / (largest eigenvalue of A'A), computed to convergence.
 
@@ -105,7 +102,7 @@ def converge_power_vectors(model: nn.Module) -> None:
 
 @torch.no_grad()
 def step_margins(
-    model: nn.Module, example: Example | None = None, *, image_size: int | Pair | None = None
+    model: nn.Module, example: Example | int | None = None, *, image_size: int | Pair | None = None
 ) -> dict[str, float]:
     """Return step size times largest eigenvalue of A'A of every CSC layer, and change nothing.
 
@@ -179,9 +176,8 @@ class SizeRecorder(Recorder):
         self.size = (max(height, x.shape[2]), max(width, x.shape[3]))
 
 
-@torch.no_grad()
 def input_sizes(
-    model: nn.Module, example: Example | None = None, image_size: int | Pair | None = None
+    model: nn.Module, example: Example | int | None = None, image_size: int | Pair | None = None
 ) -> dict[str, Pair]:
     """Return the input size of each CSC layer in one forward in evaluation mode; nothing without an argument.
 
@@ -209,17 +205,12 @@ def input_sizes(
         size = checks.pair("image_size", image_size, 1)
         first = next(module for module in model.modules() if isinstance(module, (CSCConv2d, nn.Conv2d)))
         example = next(first.parameters()).new_zeros(1, first.in_channels, *size)
-    elif not isinstance(example, (Tensor, tuple, dict)):
-        raise ValueError(f"example is {checks.shown(example)}; it must be a tensor, a tuple or a dict of arguments.")
-    positional = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
-    keywords = example if isinstance(example, dict) else {}
+    example = checked_example("example", example)
     recorders = {name: SizeRecorder() for name in layers}
     for name, layer in layers.items():
         layer.add_recorder(recorders[name])
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        model(*positional, **keywords)
+        run_example(model, example)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if image_size is None:
             raise
@@ -231,6 +222,4 @@ def input_sizes(
     finally:
         for name, layer in layers.items():
             layer.remove_recorder(recorders[name])
-        for module, training in modes:
-            module.training = training
     return {name: recorder.size for name, recorder in recorders.items() if recorder.size is not None}

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import sdnet
+from sdnet.examples import evaluation_mode
 from sdnet.kernels import explain
 from sdnet.step_size import csc_layers
 from sdnet.train.data.loader import Data
@@ -78,19 +79,13 @@ def layer_scalars(model: nn.Module, images: Tensor, gradient_norm: Tensor) -> di
     """
     scalars = {"gradient_norm": gradient_norm}
     if csc_layers(model):
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with sdnet.record(model) as recording:
-                model.forward(images[:LOOKED_AT])
-                for name, layer in recording.diagnose().items():
-                    scalars[f"sparsity/{name}"] = layer.sparsity.mean()
-                    scalars[f"relative_residual/{name}"] = layer.relative_residual.mean()
-            for name, layer in csc_layers(model).items():
-                if layer.learn_lam != "no":
-                    scalars[f"lambda/{name}"] = layer.lam.mean()
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluation_mode(model), sdnet.record(model) as recording:
+            model.forward(images[:LOOKED_AT])
+            for name, layer in recording.diagnose().items():
+                scalars[f"sparsity/{name}"] = layer.sparsity.mean()
+                scalars[f"relative_residual/{name}"] = layer.relative_residual.mean()
+        for name, layer in csc_layers(model).items():
+            if layer.learn_lam != "no":
+                scalars[f"lambda/{name}"] = layer.lam.mean()
     values = torch.stack([value.float() for value in scalars.values()]).tolist()
     return dict(zip(scalars, values, strict=True))
