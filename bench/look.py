@@ -28,11 +28,13 @@ from torch import Tensor
 import sdnet
 from sdnet.bench import look_document, look_figures
 from sdnet.bench.common_options import at_least
-from sdnet.bench.robustness.measure import PIXEL_NORMS
+from sdnet.bench.plots import save_figure
+from sdnet.bench.tables import NOTHING, markdown
 from sdnet.inspection import mutual_coherence, objective_curve, spectrum
 from sdnet.inversion import Inversion, match_contrast, psnr
 from sdnet.official import load_official_model
 from sdnet.step_size import csc_layers
+from sdnet.train.data.normalisation import NORMS
 from sdnet.train.demo_data import photographs_folder
 from sdnet.train.errors import UserError
 from sdnet.train.files import write_atomically
@@ -116,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
         "dictionary.png": look_figures.dictionaries({layer: spectrum(layers[layer]) for layer in inputs}, facts),
     }
     for file, figure in figures.items():
-        look_figures.save(figure, options.out / file)
+        save_figure(figure, options.out / file, look_figures.DPI)
     text = json.dumps({"model": model.config, "images": len(pixels), "layers": facts}, indent=2) + "\n"
     write_atomically(options.out / "look.json", lambda path: path.write_text(text, encoding="utf-8"))
     print(table(facts))
@@ -129,15 +131,20 @@ def run(options: argparse.Namespace) -> int:
 
 def table(facts: dict[str, dict[str, Any]]) -> str:
     """Return the numbers of the layers as a table in Markdown."""
-    head = ("layer", "inversion", "error", "PSNR", "matched contrast", "layer alone", "zeros", "coherence")
-    lines = [f"| {' | '.join(head)} |", "|:--|:--|--:|--:|--:|--:|--:|--:|"]
-    for name, fact in facts.items():
-        shown = [fact.get(key) for key in ("psnr", "psnr_matched", "layer_psnr")]
-        cells = [f"{value:.1f}" if value is not None else "" for value in shown]
-        error = "" if fact["error"] is None else f"{fact['error']:.3f}"
-        rest = f"{fact['sparsity']:.0%} | {fact['coherence']:.2f}" if "sparsity" in fact else " | "
-        lines.append(f"| `{name}` | {fact['kind']} | {error} | {' | '.join(cells)} | {rest} |")
-    return "\n".join(lines)
+    columns = {
+        "error": ("error", ".3f"),
+        "PSNR": ("psnr", ".1f"),
+        "matched contrast": ("psnr_matched", ".1f"),
+        "layer alone": ("layer_psnr", ".1f"),
+        "zeros": ("sparsity", ".0%"),
+        "coherence": ("coherence", ".2f"),
+    }
+    lines = [
+        [f"`{name}`", fact["kind"]]
+        + [NOTHING if fact.get(key) is None else format(fact[key], form) for key, form in columns.values()]
+        for name, fact in facts.items()
+    ]
+    return markdown(["layer", "inversion", *columns], lines)
 
 
 def _facts(found: Inversion, pixels: Tensor, picture: Tensor | None, matched: Tensor | None) -> dict[str, Any]:
@@ -180,7 +187,7 @@ def _norms(model: sdnet.SDNet) -> tuple[Tensor, Tensor]:
     """
     if model.in_channels not in (1, 3):
         raise UserError(f"The images of this network have {model.in_channels} channels; they must have 1 or 3.")
-    mean, std = (torch.tensor(values) for values in PIXEL_NORMS[model.config["stem"]])
+    mean, std = (torch.tensor(values) for values in NORMS[model.config["stem"]])
     if model.in_channels == 1:
         mean, std = mean.mean().view(1), std.mean().view(1)
     return mean.view(-1, 1, 1), std.view(-1, 1, 1)

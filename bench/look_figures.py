@@ -4,9 +4,7 @@ Both colour maps grow evenly in lightness and are told apart by colour-blind rea
 """
 
 from collections.abc import Mapping
-from io import BytesIO
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -16,7 +14,6 @@ from torch import Tensor
 
 from sdnet.inspection import ObjectiveCurve, atom_grid
 from sdnet.layers import CSCConv2d
-from sdnet.train.files import write_atomically
 
 DPI = 300
 WIDTH = 7.0
@@ -24,13 +21,6 @@ WIDTH = 7.0
 
 SHOWN_MAPS = 15
 SMALLEST_GAP = 1e-8
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, without a date in it."""
-    content = BytesIO()
-    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
-    write_atomically(path, lambda temporary: temporary.write_bytes(content.getvalue()))
 
 
 def show(axes: Axes, picture: Tensor, title: str = "") -> None:

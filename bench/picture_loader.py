@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sdnet.train.data.folder import ImageSet
+from sdnet.train.data.normalisation import NORMS
 
-MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
-STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+MEAN, STD = (np.array(values, dtype=np.float32) for values in NORMS["imagenet"])
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from sdnet.bench.ledger import Row
 from sdnet.bench.step_clock import PHASES
 from sdnet.bench.tables import comparison, grouped, over_baseline, rate, setting_words, speed_up, timed
+from sdnet.train.files import write_atomically
 
 Rows = Sequence[Row]
 
@@ -18,9 +19,15 @@ def save(path: Path, draw: Callable[[Axes], Any], height: float = 4) -> bool:
     """Draw on new axes and write the PNG, without a date in it."""
     figure = Figure(figsize=(8, height), layout="constrained")
     draw(figure.subplots())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save_figure(figure, path)
     return True
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write a figure as PNG, whole or not at all, without a date in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"format": "png", "dpi": dpi, "metadata": {"Software": None}}
+    write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
 
 
 def bars(ratios: Mapping[str, float | None], path: Path, axis_label: str, height: float) -> bool:

@@ -68,8 +68,8 @@ def write_weights(folder: Path, evaluation: "Evaluation", note: str) -> Path:
     cell, scale, sets = evaluation.cell, evaluation.scale, evaluation.sets
     facts = {
         "test_top1": f"{evaluation.training()['last']:.2f}",
-        "mean": json.dumps([round(value, 6) for value in PIXEL_MEAN]),
-        "std": json.dumps([round(value, 6) for value in PIXEL_STD]),
+        "mean": json.dumps(PIXEL_MEAN),
+        "std": json.dumps(PIXEL_STD),
         "scale": scale.name,
         "seed": str(cell.seed),
         "note": note,

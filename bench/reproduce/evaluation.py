@@ -1,5 +1,6 @@
 """The evaluation of one trained network: its accuracy, the table of rules, and attacks."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ class Evaluation:
         weights = {"weights": digest_of(run_folder / f"{WEIGHTS}.safetensors")}
         self.accuracy = StoredResults(self.folder / "accuracy.json", weights | {"pictures": every.digest})
         pictures = weights | {"pictures": self.sets.digest}
-        self.table = StoredResults(self.folder / "rules.json", pictures | scale.table.conditions())
+        self.table = StoredResults(self.folder / "rules.json", pictures | asdict(scale.table))
         self.attacks = {
-            row: StoredResults(self.folder / f"attacks_{row}.json", pictures | scale.attacks.conditions())
+            row: StoredResults(self.folder / f"attacks_{row}.json", pictures | asdict(scale.attacks))
             for row in (["training", "b"] if cell.model != "resnet18" else ["training"])
             if cell.attacks
         }

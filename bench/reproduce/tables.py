@@ -25,6 +25,7 @@ ROW_NAMES = {
     "BN": "batch statistics",
     "b + BN": "b, batch statistics",
 }
+RULES_HEADER = ["network, lambda", "clean", *(f"{noise}, mean" for noise in NOISES), "mean"]
 NETWORKS = ("resnet18", "sdnet18", "sdnet18_all", "sdnet18_all_noshortcut")
 
 
@@ -96,8 +97,7 @@ def tabled(cards: Sequence[Card]) -> list[Card]:
 
 def rules_table(cards: Sequence[Card]) -> str:
     """Return the accuracy by rule: clean, and under each noise the mean over the severities."""
-    header = ["network, lambda", "clean", *(f"{noise}, mean" for noise in NOISES), "mean"]
-    return markdown(header, [line for card in tabled(cards) for line in rule_lines(card, "", "severities", mean_over)])
+    return markdown(RULES_HEADER, [line for card in tabled(cards) for line in rule_lines(card, "", "severities")])
 
 
 def severities_table(cards: Sequence[Card]) -> str:
@@ -115,10 +115,8 @@ def severities_table(cards: Sequence[Card]) -> str:
 
 def alone_table(cards: Sequence[Card]) -> str:
     """Return the accuracy by rule when every picture is a batch of its own."""
-    header = ["network, lambda", "clean", *(f"{noise}, mean" for noise in NOISES), "mean"]
-    found = tabled(cards)
-    lines = [line for card in found for line in rule_lines(card, "batch 1, ", "alone_severities", mean_over)]
-    return markdown(header, lines)
+    lines = [line for card in tabled(cards) for line in rule_lines(card, "batch 1, ", "alone_severities")]
+    return markdown(RULES_HEADER, lines)
 
 
 def goals_table(cards: Sequence[Card]) -> str:
@@ -168,19 +166,17 @@ def mean_over(values: Sequence[float | None]) -> float | None:
     return mean(numbers) if len(numbers) == len(values) else None
 
 
-def rule_lines(
-    card: Card, prefix: str, severities: str, combine: Callable[[Sequence[float | None]], float | None]
-) -> list[list[str]]:
+def rule_lines(card: Card, prefix: str, severities: str) -> list[list[str]]:
     """Return a line for each row: clean, each noise, and the mean over the noises."""
     table = card["table"]
     lines = []
     for row in rows_of(card, prefix):
         by_noise = [
-            combine([table["values"].get(f"{prefix}{row}, {noise} {n}") for n in table["conditions"][severities]])
+            mean_over([table["values"].get(f"{prefix}{row}, {noise} {n}") for n in table["conditions"][severities]])
             for noise in NOISES
         ]
         clean = table["values"][f"{prefix}{row}, clean"]
-        lines.append([f"{card['network']}, {ROW_NAMES[row]}", *map(points, (clean, *by_noise, combine(by_noise)))])
+        lines.append([f"{card['network']}, {ROW_NAMES[row]}", *map(points, (clean, *by_noise, mean_over(by_noise)))])
     return lines
 
 

@@ -7,12 +7,13 @@ attacks.json and attacks.md. The same command goes on after an interruption.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from sdnet.bench.common_options import at_least, choose_device, number
 from sdnet.bench.ledger import writable_folder
 from sdnet.bench.robustness.attack_runs import AttackOptions, AttackRuns, autoattack_class
-from sdnet.bench.robustness.checkpoints import load_checkpoint
+from sdnet.bench.robustness.checkpoints import file_of, load_checkpoint
 from sdnet.bench.robustness.measure import digest_of, pixel_model
 from sdnet.bench.robustness.pictures import CLEAN, test_pictures
 from sdnet.bench.robustness.stored import StoredResults
@@ -21,7 +22,6 @@ from sdnet.robustness.model import RobustModel
 from sdnet.robustness.rules import NoiseRule
 from sdnet.step_size import csc_layers
 from sdnet.train.errors import UserError
-from sdnet.weights import weights_file
 
 DEFAULTS = AttackOptions(pictures=1000, linf=(0.5, 1, 2, 4, 8), autoattack=1000)
 
@@ -77,9 +77,8 @@ def run(options: argparse.Namespace) -> int:
         queries=options.queries,
         batch=options.batch,
     )
-    of_run = options.checkpoint / f"{options.weights}.safetensors"
-    weights = digest_of(of_run if of_run.is_file() else weights_file(options.checkpoint))
-    conditions = {"weights": weights, "pictures": digest, "k": options.k, "attacks": attacks.conditions()}
+    weights = digest_of(file_of(options.checkpoint, options.weights))
+    conditions = {"weights": weights, "pictures": digest, "k": options.k, "attacks": asdict(attacks)}
     results = StoredResults(options.out / "attacks.json", conditions)
     rule = None if options.k is None else NoiseRule(options.k)
     robust = pixel_model(RobustModel(model, rule))

@@ -6,8 +6,8 @@ Square attack beats no white-box attack, and gradients are not zero. Expectation
 defences: here a forward is deterministic, which is checked too.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,10 +63,6 @@ class AttackOptions:
     def autoattack_bounds(self) -> list[Bound]:
         """Return the bounds of AutoAttack in pixels."""
         return [*(("linf", eps / 255) for eps in self.autoattack_linf), *(("l2", eps) for eps in self.autoattack_l2)]
-
-    def conditions(self) -> dict[str, Any]:
-        """Return the options as JSON can hold them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def bound_name(bound: Bound) -> str:
@@ -227,8 +223,3 @@ def run_attack(model: nn.Module, attack: str, bound: Bound, pixels: Tensor, labe
     attacker.apgd_targeted.n_target_classes = attacker.fab.n_target_classes = min(9, classes - 1)
     found, _ = attacker.run_standard_evaluation(pixels, labels, batch_size=len(pixels))
     return found
-
-
-def accuracies(values: dict[str, Any], names: Sequence[str]) -> list[float | None]:
-    """Return the accuracies of stored values by name; None for those that are not measured."""
-    return [values.get(name) for name in names]

@@ -10,7 +10,7 @@ from sdnet.train.build import create_model
 from sdnet.train.errors import UserError
 from sdnet.train.recipes import Recipe
 from sdnet.train.run_folder import RunFolder
-from sdnet.weights import load_tensors, read_weights
+from sdnet.weights import load_tensors, read_weights, weights_file
 
 
 def load_run(path: Path, weights: str, classes: int, device: torch.device) -> tuple[sdnet.SDNet, Recipe]:
@@ -55,10 +55,9 @@ def load_checkpoint(path: Path, weights: str, device: torch.device) -> sdnet.SDN
         UserError: there is no such file, it does not say its network, it holds weights of another one, or the network
             does not classify images of three channels.
     """
-    of_run = path / f"{weights}.safetensors"
-    file = of_run if of_run.is_file() else path
     try:
-        if not read_weights(file).model and file == of_run:  # from before weights files said their network
+        file = file_of(path, weights)
+        if not read_weights(file).model and file == path / f"{weights}.safetensors":  # written by an older version
             return load_run(path, weights, load_file(file)["linear.bias"].shape[0], device)[0]
         model = sdnet.load_model(file)
     except (ValueError, FileNotFoundError, ImportError) as error:
@@ -68,6 +67,12 @@ def load_checkpoint(path: Path, weights: str, device: torch.device) -> sdnet.SDN
     if model.in_channels != 3:
         raise UserError(f"{path} holds a network for images of {model.in_channels} channels; it must take 3.")
     return placed(model, device, channels_last=True)
+
+
+def file_of(path: Path, weights: str) -> Path:
+    """Return the weights file that `load_checkpoint` reads."""
+    of_run = path / f"{weights}.safetensors"
+    return of_run if of_run.is_file() else weights_file(path)
 
 
 def placed(model: sdnet.SDNet, device: torch.device, channels_last: bool) -> sdnet.SDNet:

@@ -16,12 +16,6 @@ from sdnet.robustness.rules import Rule, residual_of
 
 BATCH = 200
 
-PIXEL_NORMS = {
-    "cifar": (PIXEL_MEAN, PIXEL_STD),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-"""Mean and deviation by which the training programs normalise pixels in [0, 1], by the stem of the network."""
-
 
 def pixel_model(model: nn.Module) -> PixelModel:
     """Return a model of pixels that normalises as the training program does, in evaluation mode."""
@@ -42,25 +36,22 @@ def percent(flags: Tensor) -> float:
 
 
 @torch.no_grad()
-def correct_with_lambda(
-    robust: RobustModel, pixels: Tensor, labels: Tensor, batch: int = BATCH
-) -> tuple[Tensor, float]:
+def correct_with_lambda(robust: RobustModel, pixels: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """Return which pictures a robust model classifies rightly, [N] bool, and the mean lambda that its rule chose."""
     normalise, right, lambdas = pixel_model(robust).normalise, [], []
-    for at in range(0, len(pixels), batch):
-        x = normalise(pixels[at : at + batch])
+    for at in range(0, len(pixels), BATCH):
+        x = normalise(pixels[at : at + BATCH])
         lam = torch.as_tensor(robust.lam_of(x), device=x.device)
-        right.append(robust.model(x, lam=lam).argmax(1) == labels[at : at + batch])
+        right.append(robust.model(x, lam=lam).argmax(1) == labels[at : at + BATCH])
         lambdas.append(lam.float().mean().expand(len(x)))
     return torch.cat(right), float(torch.cat(lambdas).mean())
 
 
 @torch.no_grad()
-def first_layer_facts(layer: CSCConv2d, x: Tensor, lam: float, batch: int = BATCH) -> dict[str, float]:
+def first_layer_facts(layer: CSCConv2d, x: Tensor, lam: float) -> dict[str, float]:
     """Return the mean residual |x - A z|² / n_dict, relative residual and sparsity of a layer at one lambda."""
     residuals, relative, zeros = [], [], []
-    for at in range(0, len(x), batch):
-        part = x[at : at + batch]
+    for part in x.split(BATCH):
         residual = residual_of(layer, part, lam)
         residuals.append(residual)
         relative.append((residual / part.square().sum((1, 2, 3)).clamp_min(1e-12)).sqrt())

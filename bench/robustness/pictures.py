@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,20 +12,23 @@ from sdnet.robustness.corruptions import NOISES, Noise, Scale, as_pixels, corrup
 from sdnet.train.data.cifar import read_small_pictures
 from sdnet.train.data.cifar_files import Arrays
 from sdnet.train.data.holdout import divide
-from sdnet.train.data.resident import MEAN, STD
+from sdnet.train.data.normalisation import NORMS
 from sdnet.train.errors import UserError
 
-PIXEL_MEAN = tuple(value / 255 for value in MEAN)
-PIXEL_STD = tuple(value / 255 for value in STD)
-"""Mean and deviation by which the training program normalises pixels in [0, 1]."""
+PIXEL_MEAN, PIXEL_STD = NORMS["cifar"]
 
 SEED = 2026
 """Decides which pictures a part of a set holds, and the noise."""
 
-Group = tuple[Noise, int]
-"""A noise and its severity; severity 0 is the clean picture."""
+Group = tuple[str, int]
+"""A noise, or a corruption of a published set, and its severity; severity 0 is the clean picture."""
 
 CLEAN: Group = ("gaussian", 0)
+
+
+def name_of(group: Group) -> str:
+    """Return the name of a group in results: "clean", "gaussian 3"."""
+    return f"{group[0]} {group[1]}" if group[1] else "clean"
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Pictures:
 
         The noise of a picture depends on the size of the set too: cut parts from the result, not from the set.
         """
-        noise, severity = group
+        noise, severity = cast(Noise, group[0]), group[1]
         if not severity:
             return as_pixels(self.images)
         seed = self.seed + 100 * NOISES.index(noise) + severity
@@ -97,11 +101,7 @@ def open_sets(data: Path, holdout: int, test: int, held: int, device: torch.devi
     _, positions = divide(found.train.labels, holdout, f"The training set in {data}")
     arrays = chosen(found.val, test, "test"), chosen(found.train.select(positions), held, "held-out")
     digest = hashlib.sha256("".join(part.digest() for part in arrays).encode()).hexdigest()
-    parts = [
-        Pictures(torch.from_numpy(part.images).to(device), torch.from_numpy(part.labels).long().to(device), seed)
-        for part, seed in zip(arrays, (SEED, SEED + 10_000), strict=True)
-    ]
-    return Sets(parts[0], parts[1], found.classes, digest)
+    return Sets(placed(arrays[0], SEED, device), placed(arrays[1], SEED + 10_000, device), found.classes, digest)
 
 
 def test_pictures(data: Path, count: int, device: torch.device, classes: int) -> tuple[Pictures, str]:
@@ -122,8 +122,13 @@ def test_pictures(data: Path, count: int, device: torch.device, classes: int) ->
     found = read_small_pictures(data)
     check_classes(data, len(found.classes), classes)
     arrays = chosen(found.val, count, "test")
-    images, labels = torch.from_numpy(arrays.images).to(device), torch.from_numpy(arrays.labels).long().to(device)
-    return Pictures(images, labels, SEED), arrays.digest()
+    return placed(arrays, SEED, device), arrays.digest()
+
+
+def placed(arrays: Arrays, seed: int, device: torch.device) -> Pictures:
+    """Return pictures on a device."""
+    images, labels = (torch.from_numpy(values).to(device) for values in (arrays.images, arrays.labels))
+    return Pictures(images, labels.long(), seed)
 
 
 def check_classes(data: Path, found: int, classes: int) -> None:
@@ -137,5 +142,9 @@ def chosen(arrays: Arrays, count: int, name: str) -> Arrays:
     total = len(arrays.labels)
     if count > total:
         raise UserError(f"{count} {name} pictures were asked for; there are {total}.")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(SEED))
-    return arrays.select(order[: count or total].numpy())
+    return arrays.select(seeded_order(total)[: count or total].numpy())
+
+
+def seeded_order(total: int) -> Tensor:
+    """Return the order from which parts of a set of `total` pictures are taken."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(SEED))

@@ -7,7 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sdnet.bench.plots import save_figure
 from sdnet.robustness.rules import line_through
+
+DPI = 110
 
 
 def curves_plot(
@@ -35,7 +38,7 @@ def curves_plot(
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(fontsize="x-small")
     draw_line(axes[-1], points)
-    write(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def draw_line(axis: Axes, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
@@ -67,10 +70,4 @@ def pictures_plot(path: Path, columns: Mapping[str, Tensor]) -> None:
         for row in range(count):
             axes[row][column].imshow(pixels[row].clamp(0, 1).permute(1, 2, 0).cpu().numpy())
             axes[row][column].set_axis_off()
-    write(figure, path)
-
-
-def write(figure: Figure, path: Path) -> None:
-    """Write a PNG file without a date in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    save_figure(figure, path, DPI)

@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdnet.bench.robustness.pictures import SEED, check_classes
+from sdnet.bench.robustness.pictures import Group, check_classes, seeded_order
 from sdnet.robustness.corruptions import as_pixels
 from sdnet.robustness.published import corruptions_of, read_cifar_c, read_imagenet_c
 from sdnet.train.errors import UserError
-
-Group = tuple[str, int]
 
 
 def published_source(
@@ -72,7 +70,7 @@ def choice(total: int, count: int | None) -> Tensor:
         return torch.arange(total)
     if count > total:
         raise UserError(f"--pictures is {count}; there are {total}.")
-    return torch.randperm(total, generator=torch.Generator().manual_seed(SEED))[:count]
+    return seeded_order(total)[:count]
 
 
 def decoded(files: Sequence[Path]) -> Tensor:

@@ -12,8 +12,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from sdnet.bench.robustness.measure import (
     percent,
     pixel_model,
 )
-from sdnet.bench.robustness.pictures import CLEAN, PIXEL_MEAN, PIXEL_STD, SEED, Group, Sets
+from sdnet.bench.robustness.pictures import CLEAN, PIXEL_MEAN, PIXEL_STD, SEED, Group, Sets, name_of
 from sdnet.bench.robustness.stored import StoredResults
 from sdnet.robustness.corruptions import NOISES
 from sdnet.robustness.fitting import best_of, calibrate_noise_rule
@@ -60,15 +59,6 @@ class TableOptions:
     def groups(self, severities: Sequence[int]) -> list[Group]:
         """Return the clean pictures and every noise at every severity."""
         return [CLEAN, *((noise, severity) for noise in NOISES for severity in severities)]
-
-    def conditions(self) -> dict[str, Any]:
-        """Return the options as JSON can hold them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-
-def name_of(group: Group) -> str:
-    """Return the name of a group in results: "clean", "gaussian 3"."""
-    return f"{group[0]} {group[1]}" if group[1] else "clean"
 
 
 class RuleTable:

@@ -16,7 +16,6 @@ import argparse
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +24,23 @@ import sdnet
 from sdnet.bench.common_options import at_least, choose_device, number
 from sdnet.bench.ledger import writable_folder
 from sdnet.bench.robustness import plots
-from sdnet.bench.robustness.checkpoints import load_checkpoint
-from sdnet.bench.robustness.measure import BATCH, PIXEL_NORMS, correct, digest_of, first_layer_facts, percent
-from sdnet.bench.robustness.pictures import Pictures, check_classes, open_sets, test_pictures
+from sdnet.bench.robustness.checkpoints import file_of, load_checkpoint
+from sdnet.bench.robustness.measure import BATCH, correct, digest_of, first_layer_facts, percent
+from sdnet.bench.robustness.pictures import CLEAN, Group, check_classes, name_of, open_sets, test_pictures
 from sdnet.bench.robustness.published import published_source
-from sdnet.bench.robustness.rule_table import OFFICIAL_LAMBDAS, name_of
+from sdnet.bench.robustness.rule_table import OFFICIAL_LAMBDAS
 from sdnet.bench.robustness.stored import StoredResults
 from sdnet.bench.tables import markdown
 from sdnet.robustness.corruptions import NOISES, SCALES, SEVERITIES
 from sdnet.robustness.fitting import PixelModel, best_of
 from sdnet.robustness.model import RobustModel, first_layer
 from sdnet.step_size import csc_layers
+from sdnet.train.data.normalisation import NORMS
 from sdnet.train.errors import UserError
-from sdnet.weights import weights_file
 
-Group = tuple[str, int]
+DRAWN = 4
+"""Pictures that are drawn."""
+
 Source = Callable[[Group], tuple[Tensor, Tensor]]
 """Returns the pixels in [0, 1] and the labels of a noise at a severity."""
 
@@ -71,9 +72,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{options.checkpoint} holds a network without CSC layers, so it has no lambda.")
     writable_folder(options.out)
     source, groups, digest = source_of(options, model, device)
-    weights = options.checkpoint / f"{options.weights}.safetensors"
     conditions = {
-        "weights": digest_of(weights if weights.is_file() else weights_file(options.checkpoint)),
+        "weights": digest_of(file_of(options.checkpoint, options.weights)),
         "pictures": digest,
         "scale": options.scale,
         "layers": options.layers,
@@ -101,7 +101,7 @@ def source_of(options: argparse.Namespace, model: sdnet.SDNet, device: torch.dev
     if model.config.get("stem") == "imagenet":
         raise UserError("--data takes small pictures; for a network with the ImageNet stem give --published.")
     most = SEVERITIES[options.scale]
-    groups: list[Group] = [("gaussian", 0)]
+    groups = [CLEAN]
     for noise in names:
         strengths = len(most[noise])
         if wrong := [n for n in options.severities or () if n > strengths]:
@@ -114,13 +114,7 @@ def source_of(options: argparse.Namespace, model: sdnet.SDNet, device: torch.dev
         pictures, digest = sets.held, sets.digest
     else:
         pictures, digest = test_pictures(options.data, count, device, model.num_classes)
-    return lambda group: noisy(pictures, group, options.scale), groups, digest
-
-
-def noisy(pictures: Pictures, group: Group, scale: Any) -> tuple[Tensor, Tensor]:
-    """Return the pixels of a noise and severity, and the labels."""
-    noise: Any = group[0]
-    return pictures.corrupted((noise, group[1]), scale), pictures.labels
+    return lambda group: (pictures.corrupted(group, options.scale), pictures.labels), groups, digest
 
 
 def measure(
@@ -134,7 +128,7 @@ def measure(
             pictures.append(source(group))
         return pictures[0]
 
-    layer, mean, std = first_layer(model), *PIXEL_NORMS[model.config["stem"]]
+    layer, mean, std = first_layer(model), *NORMS[model.config["stem"]]
     for value in lambdas:
 
         def compute(value: float = value) -> dict[str, float]:
@@ -145,14 +139,14 @@ def measure(
             return {"accuracy": score, **facts}
 
         found = results.get(key(group, value), compute)
-        print(f"{name_of_group(group)}, lambda {value:g}: {found['accuracy']:.2f} %", flush=True)
+        print(f"{name_of(group)}, lambda {value:g}: {found['accuracy']:.2f} %", flush=True)
     training = float(layer.lam)
 
     def residual() -> float:
         normalise = PixelModel(model, mean, std).to(layer.weight.device).normalise
         return first_layer_facts(layer, normalise(loaded()[0]), training)["residual"]
 
-    results.get(f"residual at the training lambda, {name_of_group(group)}", residual)
+    results.get(f"residual at the training lambda, {name_of(group)}", residual)
 
 
 def with_lambda(model: sdnet.SDNet, value: float, layers: str) -> nn.Module:
@@ -166,13 +160,7 @@ def with_lambda(model: sdnet.SDNet, value: float, layers: str) -> nn.Module:
 
 def key(group: Group, value: float) -> str:
     """Return the name of a value of the sweep."""
-    return f"{name_of_group(group)}, lambda {value:g}"
-
-
-def name_of_group(group: Group) -> str:
-    """Return a noise and severity in words."""
-    noise: Any = group[0]
-    return name_of((noise, group[1]))
+    return f"{name_of(group)}, lambda {value:g}"
 
 
 def scores_of(group: Group, lambdas: Sequence[float], results: StoredResults) -> list[float]:
@@ -188,10 +176,10 @@ def write(out: Path, lambdas: Sequence[float], groups: Sequence[Group], results:
     for group in groups:
         scores = scores_of(group, lambdas, results)
         best = best_of(lambdas, scores)
-        residual = results.values[f"residual at the training lambda, {name_of_group(group)}"]
+        residual = results.values[f"residual at the training lambda, {name_of(group)}"]
         sparsity = results.values[key(group, best)]["sparsity"]
         words = [f"{best:g}", f"{residual:.1f}", f"{sparsity:.2f}"]
-        lines.append([name_of_group(group), *(f"{score:.2f}" for score in scores), *words])
+        lines.append([name_of(group), *(f"{score:.2f}" for score in scores), *words])
         points.setdefault(group[0] if group[1] else "clean", []).append((residual, best))
         for noise in [group[0]] if group[1] else noises:
             curves.setdefault(noise, {})[group[1]] = scores
@@ -211,15 +199,14 @@ def write_pictures(
     groups: Sequence[Group],
     lambdas: Sequence[float],
     results: StoredResults,
-    count: int = 4,
 ) -> None:
     """Draw clean and noisy pictures, and those rebuilt from the codes at the training lambda and at the best one."""
-    layer, mean, std = first_layer(model), *PIXEL_NORMS[model.config["stem"]]
+    layer, mean, std = first_layer(model), *NORMS[model.config["stem"]]
     wrapped = PixelModel(model, mean, std).to(layer.weight.device)
     noisy_group = groups[-1]
-    clean, dirty = source(groups[0])[0][:count], source(noisy_group)[0][:count]
+    clean, dirty = source(groups[0])[0][:DRAWN], source(noisy_group)[0][:DRAWN]
     best = best_of(lambdas, scores_of(noisy_group, lambdas, results))
-    columns = {"clean": clean, name_of_group(noisy_group): dirty}
+    columns = {"clean": clean, name_of(noisy_group): dirty}
     for value in dict.fromkeys((float(layer.lam), best)):
         x = wrapped.normalise(dirty)
         rebuilt = layer.reconstruct(layer(x, value), (x.shape[2], x.shape[3]))[:, : x.shape[1]]

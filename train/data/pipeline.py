@@ -9,9 +9,9 @@ from nvidia.dali.auto_aug import rand_augment, trivial_augment
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType
 
-# ImageNet's statistics of RGB in [0, 255].
-MEAN = [255 * value for value in (0.485, 0.456, 0.406)]
-STD = [255 * value for value in (0.229, 0.224, 0.225)]
+from sdnet.train.data.normalisation import NORMS
+
+MEAN, STD = ([255 * value for value in values] for values in NORMS["imagenet"])
 
 
 def make_pipeline(

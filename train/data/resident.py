@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdnet.train.data.epochs import EpochLoader, LoaderOptions
+from sdnet.train.data.normalisation import NORMS
 
-# CIFAR-10's mean of RGB in [0, 255], and the usual deviation: the mean of the deviations of the single images.
-MEAN = [255 * value for value in (0.4914, 0.4822, 0.4465)]
-STD = [255 * value for value in (0.2023, 0.1994, 0.2010)]
+MEAN, STD = ([255 * value for value in values] for values in NORMS["cifar"])
 
 
 class ResidentLoader(EpochLoader):
