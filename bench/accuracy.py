@@ -51,19 +51,6 @@ def cudnn_heuristics() -> Iterator[None]:
         cudnn.benchmark = before
 
 
-def errors(found: Answers, truth: Answers) -> dict[str, float]:
-    """Return the relative error of each answer; infinite for a wrong shape, a missing answer or NaN."""
-    result = {}
-    for name, right in truth.items():
-        answer = found.get(name)
-        error = float("inf")
-        if answer is not None and answer.shape == right.shape:
-            norm = torch.linalg.vector_norm(right).clamp_min(1e-300)
-            error = float(torch.linalg.vector_norm(answer.double() - right) / norm)
-        result[name] = error if error == error else float("inf")
-    return result
-
-
 def objection(found: dict[str, float], baseline: dict[str, float], dtype: str) -> str:
     """Return why a provider with these errors is refused; "" if it is not."""
     epsilon = EPSILON[dtype]

@@ -82,14 +82,15 @@ def weights_of(layer: LayerShape) -> int:
 
 def tile_shape(layer: LayerShape, batch: int, itemsize: int, precision: str, channels_last: bool, arch: int) -> Shape:
     """Return a layer as the rules for tiles see it."""
+    kernel_size, stride, _ = layer.pairs
     return Shape(
         batch=batch,
         channels=layer.channels,
         atoms=layer.atoms,
         image_size=layer.size,
         codes_size=layer.codes_size,
-        kernel_size=(layer.kernel_size, layer.kernel_size),
-        stride=(layer.stride, layer.stride),
+        kernel_size=kernel_size,
+        stride=stride,
         itemsize=itemsize,
         precision=precision,
         channels_last=channels_last,

@@ -12,14 +12,14 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from math import prod
 
 import torch
 from torch import Tensor
 
+from sdnet.bench.layer_shapes import LayerShape
 from sdnet.kernels.coding import Coding
 from sdnet.kernels.csc import encode
-from sdnet.kernels.reference import Pair
 from sdnet.kernels.step_sizes import DictionaryState, initial_power_vector
 
 SMALL = (
@@ -39,36 +39,26 @@ UPDATED = ("3->64 7x7/2 @ 32", "64@8")
 LAYER = re.compile(r"(\d+)(?:->(\d+) (\d+)x\3/(\d+))? ?@ ?(\d+)")
 
 
-class Layer(NamedTuple):
-    """A layer of square atoms on square images."""
-
-    channels: int
-    atoms: int
-    kernel: int
-    stride: Pair
-    padding: Pair
-    size: int
-
-
-def parsed(text: str) -> Layer:
+def parsed(text: str) -> LayerShape:
     """Return the layer that is written as "3->64 7x7/2 @ 32", or as "64@56" with atoms of 3x3 and stride 1."""
     match = LAYER.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text} is no layer; write it as 64@56, or as 3->64 7x7/2@32")
     channels, atoms, kernel, stride, size = (int(group) if group else 0 for group in match.groups())
-    kernel, stride, half = kernel or 3, stride or 1, (kernel or 3) // 2
-    return Layer(channels, atoms or channels, kernel, (stride, stride), (half, half), size)
+    return LayerShape("", channels, atoms or channels, kernel or 3, stride or 1, (size, size))
 
 
-def call(layer: Layer, batch: int, dtype: torch.dtype, path: str, device: torch.device) -> Tensor:
+def call(layer: LayerShape, batch: int, dtype: torch.dtype, path: str, device: torch.device) -> Tensor:
     """Call two steps of a layer forward and backward; return the gradient of the dictionary."""
-    channels, atoms, kernel, stride, padding, size = layer
+    kernel_size, stride, padding = layer.pairs
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, channels, size, size, generator=generator)
-    weight = torch.nn.functional.normalize(torch.randn(atoms, channels * kernel**2, generator=generator))
+    x = torch.randn(batch, layer.channels, *layer.size, generator=generator)
+    weight = torch.nn.functional.normalize(
+        torch.randn(layer.atoms, layer.channels * prod(kernel_size), generator=generator)
+    )
     x, weight = (
         tensor.to(device, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-        for tensor in (x, weight.view(atoms, channels, kernel, kernel))
+        for tensor in (x, weight.view(layer.atoms, layer.channels, *kernel_size))
     )
     for keep in (True, False):  # the backward pass computes the residual again, or has it
         codes = encode(x, weight, 0.2, 0.1, Coding(), stride, padding, "triton", keep, path=path)
@@ -82,9 +72,11 @@ def update(device: torch.device) -> Tensor:
     from sdnet.kernels.triton_path.step_sizes import update_dictionaries
 
     states = []
-    for channels, atoms, kernel, stride, padding, size in map(parsed, UPDATED):
-        weight = torch.randn(atoms, channels, kernel, kernel, generator=torch.Generator().manual_seed(0)).to(device)
-        vector = initial_power_vector((1, channels, size, size)).to(device)
+    for layer in map(parsed, UPDATED):
+        kernel_size, stride, padding = layer.pairs
+        shape = (layer.atoms, layer.channels, *kernel_size)
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        vector = initial_power_vector((1, layer.channels, *layer.size)).to(device)
         states.append(DictionaryState(weight, vector, torch.ones((), device=device), stride, padding))
     update_dictionaries(states)
     return states[0].step_size

@@ -29,8 +29,13 @@ class LayerShape(NamedTuple):
     @property
     def codes_size(self) -> Pair:
         """Height and width of the codes."""
-        kernel_size, stride, padding = ((n, n) for n in (self.kernel_size, self.stride, self.padding))
-        return codes_size(self.size, kernel_size, stride, padding)
+        return codes_size(self.size, *self.pairs)
+
+    @property
+    def pairs(self) -> tuple[Pair, Pair, Pair]:
+        """Size of the atoms, stride and padding, each as a (vertical, horizontal) pair."""
+        kernel_size, stride, padding = self.kernel_size, self.stride, self.padding
+        return (kernel_size, kernel_size), (stride, stride), (padding, padding)
 
     @property
     def products(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from sdnet.bench.common_options import add_common_options, at_least, open_ledger
 from sdnet.bench.layer_shapes import LayerShape, csc_layers
 from sdnet.kernels.coding import Coding
+from sdnet.kernels.qualify.timing import percentiles
 from sdnet.kernels.torch_path import Needs, Problem
 from sdnet.train.errors import UserError
 
@@ -72,7 +73,7 @@ def host_ms(layer: LayerShape, batch: int, needs_x: bool, keep: bool, repeats: i
     def empty(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
 
-    square, stride, padding = ((n, n) for n in (layer.kernel_size, layer.stride, layer.padding))
+    square, stride, padding = layer.pairs
     x, weight = empty(batch, layer.channels, *layer.size), empty(layer.atoms, layer.channels, *square)
     scalar, layout = torch.empty((), device="meta"), torch.channels_last
     problem, needs = Problem(scalar, scalar, Coding(), stride, padding), Needs(needs_x, True, False)
@@ -83,8 +84,7 @@ def host_ms(layer: LayerShape, batch: int, needs_x: bool, keep: bool, repeats: i
         codes, residuals = loop.forward(x, weight, problem, layout, keep, path)
         loop.backward(grad, x, weight, codes, residuals, problem, needs, layout, path)
         times.append(1e3 * (time.process_time() - begin))
-    ordered = sorted(times[1:])
-    return {f"p{percent}": ordered[min(percent * repeats // 100, repeats - 1)] for percent in (20, 50, 80)}
+    return percentiles(times[1:])._asdict()
 
 
 def counted(layer: LayerShape, batch: int, needs_x: bool, keep: bool) -> dict[str, dict[str, Any]]:

@@ -35,6 +35,7 @@ from sdnet.bench.providers import (
 from sdnet.bench.roofline import Ceilings, least_work, measure_ceilings
 from sdnet.bench.tables import kernels_table
 from sdnet.kernels.qualify import timing
+from sdnet.kernels.qualify.compare import errors_of as relative_errors
 from sdnet.train.errors import UserError
 
 OPERATORS = {"csc": CSC} | {
@@ -226,7 +227,7 @@ def verdicts(
     truth = accuracy.oracle(operator, workload, inputs)
 
     def errors_of(provider: Provider) -> dict[str, float]:
-        return accuracy.errors(accuracy.answers(provider(workload, inputs), inputs["grad"], operator.modes), truth)
+        return relative_errors(accuracy.answers(provider(workload, inputs), inputs["grad"], operator.modes), truth)
 
     baseline = errors_of(operator.providers["reference"])
     result: dict[str, tuple[str, str, dict[str, float]]] = {}

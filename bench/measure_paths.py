@@ -76,11 +76,9 @@ def call_of(workload: Workload) -> Call:
     """Return the key of a workload in the table of verdicts."""
     layer = workload.layer
     return Call(
-        channels=layer.channels,
-        atoms=layer.atoms,
-        kernel_size=(layer.kernel_size, layer.kernel_size),
-        stride=(layer.stride, layer.stride),
-        padding=(layer.padding, layer.padding),
+        layer.channels,
+        layer.atoms,
+        *layer.pairs,
         image_size=layer.size,
         batch=workload.batch,
         dtype=str(DTYPES[workload.dtype]).removeprefix("torch."),

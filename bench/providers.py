@@ -46,7 +46,7 @@ class Workload:
     @property
     def geometry(self) -> dict[str, Any]:
         """Stride and padding, as convolutions and `csc_encode` take them."""
-        return {"stride": (self.layer.stride,) * 2, "padding": (self.layer.padding,) * 2}
+        return dict(zip(("stride", "padding"), self.layer.pairs[1:], strict=True))
 
     @property
     def options(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def cases(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPES[dtype], device="meta").to(memory_format=layout)
 
-    square, stride, padding = ((n, n) for n in (layer.kernel_size, layer.stride, layer.padding))
+    square, stride, padding = layer.pairs
     images, codes = empty(batch, layer.channels, *layer.size), empty(batch, layer.atoms, *layer.codes_size)
     scale = torch.empty((), device="meta")
     with recorded(arch, *KERNELS, PASS_2) as recorders:

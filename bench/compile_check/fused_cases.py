@@ -17,7 +17,6 @@ from sdnet.bench.compile_check.compile_case import (
 )
 from sdnet.bench.layer_shapes import LayerShape, csc_layers, distinct, distinct_layers
 from sdnet.kernels.coding import Coding
-from sdnet.kernels.reference import Pair
 from sdnet.kernels.torch_path import Needs, Problem
 from sdnet.kernels.triton_path import loop, pointwise
 from sdnet.kernels.triton_path.correlation import weight_gradient
@@ -100,7 +99,7 @@ def run(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)
 
-    kernel_size, stride, padding = (pair(n) for n in (layer.kernel_size, layer.stride, layer.padding))
+    kernel_size, stride, padding = layer.pairs
     x, weight = (
         empty(batch, layer.channels, *layer.size),
         empty(layer.atoms, coding.n_dict * layer.channels, *kernel_size),
@@ -112,8 +111,3 @@ def run(
     loop.backward(
         empty(*codes[-1].shape), x, weight, codes, residuals, problem, Needs(True, True, True), layout, asked=asked
     )
-
-
-def pair(n: int) -> Pair:
-    """Return (n, n)."""
-    return n, n

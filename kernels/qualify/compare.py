@@ -151,12 +151,12 @@ def errors_of(found: Results, truth: Results) -> dict[str, float]:
     """Return the relative error of each result; infinite for a missing one, another shape or NaN."""
     errors = {}
     for name, right in truth.items():
-        result = found.get(name)
-        errors[name] = float("inf")
+        result, error = found.get(name), float("inf")
         if result is not None and result.shape == right.shape:
-            norm = torch.linalg.vector_norm(right.float()).clamp_min(1e-30)
-            error = float(torch.linalg.vector_norm(result.float() - right.float()) / norm)
-            errors[name] = error if error == error else float("inf")
+            right = right if right.dtype == torch.float64 else right.float()
+            norm = torch.linalg.vector_norm(right).clamp_min(1e-30)
+            error = float(torch.linalg.vector_norm(result.to(right.dtype) - right) / norm)
+        errors[name] = error if error == error else float("inf")
     return errors
 
 
