@@ -30,6 +30,7 @@ from sdnet.bench import look_document, look_figures
 from sdnet.bench.common_options import at_least
 from sdnet.bench.plots import save_figure
 from sdnet.bench.tables import NOTHING, markdown
+from sdnet.files import write_text
 from sdnet.inspection import mutual_coherence, objective_curve, spectrum
 from sdnet.inversion import Inversion, match_contrast, psnr
 from sdnet.official import load_official_model
@@ -37,7 +38,6 @@ from sdnet.step_size import csc_layers
 from sdnet.train.data.normalisation import NORMS
 from sdnet.train.demo_data import photographs_folder
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
 from sdnet.weights import load_model, read_weights, weights_file
 
 OFFICIAL_ENDINGS = (".tar", ".pth", ".pt")
@@ -119,8 +119,8 @@ def run(options: argparse.Namespace) -> int:
     }
     for file, figure in figures.items():
         save_figure(figure, options.out / file, look_figures.DPI)
-    text = json.dumps({"model": model.config, "images": len(pixels), "layers": facts}, indent=2) + "\n"
-    write_atomically(options.out / "look.json", lambda path: path.write_text(text, encoding="utf-8"))
+    found = {"model": model.config, "images": len(pixels), "layers": facts}
+    write_text(options.out / "look.json", json.dumps(found, indent=2) + "\n")
     print(table(facts))
     if options.document:
         header = _header(options.checkpoint)

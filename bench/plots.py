@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from sdnet.bench.ledger import Row
 from sdnet.bench.step_clock import PHASES
 from sdnet.bench.tables import comparison, grouped, over_baseline, rate, setting_words, speed_up, timed
-from sdnet.train.files import write_atomically
+from sdnet.files import write_atomically
 
 Rows = Sequence[Row]
 

@@ -24,6 +24,7 @@ import torch
 
 from sdnet.cards import card_text, metadata, scores_of
 from sdnet.configuration import configuration, differences_of
+from sdnet.files import write_text
 from sdnet.kernels import checks
 from sdnet.models import SDNet
 from sdnet.weights import load_model, read_weights, save_model
@@ -155,13 +156,3 @@ def facts_of(
         ):
             return facts | {"run": folder, "scores": scores_of(weights.facts)}
     raise ValueError(f"run is '{folder}', but none of its files holds the weights of the model with its options.")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

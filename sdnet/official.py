@@ -1,6 +1,5 @@
 """Checkpoints of the official SDNet release (Delay-Xili/SDNet), read without executing what they pickle."""
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from os import PathLike, fspath
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnet.configuration import configuration
+from sdnet.files import write_atomically
 from sdnet.kernels import checks
 from sdnet.models import VARIANTS, SDNet, create_model
 from sdnet.step_size import converge_power_vectors
@@ -129,12 +129,7 @@ def save_official_checkpoint(model: SDNet, path: str | PathLike[str]) -> None:
             f"model is {name} with {model.in_channels} input channels and {model.num_classes} classes; the official "
             "code has SDNet-18 and SDNet-34, and their _all variants, for 3 channels and with a classifier."
         )
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(file, lambda temporary: torch.save(state, temporary))
 
 
 def official_arguments(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:

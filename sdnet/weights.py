@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sdnet.configuration import LAYERS, build, configuration, differences_of
+from sdnet.files import write_atomically
 from sdnet.kernels import checks
 from sdnet.models import SDNet, create_model
 from sdnet.step_size import csc_layers
@@ -176,13 +177,7 @@ def save_model(
     if not isinstance(model, SDNet):
         raise ValueError(f"model is of type {type(model).__name__}; it must be a network of sdnet.create_model.")
     content = weights_bytes(model.state_dict(), {**(facts or {}), **model_facts(configuration(model), classes)})
-    file = Path(path)
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(file, lambda temporary: temporary.write_bytes(content))
 
 
 def model_facts(config: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[str, str]:

@@ -7,10 +7,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
+from sdnet.files import write_atomically
 from sdnet.inspection import atom_grid
 from sdnet.step_size import csc_layers
 from sdnet.train.ema import Ema
-from sdnet.train.files import write_atomically
 
 FILE = "atoms.png"
 SIDE = 600

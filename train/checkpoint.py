@@ -9,9 +9,9 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from sdnet.files import link_atomically, write_atomically
 from sdnet.train.data.loader import Loader
 from sdnet.train.errors import UserError
-from sdnet.train.files import link_atomically, write_atomically
 
 State = dict[str, Any]
 

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 import sdnet
+from sdnet.files import write_text
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.official import load_official_model
 from sdnet.step_size import csc_layers
 from sdnet.train.cli import check_paths, user_errors
 from sdnet.train.data.loader import Data, Loader, Program, Rank
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
 from sdnet.train.job import BadFiles, Job, Verify
 from sdnet.train.recipes import CIFAR_RECIPES, RECIPES, Recipe
 from sdnet.train.run_folder import RunFolder
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if main_process:
             text = json.dumps(result, indent=2)
             if options.out:
-                write_atomically(options.out, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+                write_text(options.out, text + "\n")
             sys.stdout.write(text + "\n")
 
 

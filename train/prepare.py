@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from sdnet.files import write_text
 from sdnet.train.cli import check_paths, user_errors
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.names import printable
@@ -34,7 +35,6 @@ from sdnet.train.data.shard_writer import ShardPlan, Sources, Worker, begin_work
 from sdnet.train.data.shards import MANIFEST, read_manifest
 from sdnet.train.data.sources import NOT_IMAGES, read_pictures
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
 from sdnet.train.interrupt import Interrupt
 
 IMAGES_PER_SHARD = 2500
@@ -110,7 +110,7 @@ def prepare(
     try:
         _make(left, sets, records, workers, say)
         manifest = _gather(tasks, sets, plan, records)
-        write_atomically(out / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"))
+        write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"{printable(out)} cannot be written: {error.strerror}. Finished shards are kept: {AGAIN}."
@@ -157,7 +157,7 @@ def _begin(out: Path, plan: Preparation) -> dict[str, Any] | None:
         raise UserError(f"{printable(out)} holds something else: choose another folder.")
     try:
         noted.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(noted, lambda path: path.write_text(json.dumps(asdict(plan))))
+        write_text(noted, json.dumps(asdict(plan)))
     except OSError as error:
         raise UserError(f"{printable(out)} cannot be written: {error.strerror}.") from error
     return None

@@ -27,9 +27,9 @@ from typing import Any
 
 from torch import Tensor
 
+from sdnet.files import link_atomically, remove_unfinished, write_atomically, write_text
 from sdnet.train.checkpoint import Checkpoint
 from sdnet.train.errors import UserError
-from sdnet.train.files import link_atomically, remove_unfinished, write_atomically
 from sdnet.train.recipes import Recipe
 from sdnet.weights import weights_bytes
 
@@ -251,7 +251,7 @@ class RunFolder:
         """Remove the lines of epochs after the checkpoint, which will be run again."""
         kept = [line for line in self.metrics() if line["epoch"] <= epochs]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(self.metrics_file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self.metrics_file, text)
 
     def save_weights(self, name: str, weights: dict[str, Tensor], facts: dict[str, str]) -> None:
         """Write `name`.safetensors with `facts` in its header."""
@@ -286,8 +286,7 @@ class RunFolder:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _read_json(path: Path, kind: type) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
+from sdnet.files import write_text
 from sdnet.train.build import launched_processes
 from sdnet.train.data.loader import Data, Rank
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
 from sdnet.train.job import Job
 from sdnet.train.outcome import outcome
 from sdnet.train.progress import Display
@@ -54,9 +54,8 @@ def train_runs(job: Job, open_data: Callable[[Job, Rank, torch.device], Data]) -
         Trainer(one, open_data).train()
         AcceleratorState._reset_state(reset_partial_state=True)  # for the next run of this process
     found = summarise([one.run.metrics() for one in jobs])
-    text = json.dumps({"seeds": seeds, **found}, indent=2) + "\n"
     with job.run.writing():
-        write_atomically(job.run.path / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(job.run.path / "summary.json", json.dumps({"seeds": seeds, **found}, indent=2) + "\n")
     Display(clock=True).say(describe_summary(found, job.runs))
 
 

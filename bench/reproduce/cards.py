@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdnet.bench.robustness.pictures import PIXEL_MEAN, PIXEL_STD
+from sdnet.files import write_text
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
 from sdnet.weights import save_model
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def write_card(folder: Path, evaluation: "Evaluation", device: torch.device, not
         },
     }
     path = folder / f"{scale.name}_{cell.name}.json"
-    text = json.dumps(card, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(card, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -76,7 +75,7 @@ def write_weights(folder: Path, evaluation: "Evaluation", note: str) -> Path:
     }
     file = folder / f"{scale.name}_{cell.kind}" / "model.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda temporary: save_model(temporary, evaluation.model, sets.classes, facts))
+    save_model(file, evaluation.model, sets.classes, facts)
     return file
 
 

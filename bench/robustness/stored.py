@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sdnet.files import write_text
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
 
 Value = TypeVar("Value")
 
@@ -45,7 +45,7 @@ class StoredResults:
             self.values[name] = json.loads(json.dumps(compute(), allow_nan=False))
             text = json.dumps({"conditions": self.conditions, "values": self.values}, indent=0) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            write_text(self.path, text)
         return self.values[name]
 
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from sdnet.files import write_atomically
 from sdnet.train import environment
 from sdnet.train.checkpoint import Checkpoint, RandomState, TrainState, restore
 from sdnet.train.data.names import printable
 from sdnet.train.environment import describe_environment, package_version
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
 from sdnet.train.metrics import LossMeter
 from sdnet.train.progress import Display, one_line
 from sdnet.train.recipes import demo

@@ -18,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from sdnet.files import write_text
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.formats import HEAD, TAIL, looks_whole, why_unusable
 from sdnet.train.data.names import printable
 from sdnet.train.data.span import Span
 from sdnet.train.data.watch import tell
 from sdnet.train.errors import DataError, UserError
-from sdnet.train.files import write_atomically
 from sdnet.train.job import Verify
 
 CHUNK = 1000  # images that a thread takes at a time
@@ -135,7 +135,6 @@ def _recall(cache: Path, stamp: str, verify: Verify) -> tuple[list[BadImage], in
 def _remember(cache: Path, stamp: str, verify: Verify, bad: Sequence[BadImage], done: int) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"stamp": stamp, "verify": verify, "bad": bad, "done": done})
-        write_atomically(cache, lambda temporary: temporary.write_text(text))
+        write_text(cache, json.dumps({"stamp": stamp, "verify": verify, "bad": bad, "done": done}))
     except OSError:
         pass  # a cache that cannot be written costs the next run a check

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sdnet.files import write_atomically
 from sdnet.train.data.check import cache_folder, place_of, stamp_of
 from sdnet.train.data.folder import ImageSet
-from sdnet.train.files import write_atomically
 
 DIGEST_BYTES = 32
 

@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
+from sdnet.files import write_text
 from sdnet.train.data.archives import Member
 from sdnet.train.data.folder import ImageSet
 from sdnet.train.data.formats import FORMATS, why_unusable
@@ -21,7 +22,6 @@ from sdnet.train.data.shard_index import INDEX_HEADER, index_line
 from sdnet.train.data.shards import sample_key
 from sdnet.train.data.span import Span
 from sdnet.train.errors import DataError
-from sdnet.train.files import write_atomically
 
 Sources = Mapping[str, ImageSet]
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "BMP": "bmp", "PPM": "ppm", "TIFF": "tif", "WEBP": "webp"}
@@ -113,11 +113,10 @@ def write_shard(plan: ShardPlan, images: ImageSet, records: Path, stopped: Calla
         if written is None:
             return False
         lines, facts = written
-        index = f"{INDEX_HEADER} {len(lines)}\n" + "".join(lines)
-        write_atomically(plan.tar.with_suffix(".idx"), lambda path: path.write_text(index))
+        write_text(plan.tar.with_suffix(".idx"), f"{INDEX_HEADER} {len(lines)}\n" + "".join(lines))
         os.replace(temporary, plan.tar)
         facts |= {"file": plan.tar.name, "bytes": plan.tar.stat().st_size, "sha256": hashing.digest.hexdigest()}
-        write_atomically(plan.record(records), lambda path: path.write_text(json.dumps(facts)))
+        write_text(plan.record(records), json.dumps(facts))
     finally:
         temporary.unlink(missing_ok=True)
     return True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that a reader or a crash never meets half of it; if this fails, the old file stays.
+    """Write a file so that no reader and no crash finds half of it; if this fails, the old file stays.
 
     Args:
         path: The file.
@@ -24,6 +24,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def link_atomically(source: Path, path: Path) -> None:
