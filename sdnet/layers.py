@@ -19,7 +19,7 @@ from sdnet.kernels.dictionaries import update_dictionaries
 from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.step_sizes import DictionaryState
-from sdnet.recorder import Recorder
+from sdnet.recorder import Recordable
 from sdnet.state import CodingState, LearnLam, checked_lambda, persistent_state
 
 DEFAULT_INPUT_SIZE = 32
@@ -27,7 +27,7 @@ FIRST_PRODUCTS = 11
 """Products with AA' for the first step size, which exceeds 0.9 / (largest eigenvalue) by some percent at most."""
 
 
-class CSCConv2d(CodingState):
+class CSCConv2d(CodingState, Recordable):
     """Compute convolutional sparse codes of the input.
 
     The codes approximate
@@ -136,7 +136,6 @@ class CSCConv2d(CodingState):
             pixels, codes = self.in_channels * size[0] * size[1], self.out_channels * out_size[0] * out_size[1]
             lam = lam * pixels / codes
         channels = self.coding.n_dict * self.in_channels
-        self._recorders: tuple[Recorder, ...] = ()
         self._versions: tuple[int, int, int] | None = None
         with persistent_state():
             empty = torch.empty(self.out_channels, channels, *self.kernel_size, device=device, dtype=dtype)
@@ -354,17 +353,9 @@ class CSCConv2d(CodingState):
             shown = f"learned per {self.learn_lam} from {shown}"
         return ", ".join([f"lam={shown}", *(f"{name}={value!r}" for name, value in vars(self.coding).items())])
 
-    def add_recorder(self, recorder: Recorder) -> None:
-        """Give the input, the codes and lambda of every later call to `recorder`."""
-        self._recorders = (*self._recorders, recorder)
-
-    def remove_recorder(self, recorder: Recorder) -> None:
-        """End what `add_recorder` began."""
-        self._recorders = tuple(other for other in self._recorders if other is not recorder)
-
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes that a copy or a pickle takes over: all but the recordings in progress."""
-        return {**self.__dict__, "_recorders": (), "_versions": None}
+        """Return the attributes that a copy or a pickle takes over: not recordings, nor the versions of tensors."""
+        return {**super().__getstate__(), "_versions": None}
 
 
 @cache

@@ -10,7 +10,6 @@ from torch import Tensor, distributed, nn
 
 from sdnet.examples import Example, checked_example
 from sdnet.kernels import checks
-from sdnet.kernels.coding import Coding
 from sdnet.kernels.dictionaries import is_dense
 from sdnet.kernels.dispatch import DTYPES, obstacle_of
 from sdnet.kernels.operators import memory_format_of
@@ -19,12 +18,11 @@ from sdnet.kernels.qualify.key import Call, Flags, Update, machine_of
 from sdnet.kernels.qualify.parent import BUDGET, Outcome
 from sdnet.kernels.qualify.verdicts import Store, Verdict
 from sdnet.kernels.reference import Pair
+from sdnet.kernels.torch_path import Problem
 from sdnet.layers import CSCConv2d
-from sdnet.recorder import Recorder
+from sdnet.recorder import Recorder, recorded
 from sdnet.step_size import csc_layers, input_sizes
 from sdnet.stored_weight import is_plain
-
-LAYOUTS = {True: torch.channels_last, False: torch.contiguous_format}
 
 
 @dataclass(frozen=True)
@@ -211,38 +209,18 @@ class CallRecorder(Recorder):
 def call_of(
     layer: CSCConv2d, size: Pair, batch: int, dtype: torch.dtype, channels_last: bool, lam_per_sample: bool = False
 ) -> Call:
-    """Return a call of a layer as verdicts know it."""
-    coding: Coding = layer.coding
-    return Call(
-        channels=layer.in_channels * coding.n_dict,
-        atoms=layer.out_channels,
-        kernel_size=layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        image_size=size,
-        batch=batch,
-        dtype=str(dtype).removeprefix("torch."),
-        channels_last=channels_last,
-        n_steps=coding.n_steps,
-        solver=coding.solver,
-        data_term=coding.data_term,
-        nonnegative=coding.nonnegative,
-        has_mu=coding.mu != 0,
-        n_dict=coding.n_dict,
-        lam_per_sample=lam_per_sample,
-    )
+    """Return a call of a layer as the verdicts name it."""
+    x = torch.empty(batch, 1, *size, dtype=dtype, device="meta")
+    lam = torch.empty((batch, 1, 1, 1) if lam_per_sample else (), device="meta")
+    problem = Problem(layer.step_size, lam, layer.coding, layer.stride, layer.padding)
+    return Call.of(x, layer.weight, problem, torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def recorded_calls(model: nn.Module, example: Example) -> dict[str, tuple[Call, ...]]:
     """Return the calls of each CSC layer in one forward in evaluation mode."""
     recorders = {name: CallRecorder(layer) for name, layer in csc_layers(model).items()}
-    for recorder in recorders.values():
-        recorder.layer.add_recorder(recorder)
-    try:
+    with recorded({recorder.layer: recorder for recorder in recorders.values()}):
         input_sizes(model, example)
-    finally:
-        for recorder in recorders.values():
-            recorder.layer.remove_recorder(recorder)
     return {name: tuple(recorder.calls) for name, recorder in recorders.items()}
 
 

@@ -12,7 +12,7 @@ from sdnet.examples import Example, checked_example, run_example
 from sdnet.kernels import checks, step_sizes
 from sdnet.kernels.reference import Pair
 from sdnet.layers import CSCConv2d
-from sdnet.recorder import Recorder
+from sdnet.recorder import Recorder, recorded
 from sdnet.stored_weight import effective_weight, project_layer, refusal
 
 
@@ -207,10 +207,9 @@ def input_sizes(
         example = next(first.parameters()).new_zeros(1, first.in_channels, *size)
     example = checked_example("example", example)
     recorders = {name: SizeRecorder() for name in layers}
-    for name, layer in layers.items():
-        layer.add_recorder(recorders[name])
     try:
-        run_example(model, example)
+        with recorded({layer: recorders[name] for name, layer in layers.items()}):
+            run_example(model, example)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if image_size is None:
             raise
@@ -219,7 +218,4 @@ def input_sizes(
             f"The model does not take one tensor of the shape that image_size {image_size} asks for: give an example "
             f"batch instead ({reason})."
         ) from error
-    finally:
-        for name, layer in layers.items():
-            layer.remove_recorder(recorders[name])
     return {name: recorder.size for name, recorder in recorders.items() if recorder.size is not None}
