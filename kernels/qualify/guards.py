@@ -50,10 +50,6 @@ class GuardedMemory(TorchDispatchMode):
         body.fill_(torch.nan if made.is_floating_point() else 0)
         return body.as_strided(made.shape, made.stride())
 
-    def bodies(self) -> list[int]:
-        """Return the addresses of the tensors, for tests."""
-        return [block.data_ptr() + GUARD for block in self.blocks]
-
     def harmed(self) -> int:
         """Return how many tensors have a changed guard word before or behind them. Waits for the device."""
         ends = [(block[:GUARD] != WORD).any() | (block[-GUARD:] != WORD).any() for block in self.blocks]
