@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import sdnet
+from sdnet.files import write_atomically, write_text
 from sdnet.train.errors import UserError
-from sdnet.train.files import write_atomically
 
 MARKS = re.compile(r"(<!-- look -->\n).*?(<!-- /look -->)", re.DOTALL)
 FIGURES = {
@@ -62,7 +62,7 @@ def write(
     lines.append(summary(layers))
     before = document.read_text(encoding="utf-8")
     after = MARKS.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], before)
-    write_atomically(document, lambda path: path.write_text(after, encoding="utf-8"))
+    write_text(document, after)
 
 
 def described(model: sdnet.SDNet, header: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 import sdnet
+from sdnet.configuration import differences_of
 from sdnet.official import load_official_model
 from sdnet.train.errors import UserError
 from sdnet.train.recipes import Recipe
@@ -72,17 +73,11 @@ def initialise(model: nn.Module, initial: Initial, classes: tuple[str, ...]) -> 
     )
     left = {name for name in own if name.endswith(FROM_THE_WEIGHTS)} | (set() if same_head else set(CLASSIFIER))
     left |= {name for name in own if name.endswith(".raw_lam") and name not in initial.tensors}  # begins with lam
-    faults = [f"missing {name}" for name in own if name not in left and name not in initial.tensors]
-    faults += [f"unexpected {name}" for name in initial.tensors if name not in own]
-    for name, tensor in initial.tensors.items():
-        if name in own and name not in left and tensor.shape != own[name].shape:
-            faults.append(f"misshapen {name}: {list(tensor.shape)} in the file, {list(own[name].shape)} in the model")
-    if faults:
-        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
-        raise UserError(f"init_from is '{initial.file}', which holds weights of another model: {shown}.")
-    for name, tensor in initial.tensors.items():
-        if name not in left:
-            own[name].copy_(tensor)
+    taken = {name: tensor for name, tensor in initial.tensors.items() if name not in left}
+    if differences := differences_of(taken | {name: own[name] for name in left}, own):
+        raise UserError(f"init_from is '{initial.file}', which holds weights of another model: {differences}.")
+    for name, tensor in taken.items():
+        own[name].copy_(tensor)
     try:
         sdnet.refresh_step_size(model)
     except ValueError as error:
