@@ -107,7 +107,7 @@ def forward(
     Without `keep_codes` return the last codes at least, and free those that no later step reads.
     """
     scaled, n_dict = problem.scaled(weight), problem.coding.n_dict
-    # The n_dict copies of x meet the sum of their dictionaries in the first step.
+    # All n_dict copies of x are equal, so the first step correlates x with the sum of the dictionaries.
     first = reduce(scaled, "k (d c) h w -> k c h w", "sum", d=n_dict) if n_dict > 1 else scaled
     codes = [shrink_step(None, x, first, problem)]
     residuals: list[Tensor] = []

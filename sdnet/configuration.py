@@ -41,8 +41,8 @@ def configuration(model: SDNet) -> dict[str, Any]:
         counts = Counter(options[key] for options in layers.values() if not isinstance(options.get(key, []), list))
         config |= {key: counts.most_common(1)[0][0]} if counts else {}
     with torch.device("meta"):
-        twin = build(config, "model")
-    if differences := differences_of(model.state_dict(), twin.state_dict()):
+        rebuilt = build(config, "model")
+    if differences := differences_of(model.state_dict(), rebuilt.state_dict()):
         raise ValueError(
             f"model was changed after sdnet.create_model, so that its arguments do not build it again: "
             f"{differences}; store its state_dict() in place of it."

@@ -17,7 +17,7 @@ from sdnet.kernels.step_sizes import DictionaryState
 from sdnet.layers import CSCConv2d
 
 UNIT_TOLERANCE = 1e-2
-"""The relative error of a norm that half precision makes of atoms of unit norm, with some room."""
+"""The relative error of a norm that half precision makes of atoms of unit norm, with some reserve."""
 
 
 def is_sharded(weight: Tensor | None) -> bool:

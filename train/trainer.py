@@ -18,6 +18,7 @@ from sdnet.train.build import check_recipe, equal_facts, make_accelerator, make_
 from sdnet.train.checkpoint import LoaderPosition, RandomState, TrainState, restore
 from sdnet.train.data.loader import Data, Loader, Rank
 from sdnet.train.data.watch import listening
+from sdnet.train.disk_space import check_disk_space
 from sdnet.train.ema import Ema
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
@@ -33,7 +34,6 @@ from sdnet.train.outcome import by_weights, describe_outcome, describe_scores
 from sdnet.train.progress import Display, Stopwatch, peak_memory
 from sdnet.train.ranks import check_equal, naming_lost_process, on_all, on_main, set_timeout
 from sdnet.train.reports import layer_scalars, summary
-from sdnet.train.room import check_room
 from sdnet.train.saving import Digests, Saver
 from sdnet.train.schedule import learning_rate
 from sdnet.train.step_sizes import converge_step_sizes, measured_margins
@@ -78,7 +78,7 @@ class Trainer:
         """Open the data, make the model, and restore the checkpoint if the run is resumed."""
         job, recipe, accelerator = self.job, self.job.recipe, self.accelerator
         device, processes = accelerator.device, accelerator.num_processes
-        on_main(accelerator, lambda: check_room(self.run, recipe, job.resume))
+        on_main(accelerator, lambda: check_disk_space(self.run, recipe, job.resume))
         checkpoint, fallen_back = on_all(accelerator, lambda: self.run.checkpoint_of(job.resume))
         self.fallen_back = bool(fallen_back)
         check_equal(accelerator, equal_facts(job, checkpoint))

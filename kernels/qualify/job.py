@@ -44,7 +44,7 @@ class Decision(NamedTuple):
 
 
 class State:
-    """What this process knows; a module-level object, so that tests can replace it.
+    """The verdicts of this process; a module-level object, so that tests can replace it.
 
     Attributes:
         tables: the tables by digest of their machine.

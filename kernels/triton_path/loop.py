@@ -73,7 +73,7 @@ def forward(
         x, layer = dense(padded(x), layout), replace(layer, weight=padded(weight))
     path = first = path_of(layer, problem, choice)
     betas = [*momentum(coding.n_steps, coding.solver), 0.0]
-    if coding.n_dict > 1:  # in the first step x meets the sum of the dictionaries
+    if coding.n_dict > 1:  # the first step correlates x with the sum of the dictionaries
         summed = reduce(weight.float(), "k (d c) h w -> k c h w", "sum", d=coding.n_dict).to(weight.dtype)
         summed_layer = replace(layer, weight=summed)
         first = path_of(summed_layer, problem, choice_of(summed_layer, choice.name))

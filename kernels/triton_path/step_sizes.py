@@ -1,6 +1,6 @@
 """The step sizes of all layers of a network in at most 25 launches, whatever the number of layers.
 
-`sdnet.kernels.step_sizes` describes the method; its `update_dictionary` is the twin of this module. With M = AA':
+`sdnet.kernels.step_sizes` describes the method; its `update_dictionary` does the same by operators. With M = AA':
 
     project      W[k] <- W[k] / |W[k]|,   S[k, c] = sum of the taps of W[k, c]
     mean         sums of the power vector u over the pixels, and of its squares

@@ -68,7 +68,7 @@ def check_images(images: ImageSet, verify: Verify, threads: int) -> list[BadImag
 
 
 def inspect(span: Span, verify: Verify = "full") -> str | None:
-    """Return why an image cannot be used; None if nothing speaks against it."""
+    """Return why an image cannot be used; None if it can."""
     try:
         if not stat.S_ISREG(os.stat(span.path).st_mode):
             return "is not a regular file"

@@ -1,7 +1,7 @@
 """The correlation by pointers: any strides, sizes and types.
 
-A loop walks over boxes of TB images x TH rows x TW columns. A box moves by scalars, so offsets within it are constants
-of the program. The form "few" takes (tap, channel) pairs as one axis, for images of few channels (stems).
+A loop iterates over boxes of TB images x TH rows x TW columns. A box moves by scalars, so offsets within it are
+constants of the program. The form "few" takes (tap, channel) pairs as one axis, for images of few channels (stems).
 """
 
 import triton.language as tl

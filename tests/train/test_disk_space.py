@@ -12,10 +12,10 @@ import pytest
 
 from sdnet.train.checkpoint import Checkpoint
 from sdnet.train.data.dali import open_pictures
+from sdnet.train.disk_space import sizes
 from sdnet.train.errors import UserError
 from sdnet.train.job import Job
 from sdnet.train.recipes import Recipe, demo
-from sdnet.train.room import sizes
 from sdnet.train.run_folder import RunFolder
 from sdnet.train.trainer import Trainer
 
@@ -89,7 +89,7 @@ def test_a_disk_that_fills_during_a_run_keeps_the_last_checkpoint_and_a_resume_g
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_the_room_that_is_tried_is_what_a_run_takes(make_tree: MakeTree, tmp_path: Path) -> None:
+def test_the_space_that_is_reserved_is_what_a_run_takes(make_tree: MakeTree, tmp_path: Path) -> None:
     """At most: the model is counted with 1000 classes, and there is some slack."""
     train(make_tree([8, 7], [3, 2]), tmp_path / "run")
     taken = sum(file.stat().st_size for file in (tmp_path / "run").iterdir() if file.suffix in (".pt", ".safetensors"))

@@ -1,4 +1,4 @@
-"""Room on the disk for the files of a run, tried before any work."""
+"""Disk space for the files of a run, checked before any work."""
 
 import os
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from sdnet.train.run_folder import RunFolder
 SLACK = 1 << 16  # bytes of a file beside its tensors
 
 
-def check_room(run: RunFolder, recipe: Recipe, resume: bool) -> None:
-    """Reserve the room that the files of a run need at the most, and give it back.
+def check_disk_space(run: RunFolder, recipe: Recipe, resume: bool) -> None:
+    """Reserve the disk space that the files of a run take at most, and release it.
 
-    A limit on the size of a file, a quota and a full disk all show. A run that is resumed has most of its files
-    already: it needs room for the next ones beside them.
+    This detects a full disk, a quota and a limit on the size of a file. A run that is resumed has most of its files
+    already: it needs space for the next ones beside them.
 
     Args:
         run: The run folder, which exists.
@@ -24,7 +24,7 @@ def check_room(run: RunFolder, recipe: Recipe, resume: bool) -> None:
         resume: Whether the run is resumed.
 
     Raises:
-        UserError: There is not enough room.
+        UserError: There is not enough space.
     """
     if not hasattr(os, "posix_fallocate"):
         return
@@ -32,7 +32,7 @@ def check_room(run: RunFolder, recipe: Recipe, resume: bool) -> None:
     with run.writing():
         try:
             for number, size in enumerate(sizes(recipe, resume)):
-                made.append(run.path / f".room{number}.tmp")
+                made.append(run.path / f".space{number}.tmp")
                 descriptor = os.open(made[-1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
                 try:
                     os.posix_fallocate(descriptor, 0, size)
