@@ -16,12 +16,20 @@ import triton.language as tl
 
 from sdnet.kernels import step_sizes
 from sdnet.kernels.triton_path.jit import jit
+from sdnet.kernels.triton_path.lanczos_arithmetic import (
+    TINY,
+    at_least,
+    element,
+    is_finite,
+    sum_every,
+    sum_rows,
+    top_eigenvector,
+)
 
 jit_of_index = jit(do_not_specialize=["j", "source"])  # one compilation for all values
 
 SHARE, KNEE = tl.constexpr(step_sizes.RESIDUAL_SHARE), tl.constexpr(step_sizes.RESIDUAL_KNEE)
 LEAST_SHARE, BREAKDOWN = tl.constexpr(step_sizes.LEAST_SHARE), tl.constexpr(step_sizes.BREAKDOWN)
-SQUARINGS, TINY = tl.constexpr(step_sizes.SQUARINGS), tl.constexpr(step_sizes.TINY)
 
 # A row of the table: addresses, of several tensors in a row where a number follows, then sizes.
 WEIGHT, VECTOR, STEP, CODES, IMAGE, REST = (tl.constexpr(i) for i in (0, 1, 2, 3, 5, 9))  # 2 of codes, 4 images
@@ -49,37 +57,6 @@ def tensor(row_ptr, column):
 def size(row_ptr, column):
     """Return the size that stands in a column."""
     return tl.load(row_ptr + column).to(tl.int32)
-
-
-@jit
-def at_least(x, floor):
-    """Return max(x, floor); a NaN stays one."""
-    return tl.where(x < floor, floor, x)
-
-
-@jit
-def is_finite(x):
-    """Return whether x is neither infinite nor NaN."""
-    return x - x == 0
-
-
-@jit
-def sum_every(ptr, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the sum of `count` numbers that lie STRIDE apart."""
-    e = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, count, BLOCK):  # pyright: ignore[reportGeneralTypeIssues]
-        total += tl.load(ptr + (start + e) * STRIDE, mask=e < count - start, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-@jit
-def sum_rows(ptr, rows, columns, c):
-    """Return the sums of the columns c of a matrix [rows, columns], zeros past its columns."""
-    total = tl.zeros(c.shape, tl.float32)
-    for row in tl.range(0, rows):  # pyright: ignore[reportGeneralTypeIssues]
-        total += tl.load(ptr + row * columns + c, mask=c < columns, other=0.0)
-    return total
 
 
 @jit
@@ -294,25 +271,6 @@ def overlaps_of(row_ptr, n, BLOCK: tl.constexpr):
             overlap = overlap_of(row_ptr, i, j, BLOCK)
             matrix += tl.where((tl.minimum(row, column) == i) & (tl.maximum(row, column) == j), overlap, 0.0)
     return matrix
-
-
-@jit
-def top_eigenvector(matrix):
-    """Return the unit eigenvector [4] of the largest eigenvalue, as `step_sizes.top_eigenvector`."""
-    row, column = tl.arange(0, 4)[:, None], tl.arange(0, 4)[None, :]
-    power = matrix
-    for _ in tl.range(0, SQUARINGS):  # pyright: ignore[reportGeneralTypeIssues]
-        power = power / at_least(tl.sum(tl.where(row == column, power, 0.0)), TINY)
-        power = tl.sum(power[:, :, None] * power[None, :, :], axis=1)
-    longest = tl.argmax(tl.sum(tl.where(row == column, power, 0.0), axis=1), axis=0)
-    vector = tl.sum(tl.where(column == longest, power, 0.0), axis=1)
-    return vector / at_least(tl.sqrt(tl.sum(vector * vector, axis=0)), TINY)
-
-
-@jit
-def element(vector, i):
-    """Return the element i of a vector [4]."""
-    return tl.sum(tl.where(tl.arange(0, 4) == i, vector, 0.0), axis=0)
 
 
 @jit

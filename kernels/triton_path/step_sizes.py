@@ -72,11 +72,11 @@ class LayerRow(NamedTuple):
         """Describe a dictionary."""
         weight, power_vector, step_size, stride, padding = dictionary
         atoms, channels, kh, kw = weight.shape
-        grid = (power_vector.shape[2], power_vector.shape[3])
-        codes = codes_size(grid, (kh, kw), stride, padding)
+        image_size = (power_vector.shape[2], power_vector.shape[3])
+        codes = codes_size(image_size, (kh, kw), stride, padding)
         addresses = (weight.data_ptr(), power_vector.data_ptr(), step_size.data_ptr())
         last, vector_last = not weight.is_contiguous(), not power_vector.is_contiguous()
-        return LayerRow(*addresses, channels, atoms, grid, codes, (kh, kw), stride, padding, last, vector_last)
+        return LayerRow(*addresses, channels, atoms, image_size, codes, (kh, kw), stride, padding, last, vector_last)
 
     @property
     def pixels(self) -> int:
