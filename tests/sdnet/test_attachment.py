@@ -35,7 +35,7 @@ def test_after_each_optimiser_step_the_atoms_are_on_the_sphere_and_the_step_foll
     for _ in range(10):
         train(model, optimizer, 1)
         assert norms_off(model) < 1e-6
-        assert all(0.9 * (1 - 1e-2) < margin < 0.95 for margin in margins(model))
+        assert all(0.9 * (1 - 1e-2) < margin < 0.92 for margin in margins(model))
     moved = [(layer.weight - old).abs().max() for layer, old in zip(csc_layers(model), start, strict=True)]
     assert min(moved) > 1e-2
 
@@ -325,8 +325,10 @@ def test_pruned_dictionaries_keep_their_zeros_and_have_unit_norm(attached_first:
     assert norms_off(model) < 1e-6
     for layer, mask in zip(csc_layers(model), masks, strict=True):
         assert torch.equal(layer.weight != 0, mask != 0)
-    assert all(0.9 * (1 - 1e-2) < margin < 0.95 for margin in margins(model))
-    assert all(0.9 * (1 - 1e-2) < margin < 0.95 for margin in sdnet.step_margins(model).values())
+    assert all(0.9 * (1 - 1e-2) < margin < 0.92 for margin in margins(model))
+    assert all(0.9 * (1 - 1e-2) < margin < 0.92 for margin in sdnet.step_margins(model).values())
+    sdnet.refresh_step_size(model)
+    assert margins(model) == pytest.approx([0.9, 0.9], rel=1e-3)
 
 
 class Doubled(nn.Module):
@@ -352,7 +354,7 @@ def test_parametrized_dictionaries_are_projected_where_they_are_stored(kind: str
     train(model, optimizer, 3)
     assert all(parametrize.is_parametrized(layer, "weight") for layer in csc_layers(model))
     assert norms_off(model) < 1e-6
-    assert all(0.9 * (1 - 1e-2) < margin < 0.95 for margin in margins(model))
+    assert all(0.9 * (1 - 1e-2) < margin < 0.92 for margin in margins(model))
     sdnet.project(model)
     assert margins(model) == pytest.approx([0.9, 0.9], rel=1e-3)
 
