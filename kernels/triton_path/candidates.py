@@ -92,6 +92,8 @@ def is_useful(product: Product, shape: Shape, tile: Tile, other: Tile, processor
     """Whether another tile than the rules' can be quicker, by the number of programs and the size of the layer."""
     if other.form != "descriptors":
         return True
+    if product == "analysis" and other.warps == 8 and other.atoms >= 128 and serialises_wgmma():
+        return False
     if product != "correlation" and other.pixels < tile.pixels:
         slots = processors * programs_per_processor(product, tile, shape.itemsize)
         return programs_of(product, shape, tile, processors) < 2 * slots
@@ -100,3 +102,11 @@ def is_useful(product: Product, shape: Shape, tile: Tile, other: Tile, processor
     if product != "analysis" and other.channels > max(64, shape.channels):
         return False
     return other.pixels <= shape.batch and programs_of(product, shape, other, processors) >= processors
+
+
+@cache
+def serialises_wgmma() -> bool:
+    """Whether ptxas serialises wgmma in an analysis of 8 warps and 128 atoms: with Triton before 3.7."""
+    from triton import __version__
+
+    return tuple(int(part) for part in __version__.split(".")[:2]) < (3, 7)

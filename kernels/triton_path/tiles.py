@@ -323,6 +323,8 @@ def synthesis_tile(shape: Shape) -> Tile:
     box, made, summed, warps, stages = _by_pointers(shape, shape.phase_size, columns, shape.atoms)
     if _is_narrow(box) and shape.itemsize == 4:
         warps = 8  # with 4, Triton 3.6 spills registers of the epilogue on sm_80
+    if shape.itemsize == 4 and shape.arch < 90:
+        stages = 2  # with 3, Triton 3.7 spills registers of a box of 8 x 8 on sm_80
     return Tile("few" if few else "pointers", *box, summed, made, warps, stages)
 
 
