@@ -275,8 +275,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out {options.out} must end in .json.")
+    jobs = jobs_of(options.arch, options.only, options.quick)
+    if not jobs:
+        parser.error(f"--only {options.only} is in the module and name of no case, such as 'step_size_cases project'.")
     reports, known = [], earlier_reports(options.out)
-    for report in reports_of(jobs_of(options.arch, options.only, options.quick), options.processes, known):
+    for report in reports_of(jobs, options.processes, known):
         reports.append(report)
         if len(reports) % WRITTEN_EVERY == 0:
             write(options.out, [*reports, *known])

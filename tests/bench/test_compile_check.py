@@ -142,6 +142,13 @@ def test_command_writes_what_it_found(
     assert "must end in .json" in capsys.readouterr().err
 
 
+def test_a_filter_that_no_case_meets_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["compile_check", "--arch", "89", "--only", "no such case"])
+    with pytest.raises(SystemExit):
+        compile_check.main()
+    assert "--only no such case is in the module and name of no case" in capsys.readouterr().err
+
+
 def test_the_summary_has_a_line_for_each_module_and_architecture() -> None:
     report = Report("module", "a case", 90, 4, 3, 128, 0, 96 * 1024, 2, ["wgmma.mma_async"])
     reports = [report, replace(report, registers=90, faults=["spills 8 bytes"]), replace(report, arch=80)]
