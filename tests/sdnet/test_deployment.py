@@ -84,7 +84,7 @@ def hard_threshold(v: Tensor, step_size: Tensor, lam: Tensor, least: float) -> T
         {"learn_lam": "atom"},
         {"prox": partial(hard_threshold, least=0.02)},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_every_option_is_exported_as_plain_operators(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
