@@ -1,6 +1,6 @@
-"""`margins`: how far step sizes are from divergence while a network learns, one optimiser step after another.
+"""`margins`: how far step sizes are from divergence while a network learns, one optimizer step after another.
 
-The margin of a layer is its step size times the largest eigenvalue of A'A, converged anew after each optimiser step;
+The margin of a layer is its step size times the largest eigenvalue of A'A, converged anew after each optimizer step;
 0.9 is exact, and the default solver, FISTA, diverges from 4/3 on. Three tasks learn from random weights:
 
     dictionary     CSCConv2d(1, 32, 9, n_steps=50, lam=0.3, nonnegative=False), Adam, crops of scikit-image's camera
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=at_least(0), nargs="+", default=[0, 1], help="of weights and pictures; default 0 1"
     )
-    parser.add_argument("--steps", type=at_least(1), default=100, help="optimiser steps of each run; default 100")
-    parser.add_argument("--every", type=at_least(1), default=10, help="optimiser steps of one row; default 10")
+    parser.add_argument("--steps", type=at_least(1), default=100, help="optimizer steps of each run; default 100")
+    parser.add_argument("--every", type=at_least(1), default=10, help="optimizer steps of one row; default 10")
     add_common_options(parser)
 
 
@@ -145,7 +145,7 @@ class Classification:
 
 
 class StepRecord(NamedTuple):
-    """One optimiser step: the margin of each layer, the loss, and milliseconds of the update and of the whole step."""
+    """One optimizer step: the margin of each layer, the loss, and milliseconds of the update and of the whole step."""
 
     margins: dict[str, float]
     loss: float

@@ -84,7 +84,7 @@ class TrainingSetting:
 
 
 class TrainingRun:
-    """A model and its optimiser; each training step marks the phases of a clock.
+    """A model and its optimizer; each training step marks the phases of a clock.
 
     The learning rate 0.1, momentum and weight decay of SGD are those of the CIFAR recipe, because the speed of the
     weights decides how many power iterations the official loop takes. Before every batch an official network refreshes
@@ -113,7 +113,7 @@ class TrainingRun:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.dtype == "fp16" and device.type == "cuda")
         self.clock = StepClock(device)
-        # Hooks run in the order of registration: this one ends the optimiser's phase, that of attach is the refresh.
+        # Hooks run in the order of registration: this one ends the optimizer's phase, that of attach is the refresh.
         self.optimizer.register_step_post_hook(lambda *_: self.clock.mark("optimiser"))
         if layers:
             sdnet.attach(model, self.optimizer)

@@ -1,4 +1,4 @@
-"""The update of all dictionaries of a network after an optimiser step: projected atoms, re-estimated step sizes.
+"""The update of all dictionaries of a network after an optimizer step: projected atoms, re-estimated step sizes.
 
 On a GPU all layers can share a handful of Triton launches (`triton_path.step_sizes`); elsewhere PyTorch's operators run
 layer by layer (`step_sizes`). The mathematics is at the head of `step_sizes`. As for calls of the operator, `impl` and

@@ -3,7 +3,7 @@
 All products run in the input's space: M = AA' has the same largest eigenvalue as A'A, its vectors are images
 [1, C, H, W] of the size that the layer sees, and they are no larger than the codes.
 
-`update_dictionary` runs after every optimiser step. It scales the atoms to unit norm and estimates the largest
+`update_dictionary` runs after every optimizer step. It scales the atoms to unit norm and estimates the largest
 eigenvalue from the power vector of the last step:
 
 1. First directions. When weights move fast, the largest eigenvalue often jumps to a new mode that is constant over the
@@ -20,8 +20,8 @@ eigenvalue from the power vector of the last step:
    because Q contains the last power vector, and the estimate equals L once u has converged. The step size is
    0.9 / estimate.
 
-`python -m sdnet.bench margins` measures step size x L after each optimiser step. Nothing waits for the device. Power
-vector and step size are replaced by finite values only: they outlast an optimiser step that makes the weights NaN, and
+`python -m sdnet.bench margins` measures step size x L after each optimizer step. Nothing waits for the device. Power
+vector and step size are replaced by finite values only: they outlast an optimizer step that makes the weights NaN, and
 serve again once the weights have been restored. All layers of a network on a GPU share 25 Triton launches
 (`triton_path.step_sizes`); elsewhere PyTorch's operators run layer by layer.
 

@@ -6,7 +6,7 @@ gamma = step_size / (1 + step_size mu),
     P(y + step_size A'r) = shrink(y / (1 + step_size mu) + conv(r, gamma W), gamma lam),
 
 so a scalar threshold becomes the convolution's bias and the element-wise work runs in place. And autograd keeps the
-input and the codes alone: the masks are in the codes, residuals are recomputed.
+input, the codes and, with `keep_residuals`, the residuals: the masks are in the codes.
 
 Backward. From g_{k+1} = dL/dz_{k+1}, with m_{k+1} = [z_{k+1} != 0] g_{k+1}, residual r_k = x - A p_k, and c_k the
 residual's scale (1, or 1/2 / |r_k| for the norm data term, taken as a constant):

@@ -30,12 +30,12 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainState:
-    """Where a run stands; an epoch is a fixed number of optimiser steps.
+    """Where a run stands; an epoch is a fixed number of optimizer steps.
 
     Attributes:
         epoch: The number of finished epochs.
         batch: The number of finished batches of the running epoch.
-        step: The number of optimiser steps of the whole run.
+        step: The number of optimizer steps of the whole run.
         best_top1: The highest top-1 accuracy so far, in percent, of the images that choose the best weights; -1 before
             the first evaluation.
         best_ema_top1: The same of the averaged weights.

@@ -15,7 +15,7 @@ from sdnet.step_size import csc_layers
 class Ema:
     """The exponential moving average of the weights, and of the statistics of batch norm.
 
-    After optimiser step t = 0, 1, ... the average is
+    After optimizer step t = 0, 1, ... the average is
 
         average <- d average + (1 - d) weights,    d = min(decay, (1 + t) / (10 + t))
 
@@ -43,7 +43,7 @@ class Ema:
         """Include the present weights; no host sync.
 
         Args:
-            step: The number of the optimiser step that was just taken, counted from 0.
+            step: The number of the optimizer step that was just taken, counted from 0.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._sources, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -41,8 +41,8 @@ class Job:
     resume: bool = False
 
     threads: int = setting(0, "data", "decoding threads of each process, 0 for its share of the cores", most=1024)
-    log_every: int = setting(20, "run", "optimiser steps between two reports", least=1)
-    checkpoint_every: int = setting(0, "run", "optimiser steps between two checkpoints, 0 for epoch ends only")
+    log_every: int = setting(20, "run", "optimizer steps between two reports", least=1)
+    checkpoint_every: int = setting(0, "run", "optimizer steps between two checkpoints, 0 for epoch ends only")
     checkpoint_minutes: float = setting(15.0, "run", "minutes between two checkpoints, 0 for epoch ends only")
     keep_every: int = setting(0, "run", "epochs between two checkpoints that are kept for good, 0 for none")
     timeout: float = setting(

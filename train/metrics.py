@@ -44,7 +44,7 @@ class LossMeter:
         Args:
             loss: The mean loss, 0-d.
             count: The number of images of the batch.
-            step: The optimiser step that the batch belongs to.
+            step: The optimizer step that the batch belongs to.
         """
         self._sums[0::2] += loss.double() * count
         self._sums[1::2] += count

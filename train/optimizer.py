@@ -1,4 +1,4 @@
-"""The optimiser of a recipe, with the parameters in groups by whether they decay."""
+"""The optimizer of a recipe, with the parameters in groups by whether they decay."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from sdnet.train.recipes import Recipe
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """Return the optimiser of a recipe over all parameters of a model that are trained.
+    """Return the optimizer of a recipe over all parameters of a model that are trained.
 
     Parameters that do not decay are in a second group, with a weight decay of 0. A learned lambda never decays: it is
     softplus(raw_lam), and decay would draw it to softplus(0), about 0.69.

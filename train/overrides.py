@@ -13,10 +13,10 @@ FIXED = {
         ("model", "stem", "width", "shortcut", "learn_lam", "n_dict", "image_size"), "it decides what is trained"
     ),
     **dict.fromkeys(("batch", "accumulate", "holdout"), "it decides how many steps an epoch has"),
-    **dict.fromkeys(("optimizer", "decay_norms", "decay_atoms"), "the stored state of the optimiser would not fit"),
+    **dict.fromkeys(("optimizer", "decay_norms", "decay_atoms"), "the stored state of the optimizer would not fit"),
     **dict.fromkeys(("seed", "extras"), "the order and the augmentation of the running epoch depend on it"),
     **dict.fromkeys(("name", "init_from"), "it concerns the beginning of a run"),
-    "freeze": "the stored state of the optimiser would not fit",
+    "freeze": "the stored state of the optimizer would not fit",
 }
 """The settings that a run keeps, and why."""
 

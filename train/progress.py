@@ -56,8 +56,8 @@ class Display:
     nothing of the bar stays when the display closes.
 
     Args:
-        steps: The optimiser steps of the whole run.
-        done: The optimiser steps already taken when the display opens.
+        steps: The optimizer steps of the whole run.
+        done: The optimizer steps already taken when the display opens.
         active: Whether this process shows anything; only one should.
         clock: Whether lines end with the time of day.
     """
@@ -113,7 +113,7 @@ class Display:
         """Show where the run stands: above the bar, or in a line with the time that is left.
 
         Args:
-            step: The optimiser steps taken.
+            step: The optimizer steps taken.
             text: What to say about them; two spaces stand between its parts.
         """
         left = (time.perf_counter() - self._begin) / max(step - self._begin_step, 1) * (self._steps - step)

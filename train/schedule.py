@@ -9,7 +9,7 @@ FULL_SIZE_FROM = 0.8
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of an optimiser step.
+    """Return the learning rate of an optimizer step.
 
     With e = step / steps_per_epoch, W warm-up epochs and E epochs in all:
         warm-up, e < W:  lr (step + 1) / (W steps_per_epoch)
@@ -19,8 +19,8 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
     Args:
         recipe: The recipe.
-        step: The optimiser step, counted from 0 over the whole run.
-        steps_per_epoch: The number of optimiser steps in an epoch.
+        step: The optimizer step, counted from 0 over the whole run.
+        steps_per_epoch: The number of optimizer steps in an epoch.
     """
     epoch = step / steps_per_epoch
     if epoch < recipe.warmup_epochs:

@@ -45,7 +45,7 @@ def start_trackers(accelerator: Accelerator, job: Job, step: int) -> None:
     Args:
         accelerator: Accelerate, which passes scalars on to the trackers.
         job: The job.
-        step: The optimiser steps that the run has taken.
+        step: The optimizer steps that the run has taken.
     """
     names = [name for name in job.tracker if name != "none"]
     folder = str(job.run.path)

@@ -48,7 +48,7 @@ OpenData = Callable[[Job, Rank, torch.device], Data]
 class Trainer:
     """One run in one process, from its first step or from its last checkpoint.
 
-    An epoch is `steps_per_epoch` optimiser steps of `accumulate` batches; the batches that are left over are dropped.
+    An epoch is `steps_per_epoch` optimizer steps of `accumulate` batches; the batches that are left over are dropped.
     `saver` holds the parts that a checkpoint stores, and writes them.
 
     Args:

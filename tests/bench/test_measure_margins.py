@@ -1,4 +1,4 @@
-"""`margins` measures step size times largest eigenvalue after every optimiser step, and writes rows as it goes."""
+"""`margins` measures step size times largest eigenvalue after every optimizer step, and writes rows as it goes."""
 
 from pathlib import Path
 

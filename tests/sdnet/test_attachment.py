@@ -24,7 +24,7 @@ def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
-def test_after_each_optimiser_step_the_atoms_are_on_the_sphere_and_the_step_follows() -> None:
+def test_after_each_optimizer_step_the_atoms_are_on_the_sphere_and_the_step_follows() -> None:
     model = network()
     sdnet.refresh_step_size(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)

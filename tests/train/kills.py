@@ -4,7 +4,7 @@
 
 The processes get SIGKILL, so no code of theirs runs afterwards. The run has averaged weights (EMA), accumulated batches
 and a checkpoint every three steps. Everything that it leaves has to be equal to the bit: the checkpoint with weights,
-optimiser, EMA, random numbers and the position of the loader, the exported weights, and the metrics but for speeds.
+optimizer, EMA, random numbers and the position of the loader, the exported weights, and the metrics but for speeds.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def test_the_margin_is_step_size_times_eigenvalue_before_the_convergence() -> No
 
 
 def test_measured_margins_follow_weights_that_move_at_once() -> None:
-    """The power vectors are from before, as after a step of an optimiser without the hook of `sdnet.attach`."""
+    """The power vectors are from before, as after a step of an optimizer without the hook of `sdnet.attach`."""
     model = two_layers()
     with torch.no_grad():
         for layer in csc_layers(model).values():

@@ -1,4 +1,4 @@
-"""Averaged weights, clipping, optimiser groups, erasing, evaluation every few epochs and an early stop."""
+"""Averaged weights, clipping, optimizer groups, erasing, evaluation every few epochs and an early stop."""
 
 import math
 import shutil
