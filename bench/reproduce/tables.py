@@ -298,15 +298,18 @@ def render(
     if len(scales) != 1 or set(conditions) != {"scale"}:
         raise UserError(f"A mark {view} needs the one condition scale=NAME.")
     chosen = [card for card in cards if card["scale"] == scales[0]]
+    nothing = "Not measured yet.\n"
     if not chosen:
-        return "Not measured yet.\n"
+        return nothing
     if view == CURVES:
         picture = pictures / f"robustness-{scales[0]}.png"
         if not (picture.exists() if dry else draw_curves(chosen, picture)):
-            return "Not measured yet.\n"
+            return nothing
         table = f"![Accuracy over lambda, and the best lambda over the residual]({link}/{picture.name})"
     else:
         table = VIEWS[view](chosen)
+        if len(table.splitlines()) < 3:  # a head alone: these cards do not hold it yet
+            return nothing
     return f"{table}\n\n{caption(view, chosen)}\n"
 
 

@@ -107,6 +107,7 @@ def test_a_mark_names_one_scale_and_its_conditions_are_shown() -> None:
     ):
         assert words in shown
     assert render("cards-rules", "full", [card("resnet18", 0, 50.0)]) == "Not measured yet.\n"
+    assert render("cards-paired", "tiny", [card("resnet18", 0, 50.0)]) == "Not measured yet.\n", "no pair yet"
     with pytest.raises(UserError, match="A mark cards-rules needs the one condition scale=NAME"):
         tables.render("cards-rules", {}, [], Path(), "figures")
 
