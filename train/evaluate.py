@@ -99,11 +99,17 @@ def _official_subject(file: Path, program: Program | None, changes: dict[str, An
 
 
 def _official_recipe(program: Program, model: sdnet.SDNet | None = None) -> Recipe:
-    """Return the official recipe of a program, at the image size of a model if one is given."""
+    """Return the official recipe of a program, at the image size of a model if one is given.
+
+    Raises:
+        UserError: The model is for images that are not square, which no recipe has.
+    """
     recipe = RECIPES["imagenet_sdnet18"]() if program == "imagenet" else CIFAR_RECIPES["cifar_sdnet18"]()
-    height, width = (recipe.image_size,) * 2 if model is None else model.config["image_size"]
-    if height != width or height == recipe.image_size:
+    if model is None:
         return recipe
+    height, width = model.config["image_size"]
+    if height != width:
+        raise UserError(f"The network is for images of {height}x{width} pixels; only square ones can be evaluated.")
     size = int(height)
     return replace(recipe, image_size=size, eval_resize=round(size * recipe.eval_resize / recipe.image_size))
 

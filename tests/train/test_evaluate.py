@@ -182,6 +182,10 @@ def test_what_cannot_be_evaluated_is_said_in_one_sentence(
     assert refusal("--checkpoint", sdnet_file, *data) == (
         f"error: {sdnet_file} does not say how its images were read: pass --program imagenet or --program cifar."
     )
+    save_model(sdnet_file, sdnet.create_model("resnet18", 2, width=4, image_size=(32, 48)))
+    assert refusal("--checkpoint", sdnet_file, *data, "--program", "imagenet") == (
+        "error: The network is for images of 32x48 pixels; only square ones can be evaluated."
+    )
     three = write_tree(tmp_path / "three", [2, 2, 2], [1, 1, 1])
     assert refusal("--checkpoint", run, "--data", three) == (
         f"error: {three} has 3 classes, the network in {run / 'best.safetensors'} has 2."
