@@ -22,6 +22,7 @@ from typing import Any
 from sdnet.bench.common_options import choose_device, seconds
 from sdnet.bench.gpu_parts import Stage, numbers_of, stages, tool_path
 from sdnet.bench.ledger import Ledger, read, writable_folder
+from sdnet.files import write_text
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
 
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         results[name] = run_stage(known[name], options.out, min(known[name].limit, end - time.perf_counter()))
         add_row(ledger, name, results[name], options.out)
         summary = {"environment": facts, "stages": results}
-        (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(options.out)
     for name, result in results.items():
         print(f"{name}: {result['outcome']} after {result['seconds']:.0f} s, log {result['log']}")
@@ -139,7 +140,7 @@ def write_report(out: Path) -> None:
     try:
         from sdnet.bench import report  # matplotlib takes seconds that the stages can use
 
-        document.write_text(report.whole_report(list(read(out)), document))
+        write_text(document, report.whole_report(list(read(out)), document))
     except Exception as error:
         print(f"No report: {type(error).__name__}: {error}")
         return

@@ -21,6 +21,7 @@ from sdnet.bench import plots, tables
 from sdnet.bench.ledger import RESULTS, ROOT, Row, read
 from sdnet.bench.reproduce import tables as card_tables
 from sdnet.bench.reproduce.cards import CARDS, read_cards
+from sdnet.files import write_text
 from sdnet.train.errors import UserError
 
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     """Bring the documents up to date; with --check, return 1 if one is not."""
     found = list(read(options.results))
     if options.whole:
-        options.whole.write_text(whole_report(found, options.whole))
+        write_text(options.whole, whole_report(found, options.whole))
         print(f"{len(found)} rows shown in {options.whole}")
         return 0
     stale = []
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         if after != before:
             stale.append(str(document))
             if not options.check:
-                document.write_text(after)
+                write_text(document, after)
     if options.check and stale:
         print(f"Not what the ledger holds: {', '.join(stale)}. Run python -m sdnet.bench report.")
         return 1

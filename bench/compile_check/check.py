@@ -36,6 +36,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from sdnet.bench.compile_check.compile_case import CompileCase
 from sdnet.bench.compile_check.sass import disassembled, unguarded_refills
+from sdnet.files import write_text
 from sdnet.kernels.triton_path.tiles import most_shared
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -258,9 +259,7 @@ def earlier_reports(file: Path | None) -> list[Report]:
 def write(file: Path | None, reports: list[Report]) -> None:
     """Write the reports, if there is a file for them."""
     if file is not None:
-        partial = file.with_suffix(".partial")
-        partial.write_text(document(reports))
-        partial.replace(file)
+        write_text(file, document(reports))
 
 
 def main() -> int:

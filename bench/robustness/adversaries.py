@@ -18,6 +18,7 @@ from sdnet.bench.robustness.measure import digest_of, pixel_model
 from sdnet.bench.robustness.pictures import CLEAN, test_pictures
 from sdnet.bench.robustness.stored import StoredResults
 from sdnet.bench.tables import markdown
+from sdnet.files import write_text
 from sdnet.robustness.model import RobustModel
 from sdnet.robustness.rules import NoiseRule
 from sdnet.step_size import csc_layers
@@ -85,6 +86,6 @@ def run(options: argparse.Namespace) -> int:
     AttackRuns(robust, pictures.corrupted(CLEAN), pictures.labels, attacks, results).measure()
     lines = [[name, str(value)] for name, value in results.values.items() if ": after" not in name]
     shown = markdown(["attack", "accuracy, %"], [line for line in lines if not line[0].endswith(": clean")])
-    (options.out / "attacks.md").write_text(shown + "\n", encoding="utf-8")
+    write_text(options.out / "attacks.md", shown + "\n")
     print(shown)
     return 0

@@ -15,6 +15,18 @@ from sdnet.robustness.model import RobustModel
 from sdnet.robustness.rules import Rule, residual_of
 
 BATCH = 200
+"""Pictures of one forward, where a result depends on the batch: with its statistics, or with rule c."""
+
+CPU_BATCH = 50
+"""Pictures of one forward on a CPU, where a result does not depend on the batch: their activations fit in the cache.
+
+Measured on one core for sdnet18 of width 16: 781 images/s for 50 pictures and 540 for 200.
+"""
+
+
+def batch_for(pixels: Tensor) -> int:
+    """Return how many pictures one forward takes where results do not depend on the batch."""
+    return CPU_BATCH if pixels.device.type == "cpu" else BATCH
 
 
 def pixel_model(model: nn.Module) -> PixelModel:
@@ -24,8 +36,9 @@ def pixel_model(model: nn.Module) -> PixelModel:
 
 
 @torch.no_grad()
-def correct(model: nn.Module, pixels: Tensor, labels: Tensor, batch: int = BATCH) -> Tensor:
-    """Return which pictures a model of pixels classifies rightly, [N] bool."""
+def correct(model: nn.Module, pixels: Tensor, labels: Tensor, batch: int | None = None) -> Tensor:
+    """Return which pictures a model of pixels classifies rightly, [N] bool; `batch` is by default `batch_for`."""
+    batch = batch or batch_for(pixels)
     parts = [model(pixels[at : at + batch]).argmax(1) == labels[at : at + batch] for at in range(0, len(pixels), batch)]
     return torch.cat(parts)
 
@@ -38,11 +51,12 @@ def percent(flags: Tensor) -> float:
 @torch.no_grad()
 def correct_with_lambda(robust: RobustModel, pixels: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """Return which pictures a robust model classifies rightly, [N] bool, and the mean lambda that its rule chose."""
+    batch = batch_for(pixels) if isinstance(robust.rule, Rule) and robust.rule.per_sample else BATCH
     normalise, right, lambdas = pixel_model(robust).normalise, [], []
-    for at in range(0, len(pixels), BATCH):
-        x = normalise(pixels[at : at + BATCH])
+    for at in range(0, len(pixels), batch):
+        x = normalise(pixels[at : at + batch])
         lam = torch.as_tensor(robust.lam_of(x), device=x.device)
-        right.append(robust.model(x, lam=lam).argmax(1) == labels[at : at + BATCH])
+        right.append(robust.model(x, lam=lam).argmax(1) == labels[at : at + batch])
         lambdas.append(lam.float().mean().expand(len(x)))
     return torch.cat(right), float(torch.cat(lambdas).mean())
 
@@ -51,7 +65,7 @@ def correct_with_lambda(robust: RobustModel, pixels: Tensor, labels: Tensor) -> 
 def first_layer_facts(layer: CSCConv2d, x: Tensor, lam: float) -> dict[str, float]:
     """Return the mean residual |x - A z|² / n_dict, relative residual and sparsity of a layer at one lambda."""
     residuals, relative, zeros = [], [], []
-    for part in x.split(BATCH):
+    for part in x.split(batch_for(x)):
         residual = residual_of(layer, part, lam)
         residuals.append(residual)
         relative.append((residual / part.square().sum((1, 2, 3)).clamp_min(1e-12)).sqrt())

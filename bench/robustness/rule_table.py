@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sdnet.bench.robustness.measure import (
+    BATCH,
     correct,
     correct_with_lambda,
     cost_of,
@@ -93,7 +94,7 @@ class RuleTable:
             self.say(f"{name_of(group)}: " + "  ".join(f"{row} {self.results.values[key(row, group)]}" for row in rows))
         self.measure_alone()
         if self.sparse:
-            x = pixel_model(self.model).normalise(self.sets.test.corrupted(CLEAN)[:200])
+            x = pixel_model(self.model).normalise(self.sets.test.corrupted(CLEAN)[:BATCH])
             rules = {"a": self.rule_a(), "b": self.rule_b(), "c": UnlabelledRule()}
             self.results.get("cost at batch 200", lambda: cost_of(self.model, rules, x, repeats=5))
             self.results.get("cost at batch 1", lambda: cost_of(self.model, rules, x[:1]))
@@ -106,7 +107,8 @@ class RuleTable:
         """Measure the accuracy of a row under a noise, and the mean lambda that its rule chose."""
         robust, name = self.robust(row, group), key(row, group)
         if row not in ("a", "b", "c"):
-            self.results.get(name, lambda: percent(correct(pixel_model(robust), pixels, labels)))
+            batch = BATCH if "BN" in row else None
+            self.results.get(name, lambda: percent(correct(pixel_model(robust), pixels, labels, batch)))
         elif name not in self.results.values:
             right, lam = correct_with_lambda(robust, pixels, labels)
             self.results.get(f"mean lambda, {name}", lambda: lam)
@@ -118,7 +120,7 @@ class RuleTable:
         for group in self.options.groups(self.options.alone_severities):
             pixels = self.sets.test.corrupted(group)[: len(part)]
             for row in [row for row in self.rows() if row not in ("c", "oracle")]:
-                batch = 1 if "BN" in row else 200
+                batch = 1 if "BN" in row else None
                 model = pixel_model(self.robust(row, group))
                 name = f"batch 1, {key(row, group)}"
                 self.results.get(name, lambda m=model, b=batch, p=pixels: percent(correct(m, p, part.labels, batch=b)))

@@ -25,12 +25,13 @@ from sdnet.bench.common_options import at_least, choose_device, number
 from sdnet.bench.ledger import writable_folder
 from sdnet.bench.robustness import plots
 from sdnet.bench.robustness.checkpoints import file_of, load_checkpoint
-from sdnet.bench.robustness.measure import BATCH, correct, digest_of, first_layer_facts, percent
+from sdnet.bench.robustness.measure import correct, digest_of, first_layer_facts, percent
 from sdnet.bench.robustness.pictures import CLEAN, Group, check_classes, name_of, open_sets, test_pictures
 from sdnet.bench.robustness.published import published_source
 from sdnet.bench.robustness.rule_table import OFFICIAL_LAMBDAS
 from sdnet.bench.robustness.stored import StoredResults
 from sdnet.bench.tables import markdown
+from sdnet.files import write_text
 from sdnet.robustness.corruptions import NOISES, SCALES, SEVERITIES
 from sdnet.robustness.fitting import PixelModel, best_of
 from sdnet.robustness.model import RobustModel, first_layer
@@ -135,7 +136,7 @@ def measure(
             pixels, labels = loaded()
             wrapped = PixelModel(with_lambda(model, value, layers), mean, std).to(pixels.device).eval()
             facts = first_layer_facts(layer, wrapped.normalise(pixels), value)
-            score = percent(correct(wrapped, pixels, labels, BATCH))
+            score = percent(correct(wrapped, pixels, labels))
             return {"accuracy": score, **facts}
 
         found = results.get(key(group, value), compute)
@@ -187,7 +188,7 @@ def write(out: Path, lambdas: Sequence[float], groups: Sequence[Group], results:
         "Accuracy in percent over lambda; residual: mean |x - A z|² of the first layer at the training lambda; "
         "sparsity: share of zero codes at the best lambda.\n\n"
     )
-    (out / "table.md").write_text(text + markdown(header, lines) + "\n", encoding="utf-8")
+    write_text(out / "table.md", text + markdown(header, lines) + "\n")
     plots.curves_plot(out / "curves.png", lambdas, curves, points)
 
 
