@@ -6,6 +6,8 @@ Without a GPU the Triton kernels run under Triton's interpreter, which has to be
 With a GPU they are compiled, and the tests marked `gpu` run; set TRITON_INTERPRET=1 to interpret them there too.
 """
 
+import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -17,6 +19,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Kernels are interpreted or compiled as the variable says when they are imported. Some tests change it, so they are
+# imported before the first test.
+if importlib.util.find_spec("triton"):
+    for module in ("loop", "step_sizes"):
+        importlib.import_module(f"sdnet.kernels.triton_path.{module}")
 
 # A program started by nohup or in the background of a script ignores these, and so would the programs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
