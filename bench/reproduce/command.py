@@ -79,8 +79,8 @@ def run(options: argparse.Namespace) -> int:
             write_card(options.cards, evaluation, device, options.note)  # the accuracy, before what takes hours
             if cell.weights:
                 write_weights(options.weights, evaluation, options.note)
-            evaluation.measure()
-            write_card(options.cards, evaluation, device, options.note)
+            for _ in evaluation.measure():
+                write_card(options.cards, evaluation, device, options.note)
     return int(failed)
 
 

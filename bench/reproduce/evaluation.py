@@ -1,5 +1,6 @@
 """The evaluation of one trained network: its accuracy, the table of rules, and attacks."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sdnet.bench.robustness.pictures import CLEAN, Sets, open_sets
 from sdnet.bench.robustness.rule_table import RuleTable
 from sdnet.bench.robustness.stored import StoredResults, pack
 from sdnet.robustness.model import RobustModel
+from sdnet.robustness.rules import Rule
 from sdnet.train.outcome import outcome
 from sdnet.train.run_folder import RunFolder
 
@@ -55,15 +57,25 @@ class Evaluation:
         pixels = self.every.corrupted(CLEAN)
         return pack(correct(pixel_model(self.model), pixels, self.every.labels).tolist())
 
-    def measure(self) -> None:
-        """Measure what is not stored yet."""
+    def measure(self) -> Iterator[None]:
+        """Measure what is not stored yet, and stop after each part: the table, PGD, and AutoAttack."""
         table = RuleTable(self.model, self.sets, self.scale.table, self.table, self.say)
         if self.cell.table:
             table.measure()
+            yield
+        attacks = [self.attack(row, table.rule_b() if row == "b" else None) for row in self.attacks]
+        for part in (AttackRuns.measure_pgd, AttackRuns.measure_autoattack):
+            for attack in attacks:
+                part(attack)
+                yield
+
+    def attack(self, row: str, rule: Rule | None) -> AttackRuns:
+        """Return the attacks on the network with one rule."""
         pixels, labels = self.sets.test.corrupted(CLEAN), self.sets.test.labels
-        for row, results in self.attacks.items():
-            robust = RobustModel(self.model, table.rule_b() if row == "b" else None)
-            AttackRuns(pixel_model(robust), pixels, labels, self.scale.attacks, results, self.say).measure()
+        robust = pixel_model(RobustModel(self.model, rule))
+        return AttackRuns(
+            robust, pixels, labels, self.scale.attacks, self.attacks[row], lambda line: self.say(f"{row}: {line}")
+        )
 
     def say(self, line: str) -> None:
         """Print a line of progress."""

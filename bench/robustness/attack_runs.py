@@ -96,7 +96,12 @@ class AttackRuns:
         self.pixels, self.labels = pixels[: options.pictures], labels[: options.pictures]
 
     def measure(self) -> None:
-        """Measure what is not stored yet: PGD, the checks, then AutoAttack."""
+        """Measure what is not stored yet."""
+        self.measure_pgd()
+        self.measure_autoattack()
+
+    def measure_pgd(self) -> None:
+        """Measure what is not stored yet of PGD and of the checks."""
         self.results.get("clean", lambda: percent(correct(self.model, self.pixels, self.labels)))
         for bound in self.options.bounds():
             self.said(f"PGD-{self.options.steps}, {bound_name(bound)}", lambda b=bound: self.pgd(b))
@@ -104,6 +109,9 @@ class AttackRuns:
             "PGD-7, step 2/255, Linf 8/255", lambda: self.pgd(("linf", 8 / 255), steps=7, step=2 / 255, restarts=1)
         )
         self.checks()
+
+    def measure_autoattack(self) -> None:
+        """Measure what is not stored yet of AutoAttack, which takes longest."""
         for bound in self.options.autoattack_bounds():
             self.autoattack(bound)
 

@@ -98,7 +98,7 @@ def test_one_command_trains_evaluates_and_writes_a_card_and_goes_on(
     rules.write_text(json.dumps(stored))
     capfd.readouterr()
     assert main(command) == 0
-    assert "training" not in capfd.readouterr().out.replace("training ", "")
+    assert "sdnet18-seed0: training\n" not in capfd.readouterr().out
     assert {name: json.loads(rules.read_text())["values"][name] for name in removed} == removed
 
     stored["conditions"]["weights"] = "of another run"
