@@ -3,7 +3,7 @@
 They are shared by the operator, the layer and the models, so that one fault has one message.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -37,6 +37,12 @@ def integer(name: str, value: Any, least: int) -> int:
     if int(value) > LARGEST_INTEGER:
         raise ValueError(f"{name} is {shown(value)}; it must be at most {LARGEST_INTEGER}.")
     return int(value)
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether `value` is a number that fp32 can hold, of either sign; bools, strings and tensors are not."""
+    real: Any = value  # an int can be too large for a float, but compares with one
+    return isinstance(value, (float, int, Real)) and not isinstance(value, bool) and abs(real) <= LARGEST_NUMBER
 
 
 def number(name: str, value: Any, otherwise: str = "") -> float:
@@ -78,6 +84,32 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(allowed)}.")
     return value
+
+
+def sequence(name: str, value: Any, content: str = "numbers") -> list[Any]:
+    """Return `value`, a list, tuple, range, array or tensor, or another iterable, as a list.
+
+    Args:
+        name: the name of the argument.
+        value: what was given.
+        content: what it holds, for the error.
+
+    Raises:
+        ValueError: `value` is a string, or cannot be iterated over.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} is {shown(value)}; it must be a sequence of {content}.")
+    return list(value)
+
+
+def numbers(name: str, value: Any) -> list[float]:
+    """Return `value`, a sequence as `sequence` takes it, as finite floats of at least 0.
+
+    Raises:
+        ValueError: it is no sequence of such numbers.
+    """
+    return [number(name, entry) for entry in sequence(name, value)]
 
 
 def pair(name: str, value: Any, least: int) -> tuple[int, int]:

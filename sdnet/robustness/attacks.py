@@ -1,6 +1,6 @@
 """Projected gradient descent (PGD) in pixels, within a bound of L-infinity or L2 norm."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sdnet.kernels import checks
 from sdnet.robustness.corruptions import Seed, generator_for
-from sdnet.robustness.fitting import check_classes, check_labels
+from sdnet.robustness.fitting import check_classes, check_labels, finite_numbers
 
 Norm = Literal["linf", "l2"]
 
@@ -38,7 +38,7 @@ def pgd(
     Args:
         model: a model of pixels that returns logits, in evaluation mode, see `PixelModel`. Gradients flow through the
             rule of a `RobustModel`, and through its noise estimate.
-        images: the images, within `bounds`.
+        images: the images, floating point, within `bounds`.
         labels: the classes.
         eps: the largest distance in pixels, at least 0.
         norm: "linf" for the largest difference of a pixel, "l2" for the Euclidean norm of the difference.
@@ -60,38 +60,53 @@ def pgd(
     Raises:
         ValueError: an argument has a wrong type, shape or value.
     """
-    check_labels(images, labels)
+    labels = check_labels(images, labels)
+    if not images.is_floating_point():
+        raise ValueError(f"images is {images.dtype}; it must be floating point.")
+    low, high = check_bounds(bounds)
     eps, steps = checks.number("eps", eps), checks.integer("steps", steps, 1)
     restarts, norm = checks.integer("restarts", restarts, 1), checks.choice("norm", norm, get_args(Norm))
     length = 2.5 * eps / steps if step_size is None else checks.number("step_size", step_size)
-    if not bool(((images >= bounds[0]) & (images <= bounds[1])).all()):
+    if not bool(((images >= low) & (images <= high)).all()):
         raise ValueError(f"images has values outside bounds, {list(bounds)}.")
-    checks.flag("random_start", random_start)
+    random_start = checks.flag("random_start", random_start)
     generator = generator_for(generator, images.device)
-    images = images.detach()
 
     def project(point: Tensor) -> Tensor:
-        return (images + within(point - images, eps, norm)).clamp(*bounds)
+        return (images + within(point - images, eps, norm)).clamp(low, high)
 
-    found = images.clone()
-    logits = model(images)
-    check_classes(labels, logits)
-    wrong, highest = _judged(logits, labels)
-    for _ in range(restarts):
-        point = project(images + random_offset(images, eps, norm, generator)) if random_start else images
-        for step in range(steps + 1):
-            point = point.detach().requires_grad_()
-            with torch.enable_grad():
-                logits = model(point)
-                losses = F.cross_entropy(logits, labels, reduction="none")
-            now_wrong, loss = _judged(logits, labels)
-            better = (now_wrong & ~wrong) | ((now_wrong == wrong) & (loss > highest))
-            found = torch.where(better.view(-1, 1, 1, 1), point.detach(), found)
-            wrong, highest = torch.where(better, now_wrong, wrong), torch.where(better, loss, highest)
-            if step < steps:
-                (gradient,) = torch.autograd.grad(losses.sum(), point)
-                point = project(point.detach() + length * direction(gradient, norm))
-    return found
+    with torch.inference_mode(False), torch.no_grad():
+        images, labels = images.detach().clone(), labels.clone()  # no tensors of inference mode, which have no gradient
+        found, logits = images, model(images)
+        check_classes(labels, logits)
+        wrong, highest = _judged(logits, labels)
+        for _ in range(restarts):
+            point = project(images + random_offset(images, eps, norm, generator)) if random_start else images
+            for step in range(steps + 1):
+                point = point.detach().requires_grad_()
+                with torch.enable_grad():
+                    logits = model(point)
+                    total = F.cross_entropy(logits, labels, reduction="sum")
+                now_wrong, loss = _judged(logits, labels)
+                better = (now_wrong & ~wrong) | ((now_wrong == wrong) & (loss > highest))
+                found = torch.where(better.view(-1, 1, 1, 1), point, found)
+                wrong, highest = torch.where(better, now_wrong, wrong), torch.where(better, loss, highest)
+                if step < steps:
+                    (gradient,) = torch.autograd.grad(total, point)
+                    point = project(point + length * direction(gradient, norm))
+    return found.detach()
+
+
+def check_bounds(bounds: Any) -> tuple[float, float]:
+    """Return the least and the largest value of a pixel.
+
+    Raises:
+        ValueError: `bounds` is no pair of finite numbers, the first one below the second.
+    """
+    values = finite_numbers(bounds)
+    if values is None or len(values) != 2 or values[0] >= values[1]:
+        raise ValueError(f"bounds is {checks.shown(bounds)}; it must be two numbers, the first below the second.")
+    return values[0], values[1]
 
 
 def _judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,17 +116,20 @@ def _judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def direction(gradient: Tensor, norm: Norm) -> Tensor:
-    """Return the direction of steepest ascent: of entries of 1, or of Euclidean norm 1."""
+    """Return the direction of steepest ascent: of entries of 1, or of Euclidean norm 1; zero for a zero gradient."""
     if norm == "linf":
         return gradient.sign()
-    return gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+    # Divided by its largest entry first, because the squares of small numbers underflow.
+    largest = gradient.abs().amax((1, 2, 3), keepdim=True)
+    scaled = gradient / torch.where(largest > 0, largest, 1.0)
+    return scaled / scaled.flatten(1).norm(dim=1).clamp_min(1).view(-1, 1, 1, 1)
 
 
 def within(offset: Tensor, eps: float, norm: Norm) -> Tensor:
     """Return the nearest point to `offset` in the ball of radius eps."""
     if norm == "linf":
         return offset.clamp(-eps, eps)
-    lengths = offset.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+    lengths = offset.flatten(1).norm(dim=1).clamp_min(torch.finfo(offset.dtype).tiny).view(-1, 1, 1, 1)
     return offset * (eps / lengths).clamp(max=1.0)
 
 

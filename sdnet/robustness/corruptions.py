@@ -48,7 +48,11 @@ SEVERITIES: Mapping[Scale, Mapping[Noise, tuple[float, ...]]] = {
         "speckle": tuple(round(0.1 * i, 1) for i in range(1, 7)),
     },
 }
-"""The strength of every noise at severity 1, 2, ... of every scale."""
+"""The strength of every noise at severity 1, 2, ... of every scale.
+
+The official script writes its grid of impulses as `np.arange(0.03, 0.3, 0.03)`, which has 0.3 as a tenth value by an
+error of rounding; the grid here ends below 0.3, as the call says.
+"""
 
 
 def corrupt(
@@ -84,11 +88,9 @@ def corrupt(
         >>> noisy = corrupt(torch.rand(8, 3, 32, 32), "gaussian", severity=3, generator=0)
     """
     strength = strength_of(noise, severity, scale)
-    pixels = as_pixels(images)
-    corrupted = NOISE_FUNCTIONS[noise](pixels, strength, generator)
-    if checks.flag("as_uint8", as_uint8):
-        return to_uint8(corrupted)
-    return corrupted
+    as_uint8 = checks.flag("as_uint8", as_uint8)
+    corrupted = NOISE_FUNCTIONS[noise](_single(as_pixels(images)), strength, generator)
+    return to_uint8(corrupted) if as_uint8 else _as(corrupted, images)
 
 
 def strength_of(noise: Noise, severity: int, scale: Scale = "cifar10-c") -> float:
@@ -224,8 +226,17 @@ def occlude(images: Tensor, side: int, *, value: float = 0.0, generator: Seed = 
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Return pixels in [0, 1] as uint8: clipped, multiplied by 255 and rounded down, as in the published sets."""
-    return (pixels.clamp(0, 1) * 255).floor().to(torch.uint8)
+    """Return pixels in [0, 1] as uint8: clipped, multiplied by 255 and rounded down, as in the published sets.
+
+    Args:
+        pixels: floating-point pixels of any shape.
+
+    Raises:
+        ValueError: `pixels` is no floating-point tensor.
+    """
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        raise ValueError(f"pixels is {_type_of(pixels)}; it must be a floating-point tensor.")
+    return (_single(pixels).clamp(0, 1) * 255).floor().to(torch.uint8)
 
 
 def as_pixels(images: Tensor) -> Tensor:
@@ -266,6 +277,10 @@ def generator_for(seed: Seed, device: torch.device) -> torch.Generator | None:
 
 def _normal(x: Tensor, generator: Seed) -> Tensor:
     return torch.randn(x.shape, generator=generator_for(generator, x.device), device=x.device, dtype=x.dtype)
+
+
+def _type_of(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else checks.shown(value)
 
 
 def _single(pixels: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Fit the rules that choose lambda, on held-out training images; and the accuracy of a model over lambda."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdnet.kernels import checks
-from sdnet.robustness.corruptions import NOISES, Noise, Scale, Seed, as_pixels, corrupt, generator_for
+from sdnet.robustness.corruptions import NOISES, Noise, Scale, Seed, as_pixels, corrupt, generator_for, strength_of
 from sdnet.robustness.model import RobustModel, first_layer
 from sdnet.robustness.rules import NoiseRule, ResidualRule, line_through, residual_of
 
@@ -28,7 +29,7 @@ class PixelModel(nn.Module):
         std: the deviation of every channel that they are divided by, above 0.
 
     Shape:
-        - Input: [N, C, H, W], pixels in [0, 1].
+        - Input: [N, C, H, W], pixels in [0, 1], or uint8.
         - Output: that of `model`.
 
     Raises:
@@ -40,18 +41,29 @@ class PixelModel(nn.Module):
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        sequences = all(hasattr(values, "__len__") for values in (mean, std))
-        if not sequences or len(mean) != len(std) or not all(value > 0 for value in std):
+        means, stds = finite_numbers(mean), finite_numbers(std)
+        if not means or not stds or len(means) != len(stds) or min(stds) <= 0:
             raise ValueError(
                 f"mean is {checks.shown(mean)} and std {checks.shown(std)}; they must be sequences of one number per "
                 "channel, and std above 0."
             )
         self.model = model
-        self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1))
+        self.register_buffer("mean", torch.tensor(means).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(stds).view(-1, 1, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Return (pixels - mean) / std."""
+        """Return (pixels - mean) / std, of pixels in [0, 1] or uint8.
+
+        Raises:
+            ValueError: `pixels` is no tensor [N, C, H, W] of these types with as many channels as `mean`.
+        """
+        channels = len(self.mean)
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != channels:
+            raise ValueError(f"pixels is {checks.shown(pixels)}; it must be a tensor [N, {channels}, H, W].")
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.to(self.mean.dtype) / 255
+        if not pixels.is_floating_point():
+            raise ValueError(f"pixels is {pixels.dtype}; it must be uint8, or floating point in [0, 1].")
         return (pixels - self.mean) / self.std
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -72,7 +84,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch: int = D
     Raises:
         ValueError: there are no images, not as many labels as images, or labels that are no classes of the model.
     """
-    check_labels(images, labels)
+    labels = check_labels(images, labels)
     right = torch.zeros((), dtype=torch.long, device=images.device)
     for begin in range(0, len(images), checks.integer("batch", batch, 1)):
         logits = model(images[begin : begin + batch])
@@ -82,12 +94,27 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch: int = D
     return 100 * float(right) / len(images)
 
 
-def check_labels(images: Tensor, labels: Tensor) -> None:
-    """Raise a ValueError unless there are images, and one integer label for each."""
+def finite_numbers(values: Any) -> list[float] | None:
+    """Return a sequence, array or tensor of finite numbers as floats, None if `values` is something else."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        return None
+    return [float(value) for value in values] if all(map(checks.is_finite, values)) else None
+
+
+def check_labels(images: Tensor, labels: Tensor) -> Tensor:
+    """Return labels as int64.
+
+    Raises:
+        ValueError: there are no images, or not one integer label for each.
+    """
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         raise ValueError(f"images is {checks.shown(images)}; it must be a tensor [N, C, H, W] with images.")
-    if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
+    if not isinstance(labels, Tensor) or labels.shape != images.shape[:1]:
         raise ValueError(f"labels is {checks.shown(labels)}; it must hold {len(images)} integers, one per image.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels is {labels.dtype}; it must hold {len(images)} integers, one per image.")
+    return labels.long()
 
 
 def check_classes(labels: Tensor, logits: Tensor) -> None:
@@ -114,9 +141,19 @@ def accuracy_over_lambda(
     Raises:
         ValueError: an argument has a wrong type, shape or value.
     """
-    if not lambdas:
+    robust = [RobustModel(model, lam) for lam in grid_of(lambdas)]
+    return [accuracy(each, images, labels, batch=batch) for each in robust]
+
+
+def grid_of(lambdas: Any) -> list[float]:
+    """Return values of lambda as floats.
+
+    Raises:
+        ValueError: `lambdas` is no sequence of numbers of at least 0, or is empty.
+    """
+    if not (values := checks.numbers("lambdas", lambdas)):
         raise ValueError("lambdas is empty; it must hold one value at least.")
-    return [accuracy(RobustModel(model, checks.number("lambdas", lam)), images, labels, batch=batch) for lam in lambdas]
+    return values
 
 
 @torch.no_grad()
@@ -155,7 +192,13 @@ def fit_residual_rule(
         ValueError: an argument has a wrong type, shape or value, or all groups have the same residual.
     """
     points: list[tuple[float, float]] = []
-    for images, labels in groups:
+    lambdas = grid_of(lambdas)
+    if not isinstance(groups, Iterable):
+        raise ValueError(f"groups is {checks.shown(groups)}; it must hold pairs of images and labels.")
+    for group in groups:
+        if not isinstance(group, Sequence) or len(group) != 2:
+            raise ValueError(f"groups holds {checks.shown(group)}; it must hold pairs of images and labels.")
+        images, labels = group
         scores = accuracy_over_lambda(model, images, labels, lambdas, batch=batch)
         points.append((mean_residual(model, images, batch=batch), best_of(lambdas, scores)))
     if len(points) < 2:
@@ -187,6 +230,10 @@ def noisy_copies(
         generator: see `corrupt`; one generator makes all copies, in the order of the noises.
     """
     pixels = as_pixels(images)
+    severities, noises = checks.sequence("severities", severities), checks.sequence("noises", noises, "names")
+    for noise in noises:
+        for severity in severities:
+            strength_of(noise, severity, scale)
     generator = generator_for(generator, pixels.device)
     return {
         (noise, severity): as_pixels(corrupt(pixels, noise, severity, scale=scale, generator=generator, as_uint8=True))
@@ -223,7 +270,7 @@ def calibrate_noise_rule(
         factors: the values of k that are tried; 0, the training lambda, always is.
         severities: the severities of the Gaussian noise.
         scale: whose severities.
-        most_lost: the percentage points that clean images may lose.
+        most_lost: the percentage points that clean images may lose, at least 0.
         batch: images of one forward.
         generator: see `corrupt`.
 
@@ -234,10 +281,11 @@ def calibrate_noise_rule(
         ValueError: an argument has a wrong type, shape or value.
     """
     check_labels(images, labels)
+    tried, most_lost = {0.0, *checks.numbers("factors", factors)}, checks.number("most_lost", most_lost)
     clean = as_pixels(images)
     pixels = [clean, *noisy_copies(clean, severities, ["gaussian"], scale=scale, generator=generator).values()]
     scores: dict[float, list[float]] = {}
-    for k in sorted({0.0, *(checks.number("factors", factor) for factor in factors)}):
+    for k in sorted(tried):
         robust = PixelModel(RobustModel(model, NoiseRule(k)), mean, std).to(clean.device)
         scores[k] = [accuracy(robust, copy, labels, batch=batch) for copy in pixels]
     allowed = {k: sum(row) for k, row in scores.items() if row[0] >= scores[0.0][0] - most_lost}

@@ -32,7 +32,8 @@ class RobustModel(nn.Module):
         - Output: [N, num_classes], the logits.
 
     Raises:
-        ValueError: `model` is no `SDNet`, has no CSC layers for a rule, or has no batch norm for `batch_statistics`.
+        ValueError: `model` is no `SDNet`, its stem has no CSC layer for a rule, or it has no batch norm for
+            `batch_statistics`.
 
     Example:
         >>> robust = sdnet.robustness.RobustModel(model, sdnet.robustness.NoiseRule(k=1.5))
@@ -46,7 +47,9 @@ class RobustModel(nn.Module):
         if rule is not None and not csc_layers(model):
             raise ValueError("model has no CSC layers, so a rule has no lambda to choose; rule must be None.")
         if rule is not None and not isinstance(rule, Rule):
-            rule = checks.number("rule", rule)
+            rule = checks.number("rule", rule, ", a Rule or None")
+        if rule is not None:
+            first_layer(model)
         self.model = with_batch_statistics(model) if checks.flag("batch_statistics", batch_statistics) else model
         self.rule = rule
 

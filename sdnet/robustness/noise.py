@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdnet.kernels import checks
+from sdnet.kernels.autocast import without_autocast
 
 
 def estimate_noise(images: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def estimate_noise(images: Tensor) -> Tensor:
         )
     if not images.is_floating_point():
         raise ValueError(f"images is {images.dtype}; it must be floating point.")
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images.device):
         x = images if images.dtype == torch.float64 else images.float()
         # L separates into second differences along both axes, which cost less than a depthwise convolution.
         filtered = x.diff(n=2, dim=3).diff(n=2, dim=2)

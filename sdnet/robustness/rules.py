@@ -18,6 +18,7 @@ from einops import reduce, repeat
 from torch import Tensor, nn
 
 from sdnet.kernels import checks
+from sdnet.kernels.autocast import without_autocast
 from sdnet.layers import CSCConv2d, at_least_single
 from sdnet.robustness.noise import estimate_noise
 
@@ -96,7 +97,7 @@ class ResidualRule(Rule):
     def __init__(self, slope: float, intercept: float, most: float) -> None:
         super().__init__()
         for name, value in (("slope", slope), ("intercept", intercept)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+            if not checks.is_finite(value):
                 raise ValueError(f"{name} is {checks.shown(value)}; it must be a finite number.")
         self.slope, self.intercept = float(slope), float(intercept)
         self.most = checks.number("most", most)
@@ -151,8 +152,8 @@ class UnlabelledRule(Rule):
 
     def _adapt(self, layer: CSCConv2d, x: Tensor) -> Tensor:
         """Minimise the loss of a batch by gradient descent."""
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            x = x[: self.images].detach().clone()
+        with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device):
+            x = x[: self.images].detach().to(layer.weight.dtype, copy=True)
             start = layer.lam.detach().mean().clamp_min(1e-6)
             u = (start + torch.log(-torch.expm1(-start))).requires_grad_()  # softplus(u) is the training lambda
             optimizer = torch.optim.Adam([u], lr=self.lr)
@@ -200,7 +201,7 @@ def residual_of(layer: CSCConv2d, x: Tensor, lam: float | Tensor | None = None) 
     if not isinstance(layer, CSCConv2d):
         raise ValueError(f"layer is of type {type(layer).__name__}; it must be a CSC layer.")
     codes = layer(x, lam)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         x, codes = at_least_single(x), at_least_single(codes)
         target = repeat(x, "n c h w -> n (d c) h w", d=layer.coding.n_dict)
         error = target - layer.reconstruct(codes, (x.shape[2], x.shape[3]))

@@ -1,11 +1,13 @@
 """PGD finds the adversary that is known in closed form."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sdnet.robustness import pgd
-from sdnet.robustness.attacks import Norm
+from sdnet.robustness.attacks import Norm, direction
 
 
 class TwoClasses(nn.Module):
@@ -61,6 +63,29 @@ def test_a_seed_gives_the_same_adversary_again(model: TwoClasses) -> None:
     assert first.equal(second)
 
 
+def test_the_search_takes_gradients_where_the_caller_takes_none(model: TwoClasses) -> None:
+    images, labels = torch.full((2, 3, 4, 4), 0.5, dtype=torch.float64), torch.tensor([0, 1])
+    expected = pgd(model, images, labels, 0.1, steps=3, generator=1)
+    assert not expected.equal(images)
+    with torch.no_grad():
+        assert pgd(model, images, labels, 0.1, steps=3, generator=1).equal(expected)
+    with torch.inference_mode():
+        assert pgd(model, images.clone(), labels.clone(), 0.1, steps=3, generator=1).equal(expected)
+
+
+def test_labels_of_any_integer_type_are_taken(model: TwoClasses) -> None:
+    images, labels = torch.rand(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 1])
+    found = [pgd(model, images, labels.to(kind), 0.1, steps=1, generator=0) for kind in (torch.int64, torch.int32)]
+    assert found[0].equal(found[1])
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-25), (torch.float32, 1e30), (torch.float16, 1e-4)])
+def test_the_l2_direction_of_small_and_large_gradients_has_length_one(dtype: torch.dtype, scale: float) -> None:
+    gradient = torch.tensor([3.0, -4.0]).view(1, 1, 1, 2) * scale
+    assert direction(gradient.to(dtype), "l2").flatten().tolist() == pytest.approx([0.6, -0.8], rel=1e-3)
+    assert direction(torch.zeros(1, 1, 1, 2, dtype=dtype), "l2").flatten().tolist() == [0, 0]
+
+
 def test_bad_input_is_refused_in_one_sentence(model: TwoClasses) -> None:
     images, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"labels is .*\[1\]; it must hold 2 integers"):
@@ -71,3 +96,11 @@ def test_bad_input_is_refused_in_one_sentence(model: TwoClasses) -> None:
         pgd(model, 2 * images + 1, labels, 0.1)
     with pytest.raises(ValueError, match="norm is 'l1'; it must be one of linf, l2"):
         pgd(model, images, labels, 0.1, norm="l1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"images is torch.uint8; it must be floating point"):
+        pgd(model, images.byte(), labels, 0.1)
+    with pytest.raises(ValueError, match=r"labels is torch.bool; it must hold 2 integers"):
+        pgd(model, images, labels.bool(), 0.1)
+    bad_bounds: list[Any] = [None, (1, 0), 1.0, "ab", (0.0, float("nan"))]
+    for bounds in bad_bounds:
+        with pytest.raises(ValueError, match=r"bounds is .*; it must be two numbers, the first below the second"):
+            pgd(model, images, labels, 0.1, bounds=bounds)

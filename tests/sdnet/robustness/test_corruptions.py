@@ -71,6 +71,23 @@ def test_uint8_is_rounded_down_as_in_the_published_sets() -> None:
     assert corrupt(images, "gaussian", 2, generator=3, as_uint8=True).equal((noisy * 255).floor().to(torch.uint8))
 
 
+def test_values_that_no_impulse_hits_come_back_from_uint8_unchanged() -> None:
+    images = torch.arange(256, dtype=torch.uint8).repeat(48).view(1, 3, 64, 64)
+    noisy = corrupt(images, "impulse", 5, generator=0, as_uint8=True)
+    hit = noisy != images
+    assert set(noisy[hit].tolist()) == {0, 255}
+    assert float(hit.double().mean()) == pytest.approx(0.07, abs=0.015)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_uint8_is_rounded_down_from_the_noise_and_not_from_half_precision(dtype: torch.dtype) -> None:
+    images = torch.rand(1, 3, 32, 32).to(dtype)
+    expected = corrupt(images.float(), "gaussian", 3, generator=1, as_uint8=True)
+    assert corrupt(images, "gaussian", 3, generator=1, as_uint8=True).equal(expected)
+    assert corrupt(images, "gaussian", 3, generator=1).dtype == dtype
+    assert to_uint8(torch.tensor([0.5], dtype=dtype)).tolist() == [127]
+
+
 def test_uint8_images_are_read_as_pixels() -> None:
     images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     assert corrupt(images, "shot", 1, generator=0).equal(corrupt(images.float() / 255, "shot", 1, generator=0))
@@ -125,6 +142,8 @@ IMAGES = torch.rand(1, 3, 4, 4)
         (lambda: corrupt(2 * IMAGES + 1, "shot", 1), r"must be pixels in \[0, 1\], not normalised"),
         (lambda: corrupt(IMAGES.long(), "shot", 1), "images is torch.int64; it must be uint8, or floating point"),
         (lambda: occlude(IMAGES, 5), "side is 5; for images of 4 x 4 it must be at most 4"),
+        (lambda: to_uint8(IMAGES.byte()), "pixels is torch.uint8; it must be a floating-point tensor"),
+        (lambda: corrupt(IMAGES, "shot", 1, as_uint8="yes"), "as_uint8 is 'yes'; it must be True or False"),  # type: ignore[arg-type]
         (lambda: corrupt(IMAGES, "shot", 1, generator=-1), "generator is -1; it must be an int of at least 0"),
     ],
 )

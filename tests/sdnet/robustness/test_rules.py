@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from sdnet.robustness import (
     Rule,
     UnlabelledRule,
     accuracy,
+    accuracy_over_lambda,
     calibrate_noise_rule,
     estimate_noise,
     fit_residual_rule,
@@ -200,6 +202,32 @@ def test_calibration_takes_the_best_factor_of_those_that_keep_clean_accuracy(mod
     assert rule.k < 8
 
 
+def test_grids_are_taken_as_arrays_and_tensors(model: sdnet.SDNet) -> None:
+    images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
+    expected = accuracy_over_lambda(model, images, labels, [0.1, 0.5])
+    grids: list[Any] = [np.array([0.1, 0.5]), torch.tensor([0.1, 0.5]), (0.1, np.float32(0.5))]
+    assert all(accuracy_over_lambda(model, images, labels, grid) == expected for grid in grids)
+    assert ResidualRule(SINGLE, np.float64(0.25), most=1).slope == 0.5
+
+
+def test_uint8_pixels_are_those_in_the_unit_range(model: sdnet.SDNet) -> None:
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    arrays: Any = np.array([0.5] * 3), np.array([0.25] * 3)
+    with torch.no_grad():
+        expected = model((images / 255 - 0.5) / 0.25)
+        torch.testing.assert_close(PixelModel(model, [0.5] * 3, [0.25] * 3)(images), expected)
+        torch.testing.assert_close(PixelModel(model, *arrays)(images / 255), expected)
+
+
+def test_a_half_precision_batch_is_adapted_to_under_autocast(model: sdnet.SDNet, images: Tensor) -> None:
+    robust = RobustModel(model, UnlabelledRule(steps=2))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.as_tensor(robust.lam_of(images.bfloat16())).item() == pytest.approx(
+            torch.as_tensor(robust.lam_of(images)).item(), rel=0.02
+        )
+        assert robust(images.bfloat16()).isfinite().all()
+
+
 def test_batch_statistics_are_those_of_the_batch(images: Tensor) -> None:
     torch.manual_seed(0)
     model = sdnet.create_model("resnet18", 10, stem="cifar", width=8)
@@ -218,6 +246,13 @@ def test_batch_statistics_are_those_of_the_batch(images: Tensor) -> None:
 IMAGE = torch.rand(1, 3, 32, 32)
 LABEL = torch.zeros(1, dtype=torch.long)
 UNPACKED: Any = (0.5, 0.2)
+ONE: Any = 1.0
+TEXT: Any = "abc"
+SINGLE: Any = np.float32(0.5)
+
+
+def calibrated(model: sdnet.SDNet, **options: Any) -> NoiseRule:
+    return calibrate_noise_rule(model, IMAGE, LABEL, mean=[0.5] * 3, std=[0.2] * 3, **options)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +275,21 @@ UNPACKED: Any = (0.5, 0.2)
             lambda m: PixelModel(m, *UNPACKED),
             "mean is 0.5 and std 0.2; they must be sequences of one number per channel",
         ),
+        (lambda m: PixelModel(m, [0.5] * 3, [float("nan")] * 3), "std above 0"),
+        (lambda m: PixelModel(m, TEXT, TEXT), "they must be sequences of one number per channel"),
+        (lambda m: PixelModel(m, [0.5] * 2, [0.2] * 2)(IMAGE), r"pixels is .*; it must be a tensor \[N, 2, H, W\]"),
+        (lambda m: PixelModel(m, [0.5] * 3, [0.2] * 3)(IMAGE.int()), "pixels is torch.int32; it must be uint8, or"),
+        (lambda m: accuracy(m, IMAGE, LABEL.bool()), "labels is torch.bool; it must hold 1 integers"),
+        (lambda m: accuracy_over_lambda(m, IMAGE, LABEL, []), "lambdas is empty; it must hold one value at least"),
+        (lambda m: accuracy_over_lambda(m, IMAGE, LABEL, ONE), "lambdas is 1.0; it must be a sequence of numbers"),
+        (lambda m: accuracy_over_lambda(m, IMAGE, LABEL, TEXT), "lambdas is 'abc'; it must be a sequence of numbers"),
+        (lambda m: fit_residual_rule(m, ONE, [0.1]), "groups is 1.0; it must hold pairs of images and labels"),
+        (lambda m: fit_residual_rule(m, [ONE], [0.1]), "groups holds 1.0; it must hold pairs of images and labels"),
+        (lambda m: calibrated(m, severities=ONE), "severities is 1.0; it must be a sequence of numbers"),
+        (lambda m: calibrated(m, severities=[6]), "severity is 6; for gaussian noise of scale cifar10-c"),
+        (lambda m: calibrated(m, factors=ONE), "factors is 1.0; it must be a sequence of numbers"),
+        (lambda m: calibrated(m, most_lost=-1.0), "most_lost is -1.0; it must be a finite number of at least 0"),
+        (lambda m: RobustModel(m, TEXT), "rule is 'abc'; it must be a finite number of at least 0, a Rule or None"),
         (lambda m: accuracy(m, IMAGE, LABEL + 10), "labels holds 10; the model has classes 0 to 9"),
         (lambda m: accuracy(m, IMAGE, LABEL - 1), "labels holds -1; the model has classes 0 to 9"),
         (lambda m: pgd(m, IMAGE, LABEL + 10, eps=0.1), "labels holds 10; the model has classes 0 to 9"),
