@@ -85,8 +85,8 @@ def corruptions_of(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    arrays = {file.stem for file in folder.glob("*.npy") if file.stem != "labels"}
-    folders = {sub.name for sub in folder.iterdir() if sub.is_dir() and (sub / "1").is_dir()}
+    arrays = {file.stem for file in _visible(folder) if file.suffix == ".npy" and file.stem != "labels"}
+    folders = {sub.name for sub in _visible(folder) if (sub / "1").is_dir()}
     if not arrays | folders:
         raise ValueError(f"{folder} holds neither <corruption>.npy nor <corruption>/1/<class>/ files.")
     return sorted(arrays | folders)
@@ -109,13 +109,13 @@ def read_imagenet_c(folder: str | Path, corruption: str, severity: int) -> Publi
     place = Path(folder) / _name(corruption) / str(_severity(severity))
     if not place.is_dir():
         raise ValueError(f"There is no folder {place}.")
-    classes = sorted(sub.name for sub in place.iterdir() if sub.is_dir())
+    classes = sorted(sub.name for sub in _visible(place) if sub.is_dir())
     if not classes:
         raise ValueError(f"{place} holds no folders of classes.")
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (place / name).iterdir() if file.suffix.lower() in PICTURE_ENDINGS)
+        found = sorted(file for file in _visible(place / name) if file.suffix.lower() in PICTURE_ENDINGS)
         if not found:
             raise ValueError(f"{place / name} holds no {', '.join(PICTURE_ENDINGS)} files.")
         files += found
@@ -133,20 +133,24 @@ def read_npy(file: str | Path) -> Tensor:
     try:
         with file.open("rb") as stream:
             magic = stream.read(8)
-            if magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):
-                raise ValueError(f"{file} is no .npy file.")
+            if len(magic) < 8 or magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):
+                raise _NoArrayError
             form = "<H" if magic[6] == 1 else "<I"
             (length,) = struct.unpack(form, stream.read(struct.calcsize(form)))
             if length > LONGEST_HEADER:
-                raise ValueError(f"{file} is damaged: its header has {length} bytes.")
+                raise ValueError("a header of that length")
             header = ast.literal_eval(stream.read(length).decode("latin1").strip())
             offset, size = stream.tell(), file.stat().st_size
         code, order, shape = header["descr"], header["fortran_order"], tuple(header["shape"])
-    except (OSError, struct.error, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
+    except _NoArrayError as error:
+        raise ValueError(f"{file} is no .npy file.") from error
+    except (OSError, struct.error, SyntaxError, ValueError, TypeError, KeyError, MemoryError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its header cannot be read"
         raise ValueError(f"{file} cannot be used: {reason}.") from error
-    if not isinstance(code, str) or code not in DTYPES or order is not False:
+    if not isinstance(code, str) or code not in DTYPES:
         raise ValueError(f"{file} holds elements of type {code!r}; it must hold integers of {', '.join(DTYPES)}.")
+    if order is not False:
+        raise ValueError(f"{file} holds an array in Fortran order; it must be in C order, see numpy.ascontiguousarray.")
     if not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"{file} has shape {list(shape)}; it must hold elements.")
     dtype, count = DTYPES[code], math.prod(shape)
@@ -157,6 +161,10 @@ def read_npy(file: str | Path) -> Tensor:
     stored = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
     data = torch.empty(0, dtype=torch.uint8).set_(stored)[offset:]  # pyright: ignore[reportArgumentType]
     return (data if dtype == torch.uint8 else data.clone().view(dtype)).view(shape)
+
+
+class _NoArrayError(Exception):
+    """A file does not begin as a `.npy` file does."""
 
 
 def _severity(severity: int) -> int:
@@ -170,6 +178,11 @@ def _name(corruption: str) -> str:
     if not isinstance(corruption, str) or not corruption or corruption in (".", "..") or "/" in corruption:
         raise ValueError(f"corruption is {checks.shown(corruption)}; it must be the name of a file or folder.")
     return corruption
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Return what is in a folder, without what file systems and archives hide there, such as `._fog.npy`."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name != "__MACOSX"]
 
 
 def _file(folder: Path, corruption: str) -> Path:

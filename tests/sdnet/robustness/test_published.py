@@ -43,6 +43,39 @@ def test_arrays_of_python_objects_are_refused_unread(tmp_path: Path) -> None:
         read_npy(tmp_path / "a.npy")
 
 
+def test_an_array_in_fortran_order_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((4, 5, 6, 3), np.uint8).transpose(3, 2, 1, 0))
+    with pytest.raises(ValueError, match=r"a\.npy holds an array in Fortran order; it must be in C order"):
+        read_npy(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("dtype", ["float32", ">i8", "bool", "U3"])
+def test_elements_of_other_types_are_refused(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(4, dtype))
+    with pytest.raises(ValueError, match=r"a\.npy holds elements of type .*; it must hold integers of \|u1"):
+        read_npy(tmp_path / "a.npy")
+
+
+def test_hidden_files_are_no_corruptions_and_no_pictures(cifar_c: Path) -> None:
+    (cifar_c / "._gaussian_noise.npy").write_bytes(b"of a file system")
+    place = cifar_c / "fog" / "1"
+    for name in (".git", "n01", "__MACOSX"):
+        (place / name).mkdir(parents=True)
+        (place / name / "._0.JPEG").touch()
+    (place / "n01" / "0.JPEG").touch()
+    assert corruptions_of(cifar_c) == ["fog", "gaussian_noise"]
+    assert read_imagenet_c(cifar_c, "fog", 1).files == (place / "n01" / "0.JPEG",)
+
+
+def test_a_class_without_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "fog" / "1" / "n01").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"n01 holds no \.jpeg, \.jpg, \.png files"):
+        read_imagenet_c(tmp_path, "fog", 1)
+    (tmp_path / "fog" / "2").mkdir()
+    with pytest.raises(ValueError, match=r"fog/2 holds no folders of classes"):
+        read_imagenet_c(tmp_path, "fog", 2)
+
+
 def test_a_file_that_is_cut_off_is_refused(cifar_c: Path) -> None:
     file = cifar_c / "gaussian_noise.npy"
     file.write_bytes(file.read_bytes()[:-1])
@@ -50,7 +83,26 @@ def test_a_file_that_is_cut_off_is_refused(cifar_c: Path) -> None:
         read_cifar_c(cifar_c, "gaussian_noise", 1)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x05\x00{{{{{", b"PK\x03\x04" * 9])
+def header(text: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x93NUMPY",
+        b"\x93NUMPY\x01\x00",
+        header(b"{{{{{"),
+        header(b"print('called')"),
+        header(b"{'descr': int, 'fortran_order': False, 'shape': (1,)}"),
+        header(b"{'descr': '|u1', 'fortran_order': False, 'shape': 1}"),
+        header(b"['|u1', False, (1,)]"),
+        header(b"{\x00}"),
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff",
+        b"PK\x03\x04" * 9,
+    ],
+)
 def test_a_file_that_is_no_array_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.npy (is no \.npy file|cannot be used)"):
