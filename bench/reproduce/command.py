@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if unknown := sorted(set(options.only or ()) - set(names)):
         raise UserError(f"--only is {unknown[0]}; it must be among {', '.join(names)}.")
     out = options.out / scale.name
-    for folder in (out, options.cards):
+    for folder in (out, options.cards, options.weights):
         writable_folder(folder)
     if options.stage != "train" and scale.attacks.autoattack:
         autoattack_class()  # before hours of work, whether it is installed
@@ -72,7 +72,10 @@ def run(options: argparse.Namespace) -> int:
                     print(f"{cell.name}: training ended early; the same command goes on", flush=True)
                     failed = True
                     continue
-            if options.stage == "train" or not trained(run_folder, scale):
+            if options.stage == "train":
+                continue
+            if not trained(run_folder, scale):
+                print(f"{cell.name}: not trained to the end, so it is not evaluated", flush=True)
                 continue
             print(f"{cell.name}: evaluation", flush=True)
             evaluation = Evaluation(cell, scale, data, run_folder, device)

@@ -104,6 +104,8 @@ SCALES: dict[str, Scale] = {
         holdout=5000,
         per_class=None,
         table=TableOptions(),
-        attacks=AttackOptions(pictures=1000, autoattack=1000),
+        attacks=AttackOptions(
+            pictures=1000, autoattack=1000, autoattack_linf=(0.5, 1, 2, 8), autoattack_l2=(0.1, 0.25, 0.5)
+        ),
     ),
 }

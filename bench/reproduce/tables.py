@@ -10,6 +10,7 @@ from typing import Any
 
 from sdnet.bench.reproduce.cards import Card, interval
 from sdnet.bench.robustness import plots
+from sdnet.bench.robustness.attack_runs import found_by_square
 from sdnet.bench.robustness.stored import unpack
 from sdnet.bench.tables import NOTHING, markdown
 from sdnet.robustness.corruptions import NOISES
@@ -202,12 +203,14 @@ def fits_table(cards: Sequence[Card]) -> str:
 def attacked(cards: Sequence[Card]) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the networks that were attacked, each with its values."""
     ordered = sorted(cards, key=lambda card: NETWORKS.index(card["network"]))
-    return [
-        (f"{card['network']}, {ROW_NAMES[row]}" if card["network"] != "resnet18" else "resnet18", attack["values"])
-        for card in ordered
-        for row, attack in card["attacks"].items()
-        if attack["values"]
-    ]
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for card in ordered:
+        for row, attack in card["attacks"].items():
+            if values := attack["values"]:
+                count = min(attack["conditions"]["autoattack"], attack["conditions"]["pictures"])
+                name = card["network"] if card["network"] == "resnet18" else f"{card['network']}, {ROW_NAMES[row]}"
+                found.append((name, values | found_by_square(values, count)))
+    return found
 
 
 def attacks_table(cards: Sequence[Card]) -> str:

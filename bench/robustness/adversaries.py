@@ -12,7 +12,13 @@ from pathlib import Path
 
 from sdnet.bench.common_options import at_least, choose_device, number
 from sdnet.bench.ledger import writable_folder
-from sdnet.bench.robustness.attack_runs import AttackOptions, AttackRuns, autoattack_class
+from sdnet.bench.robustness.attack_runs import (
+    AttackOptions,
+    AttackRuns,
+    autoattack_class,
+    check_autoattack,
+    found_by_square,
+)
 from sdnet.bench.robustness.checkpoints import file_of, load_checkpoint
 from sdnet.bench.robustness.measure import digest_of, pixel_model
 from sdnet.bench.robustness.pictures import CLEAN, test_pictures
@@ -47,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=at_least(1), default=DEFAULTS.steps, help="of PGD; default 20")
     parser.add_argument("--restarts", type=at_least(1), default=DEFAULTS.restarts, help="of PGD; default 2")
-    parser.add_argument("--autoattack", type=at_least(0), default=DEFAULTS.autoattack, help="pictures; default 1000")
+    parser.add_argument(
+        "--autoattack", type=at_least(0), default=DEFAULTS.autoattack, help="pictures, 0 for none; default 1000"
+    )
     parser.add_argument("--queries", type=at_least(1), default=DEFAULTS.queries, help="of Square; default 5000")
     parser.add_argument("--batch", type=at_least(1), default=DEFAULTS.batch, help="pictures of a forward; default 100")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
@@ -65,7 +73,8 @@ def run(options: argparse.Namespace) -> int:
     writable_folder(options.out)
     if options.autoattack:
         autoattack_class()  # before hours of work, whether it is installed
-    pictures, digest = test_pictures(options.data, options.pictures, device, model.num_classes)
+        check_autoattack(model.num_classes)
+    pictures, digest = test_pictures(options.data, options.pictures, device, model)
     attacks = AttackOptions(
         pictures=options.pictures,
         linf=tuple(options.linf),
@@ -73,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         restarts=options.restarts,
         autoattack=options.autoattack,
-        autoattack_linf=tuple(eps for eps in options.linf if eps <= 2),
+        autoattack_linf=tuple(options.linf),
         autoattack_l2=tuple(options.l2),
         queries=options.queries,
         batch=options.batch,
@@ -84,7 +93,8 @@ def run(options: argparse.Namespace) -> int:
     rule = None if options.k is None else NoiseRule(options.k)
     robust = pixel_model(RobustModel(model, rule))
     AttackRuns(robust, pictures.corrupted(CLEAN), pictures.labels, attacks, results).measure()
-    lines = [[name, str(value)] for name, value in results.values.items() if ": after" not in name]
+    values = results.values | found_by_square(results.values, min(attacks.autoattack, attacks.pictures))
+    lines = [[name, str(value)] for name, value in values.items() if ": after" not in name]
     shown = markdown(["attack", "accuracy, %"], [line for line in lines if not line[0].endswith(": clean")])
     write_text(options.out / "attacks.md", shown + "\n")
     print(shown)

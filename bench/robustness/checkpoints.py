@@ -1,5 +1,6 @@
 """Networks from run folders and weights files."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -70,9 +71,27 @@ def load_checkpoint(path: Path, weights: str, device: torch.device) -> sdnet.SDN
 
 
 def file_of(path: Path, weights: str) -> Path:
-    """Return the weights file that `load_checkpoint` reads."""
+    """Return the weights file that `load_checkpoint` reads.
+
+    Raises:
+        FileNotFoundError: there is none, or the run folder has the other one alone.
+    """
     of_run = path / f"{weights}.safetensors"
-    return of_run if of_run.is_file() else weights_file(path)
+    if of_run.is_file():
+        return of_run
+    found = weights_file(path)
+    if found != path and found.stem in ("last", "best"):
+        raise FileNotFoundError(f"{path} holds {found.name} and no {of_run.name}; choose it by --weights {found.stem}.")
+    return found
+
+
+def held_out_by(file: Path) -> int | None:
+    """Return how many training pictures the run of a weights file held out, None if the file does not say it."""
+    try:
+        recipe = json.loads(read_weights(file).facts.get("recipe", "{}"))
+    except ValueError:
+        return None
+    return recipe.get("holdout") if isinstance(recipe, dict) else None
 
 
 def placed(model: sdnet.SDNet, device: torch.device, channels_last: bool) -> sdnet.SDNet:

@@ -1,6 +1,7 @@
 """What robustness tables are made of: which pictures a model classifies rightly, and what the first layer does."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -62,10 +63,19 @@ def correct_with_lambda(robust: RobustModel, pixels: Tensor, labels: Tensor) -> 
 
 
 @torch.no_grad()
-def first_layer_facts(layer: CSCConv2d, x: Tensor, lam: float) -> dict[str, float]:
-    """Return the mean residual |x - A z|² / n_dict, relative residual and sparsity of a layer at one lambda."""
+def first_layer_facts(
+    layer: CSCConv2d, pixels: Tensor, normalise: Callable[[Tensor], Tensor], lam: float | None = None
+) -> dict[str, float]:
+    """Return the mean residual |x - A z|² / n_dict, relative residual and sparsity of a layer.
+
+    Args:
+        layer: the first layer.
+        pixels: the pictures.
+        normalise: returns the input of the layer for pixels.
+        lam: lambda; None is the layer's own.
+    """
     residuals, relative, zeros = [], [], []
-    for part in x.split(batch_for(x)):
+    for part in map(normalise, pixels.split(batch_for(pixels))):
         residual = residual_of(layer, part, lam)
         residuals.append(residual)
         relative.append((residual / part.square().sum((1, 2, 3)).clamp_min(1e-12)).sqrt())

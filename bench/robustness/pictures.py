@@ -1,6 +1,7 @@
 """The pictures that robustness is measured on: test pictures, and held-out training pictures to fit the rules."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -8,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sdnet.models import SDNet
 from sdnet.robustness.corruptions import NOISES, Noise, Scale, as_pixels, corrupt
 from sdnet.train.data.cifar import read_small_pictures
 from sdnet.train.data.cifar_files import Arrays
@@ -99,29 +101,32 @@ def open_sets(data: Path, holdout: int, test: int, held: int, device: torch.devi
         raise UserError("The run held out no training pictures to fit the rules on; train with --holdout 5000.")
     found = read_small_pictures(data)
     _, positions = divide(found.train.labels, holdout, f"The training set in {data}")
-    arrays = chosen(found.val, test, "test"), chosen(found.train.select(positions), held, "held-out")
+    arrays = (
+        chosen(found.val, test, "The number of test pictures"),
+        chosen(found.train.select(positions), held, "The number of held-out pictures"),
+    )
     digest = hashlib.sha256("".join(part.digest() for part in arrays).encode()).hexdigest()
     return Sets(placed(arrays[0], SEED, device), placed(arrays[1], SEED + 10_000, device), found.classes, digest)
 
 
-def test_pictures(data: Path, count: int, device: torch.device, classes: int) -> tuple[Pictures, str]:
+def test_pictures(data: Path, count: int, device: torch.device, network: SDNet) -> tuple[Pictures, str]:
     """Read test pictures.
 
     Args:
         data: a folder of CIFAR or other small pictures, as train/cifar.py takes it.
         count: how many are used, a seeded choice of all; 0 for all.
         device: the device of the pictures.
-        classes: the number of classes of the network.
+        network: the network, which must have the same classes.
 
     Returns:
         The pictures, and a fingerprint of them.
 
     Raises:
-        UserError: there are no such data, too few pictures, or another number of classes.
+        UserError: there are no such data, too few pictures, or other classes.
     """
     found = read_small_pictures(data)
-    check_classes(data, len(found.classes), classes)
-    arrays = chosen(found.val, count, "test")
+    check_classes(data, found.classes, network)
+    arrays = chosen(found.val, count, "--pictures")
     return placed(arrays, SEED, device), arrays.digest()
 
 
@@ -131,17 +136,24 @@ def placed(arrays: Arrays, seed: int, device: torch.device) -> Pictures:
     return Pictures(images, labels.long(), seed)
 
 
-def check_classes(data: Path, found: int, classes: int) -> None:
-    """Raise a UserError unless the pictures in a folder have as many classes as the network."""
-    if found != classes:
-        raise UserError(f"The pictures in {data} have {found} classes; the network has {classes}.")
+def check_classes(data: Path, found: Sequence[str], network: SDNet) -> None:
+    """Raise a UserError unless the pictures in a folder have the classes of the network, as far as it names them."""
+    if len(found) != network.num_classes:
+        raise UserError(f"The pictures in {data} have {len(found)} classes; the network has {network.num_classes}.")
+    for here, there in zip(found, network.class_names, strict=False):
+        if here != there:
+            raise UserError(f"{data} has a class {here} where the network has {there}.")
 
 
 def chosen(arrays: Arrays, count: int, name: str) -> Arrays:
-    """Return a seeded choice of `count` pictures, or all of them in a seeded order for 0."""
+    """Return a seeded choice of `count` pictures, or all of them in a seeded order for 0.
+
+    Raises:
+        UserError: there are fewer; the message says `name` for the count.
+    """
     total = len(arrays.labels)
     if count > total:
-        raise UserError(f"{count} {name} pictures were asked for; there are {total}.")
+        raise UserError(f"{name} is {count}; there are {total} pictures.")
     return arrays.select(seeded_order(total)[: count or total].numpy())
 
 

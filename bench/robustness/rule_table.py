@@ -177,9 +177,8 @@ class RuleTable:
         """Return residual and sparsity of the first layer at the training lambda on the held-out pictures."""
 
         def compute() -> dict[str, float]:
-            x = pixel_model(self.model).normalise(self.sets.held.corrupted(group))
-            layer = first_layer(self.model)
-            return first_layer_facts(layer, x, float(layer.lam))
+            normalise = pixel_model(self.model).normalise
+            return first_layer_facts(first_layer(self.model), self.sets.held.corrupted(group), normalise)
 
         return self.results.get(f"held-out facts, {name_of(group)}", compute)
 

@@ -40,9 +40,17 @@ class StoredResults:
             )
 
     def get(self, name: str, compute: Callable[[], Value]) -> Value:
-        """Return a value, computed and written now if the file lacks it. JSON must be able to write it."""
+        """Return a value, computed and written now if the file lacks it. JSON must be able to write it.
+
+        Raises:
+            UserError: a number of it is not finite.
+        """
         if name not in self.values:
-            self.values[name] = json.loads(json.dumps(compute(), allow_nan=False))
+            value = compute()
+            try:
+                self.values[name] = json.loads(json.dumps(value, allow_nan=False))
+            except ValueError as error:
+                raise UserError(f"'{name}' is {value}, which is not finite: the network has diverged.") from error
             text = json.dumps({"conditions": self.conditions, "values": self.values}, indent=0) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, text)

@@ -14,7 +14,7 @@ pictures are used in place of the test pictures: a lambda that is chosen for use
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,10 +24,10 @@ import sdnet
 from sdnet.bench.common_options import at_least, choose_device, number
 from sdnet.bench.ledger import writable_folder
 from sdnet.bench.robustness import plots
-from sdnet.bench.robustness.checkpoints import file_of, load_checkpoint
+from sdnet.bench.robustness.checkpoints import file_of, held_out_by, load_checkpoint
 from sdnet.bench.robustness.measure import correct, digest_of, first_layer_facts, percent
 from sdnet.bench.robustness.pictures import CLEAN, Group, check_classes, name_of, open_sets, test_pictures
-from sdnet.bench.robustness.published import published_source
+from sdnet.bench.robustness.published import Source, picture_digest, published_source
 from sdnet.bench.robustness.rule_table import OFFICIAL_LAMBDAS
 from sdnet.bench.robustness.stored import StoredResults
 from sdnet.bench.tables import markdown
@@ -42,9 +42,6 @@ from sdnet.train.errors import UserError
 DRAWN = 4
 """Pictures that are drawn."""
 
-Source = Callable[[Group], tuple[Tensor, Tensor]]
-"""Returns the pixels in [0, 1] and the labels of a noise at a severity."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -52,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="of a run folder; default last")
     parser.add_argument("--data", type=Path, help="a folder of CIFAR or other small pictures")
     parser.add_argument("--published", type=Path, help="a folder of CIFAR-10-C, CIFAR-100-C or ImageNet-C")
-    parser.add_argument("--holdout", type=at_least(1), help="use the training pictures that a run held out")
-    parser.add_argument("--scale", choices=SCALES, default="cifar10-c", help="whose severities; default cifar10-c")
+    parser.add_argument("--holdout", type=at_least(1), help="use the training pictures of --data that the run held out")
+    parser.add_argument("--scale", choices=SCALES, help="whose severities, for --data; default cifar10-c")
     parser.add_argument("--noises", nargs="+", metavar="NOISE", help="default: gaussian shot impulse speckle, or all")
     parser.add_argument("--severities", nargs="+", type=at_least(1), metavar="N", help="default all of the scale")
     parser.add_argument("--lambdas", nargs="+", type=number, default=list(OFFICIAL_LAMBDAS), help="default 0.1 ... 1.4")
@@ -67,55 +64,81 @@ def run(options: argparse.Namespace) -> int:
     """Measure, and write the results, the table and the plots."""
     if (options.data is None) == (options.published is None):
         raise UserError("One of --data and --published is needed, and not both.")
+    for name in ("scale", "holdout"):
+        if options.published is not None and (given := getattr(options, name)) is not None:
+            raise UserError(f"--{name} is {given}; it is for --data, because a published set has pictures of its own.")
+    lambdas = sorted(set(options.lambdas))
     device = choose_device(options.device)
     model = load_checkpoint(options.checkpoint, options.weights, device)
     if not csc_layers(model):
         raise UserError(f"{options.checkpoint} holds a network without CSC layers, so it has no lambda.")
+    for value in lambdas:
+        try:
+            with_lambda(model, value, options.layers)
+        except ValueError as error:
+            raise UserError(f"--lambdas has {value:g}: {error}") from error
     writable_folder(options.out)
-    source, groups, digest = source_of(options, model, device)
+    file = file_of(options.checkpoint, options.weights)
+    source, groups, digest = source_of(options, model, file, device)
     conditions = {
-        "weights": digest_of(file_of(options.checkpoint, options.weights)),
+        "weights": digest_of(file),
         "pictures": digest,
-        "scale": options.scale,
+        "scale": options.scale or SCALES[0],
         "layers": options.layers,
     }
     results = StoredResults(options.out / "results.json", conditions)
+    if options.published is not None:
+        check_published(options.published, groups, results)
     for group in groups:
-        measure(model, source, group, options.lambdas, options.layers, results)
-    write(options.out, options.lambdas, groups, results)
+        measure(model, source, group, lambdas, options.layers, results)
+    write(options.out, lambdas, groups, results)
     if options.data is not None:
-        write_pictures(options.out / "pictures.png", model, source, groups, options.lambdas, results)
+        write_pictures(options.out / "pictures.png", model, source, groups, lambdas, results)
     print((options.out / "table.md").read_text())
     return 0
 
 
-def source_of(options: argparse.Namespace, model: sdnet.SDNet, device: torch.device) -> tuple[Source, list[Group], str]:
+def check_published(folder: Path, groups: Sequence[Group], results: StoredResults) -> None:
+    """Raise a UserError if the stored results are of another set with the same name as the folder."""
+    for noise in dict.fromkeys(noise for noise, _ in groups):
+        digest = picture_digest(folder, noise)
+        if results.get(f"pictures of {noise}", lambda found=digest: found) != digest:
+            raise UserError(
+                f"{results.path} was measured with another {noise} than that in {folder}; choose another --out, or "
+                "remove the file."
+            )
+
+
+def source_of(
+    options: argparse.Namespace, model: sdnet.SDNet, file: Path, device: torch.device
+) -> tuple[Source, list[Group], str]:
     """Return where pictures come from, the noises and severities, and a fingerprint of the pictures."""
     if options.published is not None:
-        classes = model.num_classes
-        return published_source(
-            options.published, options.noises, options.severities, options.pictures, device, classes
-        )
-    names = options.noises or list(NOISES)
+        return published_source(options.published, options.noises, options.severities, options.pictures, device, model)
+    names = list(dict.fromkeys(options.noises or NOISES))
     if unknown := sorted(set(names) - set(NOISES)):
         raise UserError(f"--noises has {unknown[0]}; they must be among {', '.join(NOISES)}.")
     if model.config.get("stem") == "imagenet":
         raise UserError("--data takes small pictures; for a network with the ImageNet stem give --published.")
-    most = SEVERITIES[options.scale]
+    scale = options.scale or SCALES[0]
     groups = [CLEAN]
     for noise in names:
-        strengths = len(most[noise])
+        strengths = len(SEVERITIES[scale][noise])
         if wrong := [n for n in options.severities or () if n > strengths]:
-            raise UserError(f"--severities has {wrong[0]}; {noise} of scale {options.scale} has {strengths}.")
-        groups += [(noise, severity) for severity in options.severities or range(1, strengths + 1)]
+            raise UserError(f"--severities has {wrong[0]}; {noise} of scale {scale} has {strengths}.")
+        groups += [(noise, severity) for severity in sorted(set(options.severities or range(1, strengths + 1)))]
     count = options.pictures or 0
     if options.holdout:
+        if (known := held_out_by(file)) is not None and known != options.holdout:
+            raise UserError(
+                f"--holdout is {options.holdout}; the run held out {known} training pictures and was trained on others."
+            )
         sets = open_sets(options.data, options.holdout, 1, count, device)
-        check_classes(options.data, len(sets.classes), model.num_classes)
+        check_classes(options.data, sets.classes, model)
         pictures, digest = sets.held, sets.digest
     else:
-        pictures, digest = test_pictures(options.data, count, device, model.num_classes)
-    return lambda group: (pictures.corrupted(group, options.scale), pictures.labels), groups, digest
+        pictures, digest = test_pictures(options.data, count, device, model)
+    return lambda group: (pictures.corrupted(group, scale), pictures.labels), groups, digest
 
 
 def measure(
@@ -135,17 +158,16 @@ def measure(
         def compute(value: float = value) -> dict[str, float]:
             pixels, labels = loaded()
             wrapped = PixelModel(with_lambda(model, value, layers), mean, std).to(pixels.device).eval()
-            facts = first_layer_facts(layer, wrapped.normalise(pixels), value)
+            facts = first_layer_facts(layer, pixels, wrapped.normalise, value)
             score = percent(correct(wrapped, pixels, labels))
             return {"accuracy": score, **facts}
 
         found = results.get(key(group, value), compute)
         print(f"{name_of(group)}, lambda {value:g}: {found['accuracy']:.2f} %", flush=True)
-    training = float(layer.lam)
 
     def residual() -> float:
         normalise = PixelModel(model, mean, std).to(layer.weight.device).normalise
-        return first_layer_facts(layer, normalise(loaded()[0]), training)["residual"]
+        return first_layer_facts(layer, loaded()[0], normalise)["residual"]
 
     results.get(f"residual at the training lambda, {name_of(group)}", residual)
 
@@ -208,8 +230,9 @@ def write_pictures(
     clean, dirty = source(groups[0])[0][:DRAWN], source(noisy_group)[0][:DRAWN]
     best = best_of(lambdas, scores_of(noisy_group, lambdas, results))
     columns = {"clean": clean, name_of(noisy_group): dirty}
-    for value in dict.fromkeys((float(layer.lam), best)):
-        x = wrapped.normalise(dirty)
+    own = f"lambda {float(layer.lam):g}" if layer.lam.numel() == 1 else "the training lambda"
+    x = wrapped.normalise(dirty)
+    for title, value in {own: None, f"lambda {best:g}": best}.items():
         rebuilt = layer.reconstruct(layer(x, value), (x.shape[2], x.shape[3]))[:, : x.shape[1]]
-        columns[f"rebuilt, lambda {value:g}"] = rebuilt * wrapped.std + wrapped.mean
+        columns[f"rebuilt, {title}"] = rebuilt * wrapped.std + wrapped.mean
     plots.pictures_plot(path, columns)

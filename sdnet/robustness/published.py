@@ -106,12 +106,8 @@ def read_imagenet_c(folder: str | Path, corruption: str, severity: int) -> Publi
     Raises:
         ValueError: there is no such folder, or it holds no classes or a class without pictures.
     """
-    place = Path(folder) / _name(corruption) / str(_severity(severity))
-    if not place.is_dir():
-        raise ValueError(f"There is no folder {place}.")
-    classes = sorted(sub.name for sub in _visible(place) if sub.is_dir())
-    if not classes:
-        raise ValueError(f"{place} holds no folders of classes.")
+    classes = classes_of(folder, corruption, severity)
+    place = Path(folder) / corruption / str(severity)
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -120,7 +116,27 @@ def read_imagenet_c(folder: str | Path, corruption: str, severity: int) -> Publi
             raise ValueError(f"{place / name} holds no {', '.join(PICTURE_ENDINGS)} files.")
         files += found
         labels += [label] * len(found)
-    return PublishedFolder(tuple(files), torch.tensor(labels), tuple(classes))
+    return PublishedFolder(tuple(files), torch.tensor(labels), classes)
+
+
+def classes_of(folder: str | Path, corruption: str, severity: int) -> tuple[str, ...]:
+    """Return the names of the class folders of one corruption and severity of ImageNet-C, sorted.
+
+    Args:
+        folder: see `read_imagenet_c`, as the others.
+        corruption: the name of a folder.
+        severity: 1 to 5.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no classes.
+    """
+    place = Path(folder) / _name(corruption) / str(_severity(severity))
+    if not place.is_dir():
+        raise ValueError(f"There is no folder {place}.")
+    classes = tuple(sorted(sub.name for sub in _visible(place) if sub.is_dir()))
+    if not classes:
+        raise ValueError(f"{place} holds no folders of classes.")
+    return classes
 
 
 def read_npy(file: str | Path) -> Tensor:

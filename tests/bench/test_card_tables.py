@@ -94,6 +94,18 @@ def test_attacks_and_checks_are_apart() -> None:
     assert checks.splitlines()[2:] == ["| unbounded | 0.00 |", "| two forwards are equal | yes |"]
 
 
+def test_pictures_that_square_alone_finds_are_counted() -> None:
+    shown = card("resnet18", 0, 50.0)
+    shown["attacks"]["training"]["conditions"] |= {"pictures": 8, "autoattack": 4}
+    shown["attacks"]["training"]["values"] = {
+        "AutoAttack, L2 0.25: after fab-t": pack([True, True, False, False]),
+        "AutoAttack, L2 0.25: after square alone": pack([False, True, False, True]),
+        "AutoAttack, L2 0.5: after fab-t": pack([True, True, False, False]),
+    }
+    (line,) = tables.checks_table([shown]).splitlines()[2:]
+    assert line == "| pictures that Square alone finds, L2 0.25, % | 25.00 |"
+
+
 def test_a_mark_names_one_scale_and_its_conditions_are_shown() -> None:
     shown = render("cards-attacks", "tiny", [card("resnet18", 0, 50.0)])
     for words in (

@@ -122,6 +122,18 @@ def test_bad_options_are_refused(
     assert message in capfd.readouterr().err
 
 
+def test_a_network_that_is_not_trained_is_not_evaluated(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["reproduce", "--scale", "tiny", "--data", str(pictures), "--out", str(tmp_path), "--device", "cpu"]
+    command += ["--cards", str(tmp_path), "--weights", str(tmp_path / "weights"), "--stage", "evaluate"]
+    assert main(command) == 0
+    assert "sdnet18-seed0: not trained to the end, so it is not evaluated" in capfd.readouterr().out
+    (tmp_path / "file").touch()
+    assert main([*command, "--weights", str(tmp_path / "file")]) == 2
+    assert "file cannot be written to" in capfd.readouterr().err
+
+
 def test_the_interval_of_paired_differences_is_students() -> None:
     centre, half = cards.interval([1.0, 2.0, 3.0])
     assert centre == 2
@@ -148,6 +160,8 @@ def test_stored_results_are_computed_once(tmp_path: Path) -> None:
     assert len(calls) == 1
     with pytest.raises(UserError, match="was measured with another size; choose another --out"):
         StoredResults(tmp_path / "r.json", {"size": (1, 3)})
+    with pytest.raises(UserError, match="'y' is nan, which is not finite: the network has diverged"):
+        StoredResults(tmp_path / "r.json", {"size": (1, 2)}).get("y", lambda: float("nan"))
     (tmp_path / "r.json").write_text("{")
     damaged: Any = pytest.raises(UserError, match=r"r\.json is damaged")
     with damaged:
