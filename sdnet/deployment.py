@@ -77,33 +77,10 @@ def export(
     Example:
         >>> sdnet.export(model, "model.onnx", torch.randn(2, 3, 224, 224))
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {checks.shown(model)}; it must be an nn.Module.")
-    if not isinstance(path, (str, PathLike)) or Path(path).suffix not in SUFFIXES:
-        raise ValueError(f"path is {checks.shown(path)}; it must be the path of a file that ends in .pt2 or .onnx.")
-    file = Path(path)
-    if not file.parent.is_dir():
-        raise ValueError(f"path is '{file}'; there is no folder '{file.parent}'.")
-    if file.is_dir():
-        raise ValueError(f"path is '{file}', a folder; it must be the path of a file.")
+    file = checked_file(path)
     model = getattr(model, "_orig_mod", model)  # of a compiled model
-    checks.flag("dynamic_size", dynamic_size)
-    if (
-        not isinstance(example, Tensor)
-        or example.ndim < 2
-        or 0 in example.shape
-        or (dynamic_size and example.ndim != 4)
-    ):
-        shape = "[N, C, H, W]" if dynamic_size else "with a batch dimension"
-        raise ValueError(f"example is {checks.shown(example)}; it must be a tensor {shape}.")
-    if dynamic_size and not example.is_floating_point():
-        raise ValueError(f"example is {example.dtype}; it must be floating point, or dynamic_size be False.")
-    if not bool(example.isfinite().all()):
-        raise ValueError("example holds NaN or infinite values; the outputs could not be compared.")
-    if others := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
-        raise ValueError(f"model has parameters of {others.pop()}; export model.float().")
-    onnx = file.suffix == ".onnx"
-    if onnx and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
+    check_arguments(model, example, checks.flag("dynamic_size", dynamic_size))
+    if file.suffix == ".onnx" and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
         raise ImportError(f"{missing[0]} is not installed; ONNX files need it: pip install 'sdnet[export]'.")
 
     plain = copy.deepcopy(model).eval()
@@ -120,21 +97,45 @@ def export(
         program = traced(plain, examples[0], dynamic_size)
     temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")
     try:
-        if onnx:
-            found = as_onnx(program, temporary, examples)
-        else:
-            torch.export.save(program, temporary)
-            loaded = torch.export.load(temporary).module()
-            try:
-                with torch.no_grad():
-                    found = [loaded(images) for images in examples]
-            except AssertionError as error:  # what the tracer took for granted does not hold for all sizes
-                raise ValueError(NOT_FOR_ALL_SIZES) from error
+        write = as_onnx if file.suffix == ".onnx" else as_pt2
+        found = write(program, temporary, examples)
         difference = largest_difference(found, expected)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
     return Exported(file, difference)
+
+
+def checked_file(path: str | PathLike[str]) -> Path:
+    """Return the path of a file that can be written.
+
+    Raises:
+        ValueError: `path` has another suffix, is a folder, or lies in a folder that does not exist.
+    """
+    if not isinstance(path, (str, PathLike)) or Path(path).suffix not in SUFFIXES:
+        raise ValueError(f"path is {checks.shown(path)}; it must be the path of a file that ends in .pt2 or .onnx.")
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise ValueError(f"path is '{file}'; there is no folder '{file.parent}'.")
+    if file.is_dir():
+        raise ValueError(f"path is '{file}', a folder; it must be the path of a file.")
+    return file
+
+
+def check_arguments(model: nn.Module, example: Tensor, dynamic_size: bool) -> None:
+    """Raise a ValueError unless `export` takes the model and the example."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {checks.shown(model)}; it must be an nn.Module.")
+    if others := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
+        raise ValueError(f"model has parameters of {others.pop()}; export model.float().")
+    shaped = isinstance(example, Tensor) and (example.ndim == 4 if dynamic_size else example.ndim >= 2)
+    if not shaped or 0 in example.shape:
+        shape = "[N, C, H, W]" if dynamic_size else "with a batch dimension"
+        raise ValueError(f"example is {checks.shown(example)}; it must be a tensor {shape}.")
+    if dynamic_size and not example.is_floating_point():
+        raise ValueError(f"example is {example.dtype}; it must be floating point, or dynamic_size be False.")
+    if not bool(example.isfinite().all()):
+        raise ValueError("example holds NaN or infinite values; the outputs could not be compared.")
 
 
 def examples_of(example: Tensor, dynamic_size: bool) -> list[Tensor]:
@@ -213,6 +214,21 @@ def without_assertions(program: torch.export.ExportedProgram) -> torch.export.Ex
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
+
+
+def as_pt2(program: torch.export.ExportedProgram, file: Path, examples: list[Tensor]) -> list[Tensor]:
+    """Write a program as a .pt2 file, load it, and return what it computes for the examples.
+
+    Raises:
+        ValueError: The file does not take every size.
+    """
+    torch.export.save(program, file)
+    loaded = torch.export.load(file).module()
+    try:
+        with torch.no_grad():
+            return [loaded(images) for images in examples]
+    except AssertionError as error:  # what the tracer took for granted does not hold for all sizes
+        raise ValueError(NOT_FOR_ALL_SIZES) from error
 
 
 def as_onnx(program: torch.export.ExportedProgram, file: Path, examples: list[Tensor]) -> list[Tensor]:
