@@ -15,7 +15,7 @@ import sdnet
 from sdnet.step_size import csc_layers
 from sdnet.train.bad_images import noting_broken_image, record_bad_images
 from sdnet.train.build import check_recipe, equal_facts, make_accelerator, make_model
-from sdnet.train.checkpoint import LoaderPosition, RandomState, TrainState, restore
+from sdnet.train.checkpoint import Checkpoint, LoaderPosition, RandomState, TrainState, restore
 from sdnet.train.data.loader import Data, Loader, Rank
 from sdnet.train.data.watch import listening
 from sdnet.train.disk_space import check_disk_space
@@ -24,7 +24,7 @@ from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
 from sdnet.train.execution import execution
 from sdnet.train.guards import Guard
-from sdnet.train.init_from import freeze, initialise, read_initial
+from sdnet.train.init_from import Initial, freeze, initialise, read_initial
 from sdnet.train.interrupt import Interrupt
 from sdnet.train.job import Job
 from sdnet.train.lock import RunLock
@@ -77,26 +77,43 @@ class Trainer:
     def _build(self, open_data: OpenData) -> None:
         """Open the data, make the model, and restore the checkpoint if the run is resumed."""
         job, recipe, accelerator = self.job, self.job.recipe, self.accelerator
-        device, processes = accelerator.device, accelerator.num_processes
         on_main(accelerator, lambda: check_disk_space(self.run, recipe, job.resume))
         checkpoint, fallen_back = on_all(accelerator, lambda: self.run.checkpoint_of(job.resume))
         self.fallen_back = bool(fallen_back)
         check_equal(accelerator, equal_facts(job, checkpoint))
         if checkpoint:
-            checkpoint.check_processes(processes)
+            checkpoint.check_processes(accelerator.num_processes)
         initial = None if checkpoint else on_all(accelerator, lambda: read_initial(recipe))
-        rank = Rank(accelerator.process_index, processes)
+        digests = self._open_data(open_data, checkpoint)
+        begun = self._make_model(initial)
+        self.meter, self.state = LossMeter(accelerator.device), TrainState()
+        self.guard = Guard(self.run, self.model, self.meter, self.state, self.display.say)
+        self.saver = self._make_saver(digests)
+        self.notes = job.notes + fallen_back + begun + self.data.notes + self.verdicts.notes + self._restore(checkpoint)
+        self.agreement = Agreement(accelerator.num_processes, job.timeout)
+        set_timeout(job.timeout)
+        self.interrupt, self.watch, self.first_batch = Interrupt(), Stopwatch(), self.state.batch
+        self.display.set_length(recipe.epochs * self.steps_per_epoch, self.state.step)
+
+    def _open_data(self, open_data: OpenData, checkpoint: Checkpoint | None) -> Digests:
+        """Open the loaders, and return fingerprints of the data: equal on all processes, and those of a resumed run."""
+        job, accelerator = self.job, self.accelerator
+        rank = Rank(accelerator.process_index, accelerator.num_processes)
         # The first process of a machine goes first: the others reuse what it has found out about the files.
         with self.display.phase("reading the data"), listening(self.display.tell):
-            self.data = on_all(accelerator, lambda: open_data(job, rank, device), first=True)
+            self.data = on_all(accelerator, lambda: open_data(job, rank, accelerator.device), first=True)
         digests = Digests(self.data.digest, self.data.val_digest)
         check_equal(accelerator, {"the training set": digests.train, "the validation set": digests.val})
         if checkpoint:
             checkpoint.check_data(*digests)
-        self.steps_per_epoch = len(self.data.train) // recipe.accumulate
+        self.steps_per_epoch = len(self.data.train) // job.recipe.accumulate
         if not self.steps_per_epoch:
-            raise UserError(f"The training set is smaller than one batch of {recipe.batch}.")
+            raise UserError(f"The training set is smaller than one batch of {job.recipe.batch}.")
+        return digests
 
+    def _make_model(self, initial: Initial | None) -> tuple[str, ...]:
+        """Make the model and the optimizer, and return what is said about the weights that the run begins with."""
+        recipe, device = self.job.recipe, self.accelerator.device
         with self.display.phase(f"building {recipe.model}"), execution(recipe):
             self.model = make_model(recipe, len(self.data.classes), device)
         begun = initialise(self.model, initial, self.data.classes) if initial else ()
@@ -107,25 +124,31 @@ class Trainer:
             sdnet.attach(self.model, optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.gradient_norm = torch.zeros((), device=device)
-        self.meter, self.state = LossMeter(device), TrainState()
-        self.guard = Guard(self.run, self.model, self.meter, self.state, self.display.say)
+        return begun
+
+    def _make_saver(self, digests: Digests) -> Saver:
+        """Return what stores the parts of a checkpoint: those that all processes share, and those of this one."""
         facts = model_facts(self.model.config, self.data.classes) | {
-            "recipe": json.dumps(recipe.to_json()),
+            "recipe": json.dumps(self.job.recipe.to_json()),
             "program": self.data.program,
         }
-        self.saver = Saver(job, self.accelerator, self.state, digests, facts)
-        self.saver.models["last"] = self.model
-        self.saver.shared |= {"model": self.model, "optimizer": self.optimizer, "verdicts": self.verdicts}
+        saver = Saver(self.job, self.accelerator, self.state, digests, facts)
+        saver.models["last"] = self.model
+        saver.shared |= {"model": self.model, "optimizer": self.optimizer, "verdicts": self.verdicts}
         if self.ema:
-            self.saver.models["last_ema"] = self.saver.shared["ema"] = self.ema
+            saver.models["last_ema"] = saver.shared["ema"] = self.ema
         if self.accelerator.scaler:
-            self.saver.shared["scaler"] = self.accelerator.scaler
-        self.saver.own |= {
+            saver.shared["scaler"] = self.accelerator.scaler
+        saver.own |= {
             "loader": LoaderPosition(self.data.train, self.state),
             "meter": self.meter,
-            "random": RandomState(device),
+            "random": RandomState(self.accelerator.device),
         }
-        notes = job.notes + fallen_back + begun + self.data.notes + self.verdicts.notes
+        return saver
+
+    def _restore(self, checkpoint: Checkpoint | None) -> tuple[str, ...]:
+        """Restore the checkpoint of a resumed run, apply the changes of the recipe, and return what is said of both."""
+        notes: tuple[str, ...] = ()
         settings_of_groups = [
             {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
         ]
@@ -136,16 +159,11 @@ class Trainer:
             notes += self.run.missing_metrics(self.state.epoch)
             if self.ema and "ema" not in checkpoint.shared:  # --override ema=...
                 self.ema.restart(self.model)
-        if job.changes:
+        if changes := self.job.changes:
             for group, settings in zip(self.optimizer.param_groups, settings_of_groups, strict=True):
                 group.update(settings)  # those of the checkpoint are from before the change
-            notes += (f"Changed from step {self.state.step} on; {'; '.join(job.changes)}.",)
-
-        self.notes = notes
-        self.agreement = Agreement(processes, job.timeout)
-        set_timeout(job.timeout)
-        self.interrupt, self.watch, self.first_batch = Interrupt(), Stopwatch(), self.state.batch
-        self.display.set_length(recipe.epochs * self.steps_per_epoch, self.state.step)
+            notes += (f"Changed from step {self.state.step} on; {'; '.join(changes)}.",)
+        return notes
 
     def train(self) -> None:
         """Run to the last epoch.
