@@ -15,9 +15,12 @@ variants have a 3x3 CSC layer with stride 2 in place of the max-pool. The CIFAR 
 """
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
 from os import PathLike
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, ParamSpec, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -29,6 +32,8 @@ from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import Pair
 from sdnet.layers import CSCConv2d
 from sdnet.state import LearnLam
+
+P = ParamSpec("P")
 
 WIDTH = 64
 """Channels of the stem and the first stage; each later stage has twice as many as the one before."""
@@ -61,6 +66,23 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
+def takes_pretrained(build: Callable[P, "SDNet"]) -> Callable[P, "SDNet"]:
+    """Let a function that builds networks take `pretrained`, with the arguments that were given beside it."""
+
+    @wraps(build)
+    def create(*args: P.args, **kwargs: P.kwargs) -> "SDNet":
+        if kwargs.get("pretrained") is None:
+            return build(*args, **kwargs)
+        from sdnet.pretrained import load_pretrained
+
+        with torch.device("meta"):
+            build(*args, **kwargs)  # checks the arguments
+        return load_pretrained(inspect.signature(build).bind(*args, **kwargs).arguments)
+
+    return create
+
+
+@takes_pretrained
 @takes_coding
 def create_model(
     name: str,
@@ -97,7 +119,8 @@ def create_model(
         impl: the implementation of every CSC layer, see `sdnet.kernels.csc_encode`.
         pretrained: a weights file or its folder, or a name of `sdnet.list_pretrained()`. The network is then that of
             the file, in evaluation mode: `name` and `width` must be those of the file, as must other arguments that
-            are given; `lam`, `impl`, `learn_lam` and the options of the coding replace those of the file.
+            are given, even if they are the defaults; `lam`, `impl`, `learn_lam` and the options of the coding replace
+            those of the file.
         **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
 
     Shape:
@@ -127,23 +150,13 @@ def create_model(
     able = [other for other, v in VARIANTS.items() if v.csc_blocks and v.block is BasicBlock]
     if not checks.flag("shortcut", shortcut) and name not in able:
         raise ValueError(f"shortcut=False is for {', '.join(able)}; {name} needs its shortcuts.")
-    if default_size := image_size is None:
+    if image_size is None:
         image_size = 224 if stem == "imagenet" else 32
     image_size = checks.pair("image_size", image_size, 1)
 
     options = coding_of(create_model, coding)
     lam, impl = checks.number("lam", lam), checks.choice("impl", impl, IMPLEMENTATIONS)
     checks.choice("learn_lam", learn_lam, get_args(LearnLam))
-    if pretrained is not None:
-        from sdnet.pretrained import load_pretrained
-
-        given = {"num_classes": num_classes, "stem": stem, "shortcut": shortcut, "lam": lam, "impl": impl}
-        given |= {"learn_lam": learn_lam, "in_channels": in_channels} | (
-            {} if default_size else {"image_size": image_size}
-        )
-        parameters = inspect.signature(create_model).parameters
-        changed = {key: value for key, value in given.items() if value != parameters[key].default}
-        return load_pretrained(pretrained, name, width, changed, coding)
     csc = csc_convolution(options, lam=lam, learn_lam=learn_lam, impl=impl)
     network = SDNet(
         blocks=variant.blocks,

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from sdnet.kernels import checks
-from sdnet.models import SDNet
+from sdnet.kernels.coding import CODING_FIELDS
+from sdnet.models import WIDTH, SDNet
 from sdnet.weights import load_model, read_weights
 
 FOLDER = Path(__file__).resolve().parent / "bench" / "results" / "weights"
 """The small weights of a checkout; the wheel has none. docs/reproduction.md says how they were trained."""
 
-CHANGEABLE = ("lam", "impl", "learn_lam")
+CHANGEABLE = ("lam", "impl", "learn_lam", *CODING_FIELDS)
 """Arguments of `create_model` that may differ from those of the file, because no weight depends on them."""
 
 
@@ -22,22 +23,18 @@ def list_pretrained() -> list[str]:
     return sorted(file.parent.name for file in FOLDER.glob("*/model.safetensors"))
 
 
-def load_pretrained(
-    pretrained: str | PathLike[str], name: str, width: int, given: Mapping[str, Any], coding: Mapping[str, Any]
-) -> SDNet:
+def load_pretrained(given: Mapping[str, Any]) -> SDNet:
     """Build the network of a weights file and load its weights.
 
     Args:
-        pretrained: one of `list_pretrained()`, or a path as `sdnet.load_model` takes it.
-        name: the name that the network must have.
-        width: the width that it must have.
-        given: other arguments of `create_model` that differ from their defaults.
-        coding: options of the coding, which replace those of the file.
+        given: the arguments that `create_model` was given, and not their defaults. `pretrained` is one of
+            `list_pretrained()`, or a path as `sdnet.load_model` takes it.
 
     Raises:
         FileNotFoundError: there is no such file, and no such name.
         ValueError: the file is damaged, or holds another network.
     """
+    pretrained = given["pretrained"]
     if not isinstance(pretrained, (str, PathLike)):
         raise ValueError(f"pretrained is {checks.shown(pretrained)}; it must be a path or a name.")
     place = FOLDER / pretrained if pretrained in list_pretrained() else Path(pretrained)
@@ -47,9 +44,13 @@ def load_pretrained(
     config = read_weights(place).model
     if not config:
         raise ValueError(f"pretrained is '{place}', which does not say its network; use load_state_dict.")
-    for argument, value in {"name": name, "width": width, **given}.items():
+    fixed = {"width": WIDTH, **given}
+    for argument, value in fixed.items():
+        if argument in (*CHANGEABLE, "pretrained") or (argument == "image_size" and value is None):
+            continue
         stored = config.get(argument)
-        if argument not in CHANGEABLE and value != (tuple(stored) if isinstance(stored, list) else stored):
+        if argument == "image_size":
+            value, stored = checks.pair(argument, value, 1), tuple(stored or ())
+        if value != stored:
             raise ValueError(f"{argument} is {value!r}; the network in '{place}' has {argument} {stored!r}.")
-    changes = {argument: given[argument] for argument in CHANGEABLE if argument in given}
-    return load_model(place, **changes, **coding)
+    return load_model(place, **{argument: given[argument] for argument in CHANGEABLE if argument in given})

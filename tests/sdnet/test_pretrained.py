@@ -41,6 +41,20 @@ def test_lambda_and_options_of_the_coding_can_be_changed(folder: Path) -> None:
     assert layer.n_steps == 1
 
 
+def test_defaults_that_are_given_count_as_given(folder: Path) -> None:
+    """The file has lambda 0.2 and 7 classes of small images; the defaults are 0.1, 1000 and the ImageNet stem."""
+    model = sdnet.create_model("sdnet18", width=2, pretrained=folder, lam=0.1, n_steps=2, image_size=(16, 16))
+    layer: Any = model.stem.conv
+    assert float(layer.lam) == pytest.approx(0.1)
+    assert layer.n_steps == 2
+    layer = sdnet.create_model("sdnet18", width=2, pretrained=folder, image_size=None).stem.conv
+    assert float(layer.lam) == pytest.approx(0.2)
+    given: list[dict[str, Any]] = [{"num_classes": 1000}, {"stem": "imagenet"}, {"in_channels": 1}, {"image_size": 32}]
+    for arguments in given:
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} is .*; the network in .* has"):
+            sdnet.create_model("sdnet18", width=2, pretrained=folder, **arguments)
+
+
 def test_a_name_is_a_folder_of_the_checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "FOLDER", folder.parent)
     assert sdnet.list_pretrained() == ["small"]
