@@ -25,9 +25,9 @@ from sdnet.bench.robustness.pictures import CLEAN, test_pictures
 from sdnet.bench.robustness.stored import StoredResults
 from sdnet.bench.tables import markdown
 from sdnet.files import write_text
+from sdnet.layers import CSCConv2d
 from sdnet.robustness.model import RobustModel
 from sdnet.robustness.rules import NoiseRule
-from sdnet.step_size import csc_layers
 from sdnet.train.errors import UserError
 
 DEFAULTS = AttackOptions(pictures=1000, linf=(0.5, 1, 2, 4, 8), autoattack=1000)
@@ -66,8 +66,8 @@ def run(options: argparse.Namespace) -> int:
     """Attack, and write the results and a table."""
     device = choose_device(options.device)
     model = load_checkpoint(options.checkpoint, options.weights, device)
-    if options.k is not None and not csc_layers(model):
-        raise UserError(f"--k is for networks with CSC layers; {options.checkpoint} holds none.")
+    if options.k is not None and not isinstance(model.stem.conv, CSCConv2d):
+        raise UserError(f"--k is for networks with a CSC layer in the stem; {options.checkpoint} has none.")
     if model.config.get("stem") == "imagenet":
         raise UserError("adversaries takes small pictures; this network has the ImageNet stem.")
     writable_folder(options.out)

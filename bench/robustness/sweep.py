@@ -32,10 +32,10 @@ from sdnet.bench.robustness.rule_table import OFFICIAL_LAMBDAS
 from sdnet.bench.robustness.stored import StoredResults
 from sdnet.bench.tables import markdown
 from sdnet.files import write_text
+from sdnet.layers import CSCConv2d
 from sdnet.robustness.corruptions import NOISES, SCALES, SEVERITIES
 from sdnet.robustness.fitting import PixelModel, best_of
 from sdnet.robustness.model import RobustModel, first_layer
-from sdnet.step_size import csc_layers
 from sdnet.train.data.normalisation import NORMS
 from sdnet.train.errors import UserError
 
@@ -70,8 +70,8 @@ def run(options: argparse.Namespace) -> int:
     lambdas = sorted(set(options.lambdas))
     device = choose_device(options.device)
     model = load_checkpoint(options.checkpoint, options.weights, device)
-    if not csc_layers(model):
-        raise UserError(f"{options.checkpoint} holds a network without CSC layers, so it has no lambda.")
+    if not isinstance(model.stem.conv, CSCConv2d):
+        raise UserError(f"{options.checkpoint} holds a network without CSC layers in its stem, so it has no lambda.")
     for value in lambdas:
         try:
             with_lambda(model, value, options.layers)

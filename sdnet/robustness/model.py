@@ -100,8 +100,9 @@ def first_layer(model: nn.Module) -> CSCConv2d:
 def with_batch_statistics(model: nn.Module) -> nn.Module:
     """Return a copy of a network whose batch norms use mean and variance of every batch, in evaluation mode too.
 
-    Parameters and the other buffers are shared with `model`, which stays as it is. A batch of one image is normalised
-    by the statistics over its pixels.
+    Parameters and the other buffers are shared with `model`, which stays as it is; lambda, which is neither, is copied.
+    A batch of one image is normalised by the statistics over its pixels, of which there must be two at least in every
+    batch norm.
 
     Args:
         model: a network with batch norms.

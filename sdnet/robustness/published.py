@@ -8,6 +8,7 @@ ImageNet-C holds <corruption>/<severity>/<class>/*.JPEG.
 import ast
 import math
 import struct
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def read_cifar_c(folder: str | Path, corruption: str, severity: int) -> tuple[Te
     Raises:
         ValueError: there is no such file, or it is not what it should be; the message names the file.
     """
-    folder = Path(folder)
+    folder = _path("folder", folder)
     severity = _severity(severity)
     images = read_npy(_file(folder, corruption))
     file = folder / f"{corruption}.npy"
@@ -82,7 +83,7 @@ def corruptions_of(folder: str | Path) -> list[str]:
     Raises:
         ValueError: there is no such folder, or it holds none.
     """
-    folder = Path(folder)
+    folder = _path("folder", folder)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     arrays = {file.stem for file in _visible(folder) if file.suffix == ".npy" and file.stem != "labels"}
@@ -130,7 +131,7 @@ def classes_of(folder: str | Path, corruption: str, severity: int) -> tuple[str,
     Raises:
         ValueError: there is no such folder, or it holds no classes.
     """
-    place = Path(folder) / _name(corruption) / str(_severity(severity))
+    place = _path("folder", folder) / _name(corruption) / str(_severity(severity))
     if not place.is_dir():
         raise ValueError(f"There is no folder {place}.")
     classes = tuple(sorted(sub.name for sub in _visible(place) if sub.is_dir()))
@@ -145,7 +146,7 @@ def read_npy(file: str | Path) -> Tensor:
     Raises:
         ValueError: the file is no `.npy` file of little-endian integers in C order, or is cut off.
     """
-    file = Path(file)
+    file = _path("file", file)
     try:
         with file.open("rb") as stream:
             magic = stream.read(8)
@@ -181,6 +182,12 @@ def read_npy(file: str | Path) -> Tensor:
 
 class _NoArrayError(Exception):
     """A file does not begin as a `.npy` file does."""
+
+
+def _path(name: str, path: str | Path) -> Path:
+    if not isinstance(path, (str, PathLike)):
+        raise ValueError(f"{name} is {checks.shown(path)}; it must be a path.")
+    return Path(path)
 
 
 def _severity(severity: int) -> int:

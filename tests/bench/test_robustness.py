@@ -139,7 +139,10 @@ def test_a_network_without_lambda_is_refused(tmp_path: Path, capfd: pytest.Captu
     sdnet.save_model(file, sdnet.create_model("resnet18", 4, stem="cifar", width=2))
     command = ["robustness", "--device", "cpu", "--checkpoint", str(file), "--out", str(tmp_path)]
     assert main([*command, "--published", "/nowhere"]) == 2
-    assert "holds a network without CSC layers, so it has no lambda" in capfd.readouterr().err
+    assert "holds a network without CSC layers in its stem, so it has no lambda" in capfd.readouterr().err
+    refused(
+        ["--checkpoint", file, "--data", "/nowhere", "--k", 1], "--k is for networks with a CSC", capfd, "adversaries"
+    )
 
 
 def test_a_checkpoint_is_attacked(

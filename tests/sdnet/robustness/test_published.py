@@ -1,6 +1,7 @@
 """Published corrupted sets are read as they are laid out; damaged ones are refused by name."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,12 @@ def test_a_file_that_is_no_array_is_refused(tmp_path: Path, content: bytes) -> N
 def test_wrong_shapes_and_missing_files_are_refused(cifar_c: Path) -> None:
     with pytest.raises(ValueError, match=r"There is no file .*fog\.npy"):
         read_cifar_c(cifar_c, "fog", 1)
+    nowhere: Any = None
+    for call in (lambda: read_cifar_c(nowhere, "fog", 1), lambda: read_imagenet_c(nowhere, "fog", 1)):
+        with pytest.raises(ValueError, match="folder is None; it must be a path"):
+            call()
+    with pytest.raises(ValueError, match="folder is None; it must be a path"):
+        corruptions_of(nowhere)
     with pytest.raises(ValueError, match="severity is 6; it must be at most 5"):
         read_cifar_c(cifar_c, "gaussian_noise", 6)
     with pytest.raises(ValueError, match="it must be the name of a file or folder"):

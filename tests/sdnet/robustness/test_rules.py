@@ -98,6 +98,7 @@ def test_rules_change_no_state_and_work_without_gradients(model: sdnet.SDNet, im
         logits = robust(images)
     with torch.inference_mode():
         assert robust(images).equal(logits)
+        assert robust(images.clone()).equal(logits), "images of inference mode"
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not logits.equal(model(images)), "the rule has no effect"
