@@ -93,9 +93,11 @@ def run(options: argparse.Namespace) -> int:
     rule = None if options.k is None else NoiseRule(options.k)
     robust = pixel_model(RobustModel(model, rule))
     AttackRuns(robust, pictures.corrupted(CLEAN), pictures.labels, attacks, results).measure()
-    values = results.values | found_by_square(results.values, min(attacks.autoattack, attacks.pictures))
+    count = min(attacks.autoattack, attacks.pictures)
+    values = results.values | found_by_square(results.values, count)
     lines = [[name, str(value)] for name, value in values.items() if ": after" not in name]
     shown = markdown(["attack", "accuracy, %"], [line for line in lines if not line[0].endswith(": clean")])
-    write_text(options.out / "attacks.md", shown + "\n")
+    text = f"PGD and the checks are of {attacks.pictures} test pictures, AutoAttack of the first {count} of them."
+    write_text(options.out / "attacks.md", f"{text}\n\n{shown}\n")
     print(shown)
     return 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdnet.bench.robustness.pictures import PIXEL_MEAN, PIXEL_STD
 from sdnet.layers import CSCConv2d
-from sdnet.robustness.fitting import PixelModel
+from sdnet.robustness.fitting import PixelModel, is_right
 from sdnet.robustness.model import RobustModel
 from sdnet.robustness.rules import Rule, residual_of
 
@@ -40,7 +40,7 @@ def pixel_model(model: nn.Module) -> PixelModel:
 def correct(model: nn.Module, pixels: Tensor, labels: Tensor, batch: int | None = None) -> Tensor:
     """Return which pictures a model of pixels classifies rightly, [N] bool; `batch` is by default `batch_for`."""
     batch = batch or batch_for(pixels)
-    parts = [model(pixels[at : at + batch]).argmax(1) == labels[at : at + batch] for at in range(0, len(pixels), batch)]
+    parts = [is_right(model(pixels[at : at + batch]), labels[at : at + batch]) for at in range(0, len(pixels), batch)]
     return torch.cat(parts)
 
 
@@ -57,7 +57,7 @@ def correct_with_lambda(robust: RobustModel, pixels: Tensor, labels: Tensor) -> 
     for at in range(0, len(pixels), batch):
         x = normalise(pixels[at : at + batch])
         lam = torch.as_tensor(robust.lam_of(x), device=x.device)
-        right.append(robust.model(x, lam=lam).argmax(1) == labels[at : at + batch])
+        right.append(is_right(robust.model(x, lam=lam), labels[at : at + batch]))
         lambdas.append(lam.float().mean().expand(len(x)))
     return torch.cat(right), float(torch.cat(lambdas).mean())
 

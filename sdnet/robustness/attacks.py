@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sdnet.kernels import checks
 from sdnet.robustness.corruptions import Seed, generator_for
-from sdnet.robustness.fitting import check_classes, check_labels, finite_numbers
+from sdnet.robustness.fitting import check_classes, check_labels, finite_numbers, is_right
 
 Norm = Literal["linf", "l2"]
 
@@ -112,7 +112,7 @@ def check_bounds(bounds: Any) -> tuple[float, float]:
 def _judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return which images are misclassified, and the cross-entropy of each."""
     logits = logits.detach()
-    return logits.argmax(1) != labels, F.cross_entropy(logits, labels, reduction="none")
+    return ~is_right(logits, labels), F.cross_entropy(logits, labels, reduction="none")
 
 
 def direction(gradient: Tensor, norm: Norm) -> Tensor:

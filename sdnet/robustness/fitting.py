@@ -90,8 +90,13 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch: int = D
         logits = model(images[begin : begin + batch])
         if not begin:
             check_classes(labels, logits)
-        right += (logits.argmax(1) == labels[begin : begin + batch]).sum()
+        right += is_right(logits, labels[begin : begin + batch]).sum()
     return 100 * float(right) / len(images)
+
+
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return which labels have the largest logit, [N] bool; none where a logit is NaN."""
+    return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
 def finite_numbers(values: Any) -> list[float] | None:

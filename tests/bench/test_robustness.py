@@ -154,7 +154,9 @@ def test_a_checkpoint_is_attacked(
     values = json.loads((tmp_path / "out" / "attacks.json").read_text())["values"]
     assert values["PGD-2, Linf 2/255"] <= values["clean"]
     assert values["check: two forwards are equal"] is True
-    assert "| PGD-2, Linf 2/255 |" in (tmp_path / "out" / "attacks.md").read_text()
+    text = (tmp_path / "out" / "attacks.md").read_text()
+    assert "| PGD-2, Linf 2/255 |" in text
+    assert "of 4 test pictures, AutoAttack of the first 0 of them" in text
 
 
 def test_folders_of_pictures_give_what_arrays_of_the_same_pictures_give(

@@ -220,6 +220,13 @@ def test_uint8_pixels_are_those_in_the_unit_range(model: sdnet.SDNet) -> None:
         torch.testing.assert_close(PixelModel(model, *arrays)(images / 255), expected)
 
 
+def test_logits_that_are_nan_are_wrong(model: sdnet.SDNet) -> None:
+    diverged = copy.deepcopy(model)
+    with torch.no_grad():
+        diverged.linear.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
+    assert accuracy(diverged, torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)) == 0
+
+
 def test_a_half_precision_batch_is_adapted_to_under_autocast(model: sdnet.SDNet, images: Tensor) -> None:
     robust = RobustModel(model, UnlabelledRule(steps=2))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
