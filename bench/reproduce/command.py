@@ -16,6 +16,7 @@ them.
 
 import argparse
 import fcntl
+import filecmp
 import os
 import shutil
 import subprocess
@@ -91,29 +92,42 @@ def pictures_of(data: Path, scale: Scale, out: Path) -> Path:
     """Return the folder of the pictures of a scale: `data`, or a folder of links to the first pictures of each class.
 
     Raises:
-        UserError: the scale takes a part of the pictures, and `data` is no folder of train/<class>/ and test/<class>/.
+        UserError: the scale takes a part of the pictures, and `data` is no folder of train/<class>/ and test/<class>/,
+            or the links of an earlier call are to other pictures.
     """
     if scale.per_class is None:
         return data
-    part = out / "data"
+    part, places = out / "data", set[Path]()
     for split, count in zip(("train", "test"), scale.per_class, strict=True):
         if not (data / split).is_dir():
             raise UserError(f"{data} has no folder {split}; scale {scale.name} needs train/<class>/ and test/<class>/.")
         for folder in sorted(path for path in (data / split).iterdir() if path.is_dir()):
             (part / split / folder.name).mkdir(parents=True, exist_ok=True)
-            for picture in sorted(folder.iterdir())[:count]:
+            visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+            for picture in visible[:count]:
                 link(picture, part / split / folder.name / picture.name)
+                places.add(part / split / folder.name / picture.name)
+    if strays := sorted({path for path in part.glob("*/*/*") if not path.name.startswith(".")} - places):
+        raise UserError(f"{strays[0]} is of another --data than {data}; choose another --out, or remove {part}.")
     return part
 
 
 def link(picture: Path, place: Path) -> None:
-    """Make a hard link of a file, or a copy where the file system has none."""
+    """Make a hard link of a file, or a copy where the file system has none.
+
+    Raises:
+        UserError: there is a link already, to another picture.
+    """
     if place.exists():
+        if not os.path.samefile(picture, place) and not filecmp.cmp(picture, place, shallow=False):
+            raise UserError(f"{place} is another picture than {picture}; choose another --out, or remove the former.")
         return
     try:
         os.link(picture, place)
     except OSError:
-        shutil.copyfile(picture, place)
+        temporary = place.with_name(f".{place.name}.tmp")
+        shutil.copyfile(picture, temporary)
+        os.replace(temporary, place)
 
 
 @contextmanager

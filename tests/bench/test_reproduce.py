@@ -1,6 +1,7 @@
 """The reproduction runs from training to cards, goes on after an interruption, and refuses what it cannot use."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,24 @@ def test_a_network_that_is_not_trained_is_not_evaluated(
     (tmp_path / "file").touch()
     assert main([*command, "--weights", str(tmp_path / "file")]) == 2
     assert "file cannot be written to" in capfd.readouterr().err
+
+
+def test_another_data_set_does_not_mix_with_the_pictures_of_an_earlier_call(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other, more = tmp_path / "other", tmp_path / "more"
+    shutil.copytree(pictures, other)
+    shutil.copytree(pictures, more)
+    Image.new("RGB", (32, 32)).save(other / "train" / "a" / "00.png")
+    (more / "test" / "d" / "01.png").rename(more / "test" / "d" / "02.png")
+    command = ["reproduce", "--scale", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--cards", str(tmp_path / "c"), "--weights", str(tmp_path / "w"), "--stage", "evaluate", "--data"]
+    for _ in range(2):
+        assert main([*command, str(pictures)]) == 0
+    assert main([*command, str(other)]) == 2
+    assert "00.png is another picture than" in capfd.readouterr().err
+    assert main([*command, str(more)]) == 2
+    assert "01.png is of another --data than" in capfd.readouterr().err
 
 
 def test_the_interval_of_paired_differences_is_students() -> None:

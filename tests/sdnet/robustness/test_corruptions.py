@@ -42,6 +42,8 @@ def test_a_seed_gives_the_same_images_again_and_pixels_stay_in_range(noise: Nois
     first, second, other = (corrupt(images, noise, 5, scale="imagenet-c", generator=seed) for seed in (1, 1, 2))
     assert first.equal(second)
     assert not first.equal(other)
+    channels_last = images.to(memory_format=torch.channels_last)
+    assert first.equal(corrupt(channels_last, noise, 5, scale="imagenet-c", generator=1))
     assert float(first.min()) >= 0
     assert float(first.max()) <= 1
     assert first.dtype == images.dtype
