@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from sdnet.kernels import checks
 from sdnet.robustness.corruptions import NOISES, Noise, Scale, Seed, as_pixels, corrupt, generator_for, strength_of
@@ -57,6 +58,8 @@ class PixelModel(nn.Module):
         Raises:
             ValueError: `pixels` is no tensor [N, C, H, W] of these types with as many channels as `mean`.
         """
+        if isinstance(pixels, Proxy):  # torch.fx traces
+            return (pixels - self.mean) / self.std
         channels = len(self.mean)
         if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != channels:
             raise ValueError(f"pixels is {checks.shown(pixels)}; it must be a tensor [N, {channels}, H, W].")

@@ -175,8 +175,18 @@ class UnlabelledRule(Rule):
 
 
 def at_least_training(lam: Tensor, layer: CSCConv2d) -> Tensor:
-    """Return the larger of lambda of every image, [N], and the training lambda of a layer: [N], or [N, K, 1, 1]."""
-    larger = torch.maximum(lam.view(-1, 1, 1, 1), layer.lam.to(lam.dtype))
+    """Return the larger of lambda of every image, [N], and the training lambda of a layer: [N], or [N, K, 1, 1].
+
+    Raises:
+        ValueError: the training lambda is one of as many other images.
+    """
+    training = layer.lam
+    if training.ndim and training.shape[0] not in (1, len(lam)):
+        raise ValueError(
+            f"lam of the first layer has shape {list(training.shape)}; for {len(lam)} images it must be 0-d, hold "
+            f"{len(lam)} values or be [1, {layer.out_channels}, 1, 1]."
+        )
+    larger = torch.maximum(lam.view(-1, 1, 1, 1), training.to(lam.dtype))
     return larger.flatten() if larger.shape[1] == 1 else larger
 
 

@@ -165,6 +165,26 @@ def test_a_training_lambda_per_atom_is_the_least(rule: Rule, images: Tensor) -> 
         assert robust(images).isfinite().all()
 
 
+@pytest.mark.parametrize("rule", PER_SAMPLE, ids=lambda rule: type(rule).__name__)
+def test_a_training_lambda_per_image_is_the_least_and_has_to_fit_the_batch(
+    model: sdnet.SDNet, rule: Rule, images: Tensor
+) -> None:
+    per_image = copy.deepcopy(model)
+    sdnet.set_lambda(per_image, torch.tensor([0.1, 5.0, 0.1, 0.1]), "first")
+    with torch.no_grad():
+        lam = torch.as_tensor(RobustModel(per_image, rule).lam_of(images))
+        assert float(lam[1]) == 5
+        if isinstance(rule, NoiseRule):
+            with pytest.raises(ValueError, match=r"lam of the first layer has shape \[4, 1, 1, 1\]; for 2 images"):
+                RobustModel(per_image, rule)(images[:2])
+
+
+def test_a_pixel_model_is_traced(model: sdnet.SDNet) -> None:
+    pixels = PixelModel(model, [0.5] * 3, [0.25] * 3)
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(pixels)(images), pixels(images))
+
+
 def test_the_line_is_recovered() -> None:
     residuals = [10.0, 20.0, 50.0, 80.0]
     slope, intercept = line_through(residuals, [0.01 * r + 0.2 for r in residuals])
