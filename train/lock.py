@@ -1,4 +1,4 @@
-"""The lock on a run folder: two programs that write into one folder would destroy both runs."""
+"""The lock on a folder: two programs that write into one folder would destroy both runs."""
 
 import contextlib
 import fcntl
@@ -21,10 +21,11 @@ class RunLock:
 
     Args:
         folder: The run folder. `acquire` makes it; `release` removes it again if nothing was written into it.
+        title: What messages call the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.file = folder, folder / NAME
+    def __init__(self, folder: Path, title: str = "The run folder") -> None:
+        self.folder, self.file, self._title = folder, folder / NAME, title
         self._descriptor: int | None = None
         self._made: list[Path] = []
 
@@ -42,7 +43,7 @@ class RunLock:
                 self._descriptor = self._try()
         except OSError as error:
             self.release()
-            raise UserError(f"The run folder {self.folder} cannot be locked: {error.strerror}.") from error
+            raise UserError(f"{self._title} {self.folder} cannot be locked: {error.strerror}.") from error
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
@@ -79,7 +80,7 @@ class RunLock:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
             raise UserError(
-                f"The run folder {self.folder} is in use by {_describe(holder)}; wait until it has ended, or stop it "
+                f"{self._title} {self.folder} is in use by {_describe(holder)}; wait until it has ended, or stop it "
                 "with SIGTERM."
             ) from None
         except OSError:

@@ -36,6 +36,7 @@ from sdnet.train.data.shards import MANIFEST, read_manifest
 from sdnet.train.data.sources import NOT_IMAGES, read_pictures
 from sdnet.train.errors import UserError
 from sdnet.train.interrupt import Interrupt
+from sdnet.train.lock import RunLock
 
 IMAGES_PER_SHARD = 2500
 AGAIN = "run the same command again to finish"
@@ -77,7 +78,7 @@ def prepare(
         say: Called with a line on the progress.
 
     Raises:
-        UserError: Wrong arguments or input, `out` holds something else, or the disk is full.
+        UserError: Wrong arguments or input, `out` holds something else or is in use, or the disk is full.
         SystemExit: After Ctrl-C or SIGTERM; finished shards are kept.
     """
     for name, value, least, most in (
@@ -105,17 +106,21 @@ def prepare(
         for number, order in enumerate(np.array_split(_order(split, len(images)), counts[split]))
     ]
     records = out / WORK
-    left = [task for task in tasks if not task.is_done(records)]
-    say(f"{len(train)} + {len(val)} images in {len(train.classes)} classes, {len(left)} of {len(tasks)} shards to make")
-    try:
-        _make(left, sets, records, workers, say)
-        manifest = _gather(tasks, sets, plan, records)
-        write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{printable(out)} cannot be written: {error.strerror}. Finished shards are kept: {AGAIN}."
-        ) from error
-    shutil.rmtree(records)
+    lock = RunLock(records, "The folder")
+    lock.acquire()
+    with lock:
+        left = [task for task in tasks if not task.is_done(records)]
+        images = f"{len(train)} + {len(val)} images in {len(train.classes)} classes"
+        say(f"{images}, {len(left)} of {len(tasks)} shards to make")
+        try:
+            _make(left, sets, records, workers, say)
+            manifest = _gather(tasks, sets, plan, records)
+            write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{printable(out)} cannot be written: {error.strerror}. Finished shards are kept: {AGAIN}."
+            ) from error
+        shutil.rmtree(records)
     return manifest
 
 
@@ -248,6 +253,10 @@ def _gather(tasks: Sequence[ShardPlan], sets: Sources, plan: Preparation, record
         }
         if not splits[split]["pictures"]:
             raise UserError(f"None of the images of {split} can be used; the first {skipped[0]['reason']}.")
+        if emptied := [images.classes[label] for label in sorted(set(images.labels)) if not kept[label]]:
+            raise UserError(
+                f"None of the images of class {printable(emptied[0])} in {printable(images.root)} can be used."
+            )
     return {"version": 1, "plan": asdict(plan), "classes": list(sets["train"].classes), "splits": splits}
 
 

@@ -166,6 +166,13 @@ def test_a_subset_of_ones_own_is_read_and_the_user_told(tmp_path: Path) -> None:
     assert "the size of cifar-100-python.tar.gz differs" in read_small_pictures(archive).notes[0]
 
 
+def test_a_subset_that_python_3_has_written_may_hold_text_in_place_of_bytes(tmp_path: Path) -> None:
+    write_official(tmp_path, 10)
+    names = ["plane", "car", *map(str, range(8))]
+    (tmp_path / NAMES[10] / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    assert read_small_pictures(tmp_path).classes == tuple(names)
+
+
 def test_two_data_sets_in_one_folder_are_not_chosen_from(tmp_path: Path) -> None:
     write_official(tmp_path, 10)
     write_official(tmp_path, 100)

@@ -16,6 +16,7 @@ from sdnet.train.data.dali import open_pictures
 from sdnet.train.data.folder import read_image_folder
 from sdnet.train.data.loader import Rank
 from sdnet.train.errors import UserError
+from sdnet.train.prepare import prepare
 from sdnet.train.recipes import CIFAR_RECIPES, RECIPES
 
 MakeTree = Callable[[Sequence[int], Sequence[int]], Path]
@@ -63,6 +64,18 @@ def test_images_are_decoded_once_until_a_file_changes(
         content[-1] ^= 1
         kept.write_bytes(content)
     assert np.array_equal(read_small_pictures(small).train.images, changed.train.images)
+
+
+def test_small_images_in_shards_are_decoded_once_too(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(small, tmp_path / "shards", say=lambda _: None)
+    first = read_small_pictures(tmp_path / "shards")
+    assert (len(first.train.labels), len(first.val.labels)) == (10, 4)
+    monkeypatch.setattr(cifar, "decode_all", lambda *_: pytest.fail("decoded again"))
+    again = read_small_pictures(tmp_path / "shards")
+    assert np.array_equal(first.train.images, again.train.images)
+    assert np.array_equal(first.val.images, again.val.images)
 
 
 def test_an_image_that_does_not_decode_says_how_to_leave_it_out(small: Path) -> None:

@@ -141,6 +141,32 @@ def test_an_unpacked_training_set_beside_a_flat_validation_folder(download: Down
     assert (len(train), len(val)) == (9, 6)
 
 
+@pytest.mark.parametrize("name", ["@eaDir", ".thumbnails"])
+def test_a_folder_of_the_system_does_not_make_classes_of_a_flat_validation_folder(
+    download: Download, name: str
+) -> None:
+    root, tree = download
+    unpack_val(root)
+    kit_folder(root)
+    (root / "val" / name).mkdir()
+    _, val = read_pictures(root)
+    assert labelled(val) == labelled(read_image_folder(tree)[1])
+    assert list(val.ignored) == [name]
+
+
+def test_archives_of_classes_are_sorted_as_the_folders_of_an_image_folder_are(
+    download: Download, tmp_path: Path
+) -> None:
+    root, tree = download
+    picture = next((tree / "train").rglob("*.jpg")).read_bytes()
+    inner = {f"{name}.tar": pack(tmp_path / "inner.tar", {"1.jpg": picture}) for name in ("a-b", "a", "c")}
+    pack(root / "ILSVRC2012_img_train.tar", inner | {"._a.tar": b"of macOS"})
+    (root / "val.txt").write_text("".join(f"ILSVRC2012_val_{at:08} {label}\n" for at, label in enumerate(VAL, 1)))
+    train, _ = read_pictures(root)
+    assert train.classes == ("a", "a-b", "c"), "as sorted names: an index in val.txt means this order"
+    assert list(train.ignored) == ["._a.tar"]
+
+
 def test_prepares_shards_from_the_archives(download: Download, tmp_path: Path) -> None:
     root, tree = download
     kit_archive(root)

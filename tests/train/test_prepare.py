@@ -122,6 +122,21 @@ def test_shrinks_the_shorter_side_and_never_enlarges() -> None:
         assert suffix == "jpg"
 
 
+def test_a_class_whose_pictures_are_all_broken_is_refused(tree: Path, tmp_path: Path) -> None:
+    for file in (tree / "train/class 01").iterdir():
+        file.write_text("text")
+    with pytest.raises(UserError, match=r"None of the images of class class 01 in .*train can be used"):
+        quiet(tree, tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_two_programs_do_not_write_into_one_folder(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"out/\.prepare is in use by process {os.getpid()} on "):
+        prepare(tree, tmp_path / "out", say=lambda _: quiet(tree, tmp_path / "out"))
+    assert quiet(tree, tmp_path / "out")["splits"]["train"]["pictures"] == 23, "the lock ended with the first one"
+    assert not (tmp_path / "out/.prepare").exists()
+
+
 def test_bad_pictures_are_left_out_and_listed(tree: Path, tmp_path: Path) -> None:
     (tree / "train/class 00/002.jpg").write_bytes(b"")
     (tree / "train/class 01/003.jpg").write_text("text")

@@ -114,8 +114,8 @@ def cache_folder() -> Path:
 
 
 def place_of(images: ImageSet) -> str:
-    """Return a word that stands for the folder of a set in names of files."""
-    return hashlib.sha256(os.fsencode(images.root.resolve())).hexdigest()[:24]
+    """Return a word that stands for the place of a set in names of files."""
+    return hashlib.sha256(os.fsencode(images.place().resolve())).hexdigest()[:24]
 
 
 def _recall(cache: Path, stamp: str, verify: Verify) -> tuple[list[BadImage], int]:

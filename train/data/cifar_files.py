@@ -198,7 +198,8 @@ def _member(contents: dict[str, bytes], archive: Path, name: str) -> bytes:
 
 
 def _pickled_names(key: str, data: bytes) -> list[str]:
-    return [name.decode() for name in load_restricted(data)[key]]
+    names = load_restricted(data)[key]
+    return [name if isinstance(name, str) else name.decode() for name in names]  # a subset may be of Python 3
 
 
 def _pickled_arrays(key: str, data: bytes) -> Arrays:

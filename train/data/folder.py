@@ -48,6 +48,10 @@ class ImageSet:
             digest.update(f"\0{file}\0{label}".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
+    def place(self) -> Path:
+        """Return the folder or the file by which caches tell this set from others."""
+        return self.root
+
     def where(self, index: int) -> Span:
         """Return where the bytes of an image lie."""
         return Span(self.root / self.files[index])
@@ -104,7 +108,7 @@ def read_split(root: Path) -> ImageSet:
             f"There is no folder {printable(root)}: an ImageFolder tree holds train/<class>/ and val/<class>/."
         )
     entries = entries_of(root)
-    visible = [entry for entry in entries if entry.name[0] != "." and entry.name not in SYSTEM_FOLDERS]
+    visible = [entry for entry in entries if is_visible(entry)]
     classes = tuple(entry.name for entry in visible if is_folder(entry))
     lost = tuple(
         Lost(printable(entry.path), "is a link whose target is missing") for entry in visible if leads_nowhere(entry)
@@ -152,6 +156,11 @@ def entries_of(folder: Path) -> list[os.DirEntry[str]]:
         return sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"The folder {printable(folder)} cannot be read: {error.strerror}.") from error
+
+
+def is_visible(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is neither hidden nor a folder that systems make beside those of the user."""
+    return entry.name[0] != "." and entry.name not in SYSTEM_FOLDERS
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

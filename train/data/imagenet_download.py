@@ -11,7 +11,7 @@ import numpy as np
 
 from sdnet.train.data.archives import Lost, Member, list_tar
 from sdnet.train.data.devkit import find_truth, read_truth
-from sdnet.train.data.folder import ImageSet, entries_of, images_of, is_folder, read_split
+from sdnet.train.data.folder import ImageSet, entries_of, images_of, is_folder, is_visible, read_split
 from sdnet.train.data.formats import EXTENSIONS
 from sdnet.train.data.names import printable
 from sdnet.train.data.shards import TarSet
@@ -25,7 +25,9 @@ def holds_imagenet(root: Path) -> bool:
     if (root / TRAIN_TAR).is_file() or (root / VAL_TAR).is_file():
         return True
     val = root / "val"
-    return val.is_dir() and find_truth(root) is not None and not any(map(is_folder, entries_of(val)))
+    if not val.is_dir() or find_truth(root) is None:
+        return False
+    return not any(is_folder(entry) for entry in entries_of(val) if is_visible(entry))
 
 
 def read_imagenet(root: Path, val_labels: Path | None = None) -> tuple[ImageSet, ImageSet]:
@@ -72,13 +74,13 @@ def _read_train_tar(path: Path) -> TarSet:
     """Return the images in a tar of tars, `<wnid>.tar` each."""
     here = printable(path)
     outer = list_tar(path)
-    archives = sorted(member for member in outer.members if member.name.endswith(".tar"))
+    archives = sorted((member for member in outer.members if _is_archive(member.name)), key=_class_of)
     if not archives:
         raise UserError(f"The archive {here} holds no archives of classes.")
-    classes = tuple(PurePosixPath(member.name).stem for member in archives)
+    classes = tuple(map(_class_of, archives))
     if twice := next((name for name, count in Counter(classes).items() if count > 1), None):
         raise UserError(f"The archive {here} holds two archives of class {printable(twice)}.")
-    ignored = [member.name for member in outer.members if not member.name.endswith(".tar")]
+    ignored = [member.name for member in outer.members if not _is_archive(member.name)]
     lost = list(outer.lost)
     files: list[str] = []
     labels: list[int] = []
@@ -103,6 +105,15 @@ def _images_first(members: list[Member]) -> tuple[list[Member], list[str]]:
     """Return the members that are named as images, sorted, and the names of the others."""
     images = sorted(member for member in members if _is_image(member.name))
     return images, sorted(member.name for member in members if not _is_image(member.name))
+
+
+def _class_of(archive: Member) -> str:
+    return PurePosixPath(archive.name).stem
+
+
+def _is_archive(name: str) -> bool:
+    base = PurePosixPath(name).name
+    return not base.startswith(".") and base.endswith(".tar")
 
 
 def _is_image(name: str) -> bool:

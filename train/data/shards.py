@@ -39,6 +39,10 @@ class TarSet(ImageSet):
     tars: Sequence[Path] = ()
     places: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int64))
 
+    def place(self) -> Path:
+        """Return the first tar: both splits have one folder."""
+        return self.tars[0]
+
     def where(self, index: int) -> Span:
         """Return where the bytes of an image lie."""
         tar, offset, size = self.places[index].tolist()
