@@ -108,7 +108,7 @@ def train(ref: str, program: Program, data: Path, run: Path, options: Sequence[s
         command = [sys.executable, str(source / "train" / f"{program}.py"), "--data", str(data), "--out", str(run)]
         command += [*SHORT_RUN[program], "--log-every=1", *strict, *options]
         environment = os.environ | {"PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
-        done = subprocess.run(command, cwd=run.parent, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
         raise UserError(f"The training of {ref} failed: {reason}")

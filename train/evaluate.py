@@ -15,6 +15,7 @@ layers                              for each CSC layer the mean share of codes t
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -184,7 +185,7 @@ def evaluate_subject(subject: Subject, job: Job, per_layer: bool = True) -> dict
         per_layer: Whether to look into the CSC layers.
 
     Raises:
-        UserError: The data or the device cannot be used.
+        UserError: The data or the device cannot be used, or outputs are not finite.
     """
     from sdnet.train.build import make_accelerator
     from sdnet.train.execution import execution
@@ -210,6 +211,8 @@ def evaluate_subject(subject: Subject, job: Job, per_layer: bool = True) -> dict
                 layers[name] = {"sparsity": sparsity, "relative_residual": residual, "step_margin": margins[name]}
         else:
             counts = count_hits(model, data.val, data.val_size, device)
+    if not math.isfinite(counts.loss):
+        raise UserError(f"The network in {subject.file} gives outputs that are infinite or NaN: it has no accuracy.")
     return {
         "checkpoint": subject.file.name,
         "model": subject.model.config,
@@ -268,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         changes = {name: given[name] for name in MODEL_OPTIONS if name in given}
         subject = read_subject(options.checkpoint, options.program, changes)
         fixed = {"accumulate": 1, "holdout": 0, "mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0}
+        fixed |= {"first_image_size": 0, "extras": "none", "crop_padding": Recipe().crop_padding}  # of training alone
         fixed |= {"compile": False, "compile_mode": "default", "sync_bn": False, "input_dtype": "fp32"}
         recipe = subject.recipe.with_settings(fixed | {name: given[name] for name in IMAGE_OPTIONS if name in given})
         settings = {name: given[name] for name in ("threads", "verify", "bad_files", "val_labels") if name in given}

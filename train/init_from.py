@@ -1,12 +1,15 @@
 """The beginning of a run from trained weights, and the parts of a model that keep them."""
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 import sdnet
 from sdnet.configuration import differences_of
+from sdnet.kernels.coding import Coding
 from sdnet.official import load_official_model
 from sdnet.train.errors import UserError
 from sdnet.train.recipes import Recipe
@@ -24,11 +27,13 @@ class Initial(NamedTuple):
         file: Where they come from.
         tensors: The state dict.
         classes: The names of the classes, empty if they are not known.
+        config: The arguments of `create_model` of the network that they belong to.
     """
 
     file: Path
     tensors: dict[str, Tensor]
     classes: tuple[str, ...]
+    config: Mapping[str, Any]
 
 
 def read_initial(recipe: Recipe) -> Initial | None:
@@ -45,14 +50,14 @@ def read_initial(recipe: Recipe) -> Initial | None:
     try:
         if path.is_dir() or path.suffix == ".safetensors":
             weights = sdnet.read_weights(path)
-            return Initial(weights_file(path), weights.tensors, weights.classes)
+            return Initial(weights_file(path), weights.tensors, weights.classes, weights.model)
         model = load_official_model(path)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"init_from is {recipe.init_from!r}: {error}") from error
-    return Initial(path, model.state_dict(), ())
+    return Initial(path, model.state_dict(), (), model.config)
 
 
-def initialise(model: nn.Module, initial: Initial, classes: tuple[str, ...]) -> tuple[str, ...]:
+def initialise(model: sdnet.SDNet, initial: Initial, classes: tuple[str, ...]) -> tuple[str, ...]:
     """Copy trained weights into a model, all but those of a classifier for other classes, and converge step sizes.
 
     Args:
@@ -83,7 +88,15 @@ def initialise(model: nn.Module, initial: Initial, classes: tuple[str, ...]) -> 
     except ValueError as error:
         raise UserError(f"init_from is '{initial.file}': {error}") from error
     classifier = "the classifier too" if same_head else "the classifier is new, because the classes differ"
-    return (f"The run begins with the weights of {initial.file}, {classifier}.",)
+    notes = (f"The run begins with the weights of {initial.file}, {classifier}.",)
+    learned = any(name.endswith(".raw_lam") for name in taken)
+    names = [*(item.name for item in fields(Coding)), *([] if learned else ["lam"])]
+    theirs, here = initial.config, model.config
+    if others := [
+        f"{name} {theirs[name]}, not {here[name]}" for name in names if theirs.get(name, here[name]) != here[name]
+    ]:
+        notes += (f"These weights were trained with another coding: {'; '.join(others)}.",)
+    return notes
 
 
 def freeze(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:

@@ -51,9 +51,14 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         UserError: A value is not allowed.
     """
     try:
-        return recipe.with_settings(changes)
+        changed = recipe.with_settings(changes)
     except UserError as error:
         raise UserError(f"--override: {error}") from error
+    if recipe.learn_lam != "no" and changed.lam != recipe.lam:
+        raise UserError("--override: lam cannot change in a run that learns lambda; its values are among the weights.")
+    if recipe.ema and not changed.ema:
+        raise UserError("--override: ema cannot become 0; the files of the averaged weights would grow stale.")
+    return changed
 
 
 def _read(name: str, text: str) -> Any:

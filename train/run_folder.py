@@ -102,9 +102,13 @@ class RunFolder:
         return None, ()
 
     def keep_checkpoint(self, epoch: int) -> None:
-        """Keep the checkpoint and the weights of an epoch under names of their own."""
+        """Keep the checkpoint and the weights of an epoch under names of their own.
+
+        There is no last checkpoint if a resume has set it aside because it was damaged.
+        """
         for file in (self.checkpoint_file, self.path / "last.safetensors"):
-            link_atomically(file, file.with_stem(f"epoch-{epoch:04}"))
+            if file.exists():
+                link_atomically(file, file.with_stem(f"epoch-{epoch:04}"))
 
     def set_aside_damaged(self) -> None:
         """Rename a damaged last checkpoint, so that the next one does not take the place of the one before."""

@@ -70,13 +70,12 @@ class Saver:
         self._asked |= late
         return late or (every > 0 and self.state.step % every == 0)
 
-    def save(self, scores: Scores | None = None, copies: Mapping[str, str] | None = None, keep: bool = False) -> None:
+    def save(self, scores: Scores | None = None, copies: Mapping[str, str] | None = None) -> None:
         """Write the checkpoint, then the weights of `models` with converged step sizes, and after an epoch the atoms.
 
         Args:
             scores: What the models reached, if this is after an evaluation.
             copies: Other names for exported files, such as {"best": "last"}.
-            keep: Whether later checkpoints shall not replace this one.
 
         Raises:
             UserError: The main process could not write; all processes raise the same sentence.
@@ -92,8 +91,6 @@ class Saver:
             self._export()
             if not self.state.batch:
                 draw_atoms(self.accelerator, self.models["last"], self.run.path, self.state.step)
-            if keep:
-                self.run.keep_checkpoint(self.state.epoch)
 
         self.on_main(write)
 
@@ -122,6 +119,9 @@ class Saver:
                 self.run.save_weights(name, ready.state_dict(), self.facts | place | reached)
         for name, source in self._copies.items():
             self.run.copy_weights(source, name)
+        every, state = self.job.keep_every, self.state
+        if every and state.epoch and not state.batch and state.epoch % every == 0:
+            self.run.keep_checkpoint(state.epoch)
 
     @contextmanager
     def _ready(self, model: nn.Module | Ema) -> Iterator[nn.Module]:

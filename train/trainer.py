@@ -154,7 +154,10 @@ class Trainer:
         ]
         if checkpoint:
             file = self.run.checkpoint_file
-            notes += restore(self.saver.shared, checkpoint.shared, file)
+            shared = dict(checkpoint.shared)
+            if "scaler" not in self.saver.shared:
+                shared.pop("scaler", None)  # --override mixed_precision=bf16
+            notes += restore(self.saver.shared, shared, file)
             notes += restore(self.saver.own, checkpoint.ranks[self.accelerator.process_index], file)
             notes += self.run.missing_metrics(self.state.epoch)
             if self.ema and "ema" not in checkpoint.shared:  # --override ema=...
@@ -276,8 +279,7 @@ class Trainer:
                 self.run.add_metrics({"epoch": state.epoch, "step": state.step, "lr": rate, **facts})
         words = [f"epoch {state.epoch}/{recipe.epochs}", f"train loss {loss:.3f}", *describe_scores(scores)]
         self.display.say("  ".join([*words, f"{speed:.0f} images/s"]))
-        keep = self.job.keep_every > 0 and state.epoch % self.job.keep_every == 0
-        self.saver.save(by_weights(scores), state.note_best(scores), keep)
+        self.saver.save(by_weights(scores), state.note_best(scores))
         if state.epoch < recipe.epochs and (signal := self.agreement.now(self.interrupt.signal)):
             self._stop(signal, saved=True)
 

@@ -143,6 +143,17 @@ def test_a_change_that_is_not_possible_is_refused(tmp_path: Path, word: str, sen
     )
 
 
+def test_a_change_without_effect_is_refused(tmp_path: Path) -> None:
+    RunFolder(tmp_path).create(replace(demo(), learn_lam="atom", ema=0.9))
+    assert refusal("--resume", tmp_path, "--override", "lam=0.2") == (
+        "--override: lam cannot change in a run that learns lambda; its values are among the weights."
+    )
+    assert refusal("--resume", tmp_path, "--override", "ema=0") == (
+        "--override: ema cannot become 0; the files of the averaged weights would grow stale."
+    )
+    assert parse("--resume", tmp_path, "--override", "lam=0.1", "--override", "ema=0.99").recipe.ema == 0.99
+
+
 def test_settings_that_are_fixed_exist() -> None:
     assert set(FIXED) <= set(Recipe().to_json())
 

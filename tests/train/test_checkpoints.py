@@ -100,6 +100,35 @@ def test_a_checkpoint_every_two_steps_and_the_one_before(data: Path, tmp_path: P
     assert not (tmp_path / "run" / "epoch-0001.pt").exists()
 
 
+def test_a_kill_before_an_epoch_is_kept_does_not_lose_it(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "keep_checkpoint", kill)
+        with pytest.raises(Killed):
+            trainer(data, tmp_path / "run", keep_every=1).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer(data, tmp_path / "run", resume=True, keep_every=1).train()
+    assert [place(tmp_path / "run" / f"epoch-000{epoch}.pt") for epoch in (1, 2)] == [(1, 0, 3), (2, 0, 6)]
+    assert load_file(tmp_path / "run" / "epoch-0001.safetensors").keys()
+
+
+def test_a_run_that_changes_from_fp16_leaves_the_scale_of_its_gradients_behind(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    checkpoint = Checkpoint.load(run / "last.pt")
+    checkpoint.shared["scaler"] = {"scale": 65536.0, "growth_factor": 2.0}
+    checkpoint.save(run / "last.pt")
+    trainer(data, run, resume=True).train()
+    checkpoint.shared["others"] = {}
+    checkpoint.save(run / "last.pt")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(UserError, match="parts that this run does not have: others"):
+        trainer(data, run, resume=True)
+
+
 def test_a_checkpoint_after_some_minutes(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The clock advances 40 seconds whenever it is read."""
     now = iter(range(0, 10**6, 40))

@@ -78,6 +78,12 @@ def test_small_images_in_shards_are_decoded_once_too(
     assert np.array_equal(first.val.images, again.val.images)
 
 
+def test_a_margin_wider_than_the_images_is_refused_before_they_are_read(tmp_path: Path) -> None:
+    options = ["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "run"), "--crop-padding", "33"]
+    with pytest.raises(UserError, match=r"^crop_padding is 33; it must be at most image_size, 32\.$"):
+        cifar.open_small_pictures(parse_job(CIFAR_RECIPES, "cifar_sdnet18", options), Rank(), torch.device("cpu"))
+
+
 def test_an_image_that_does_not_decode_says_how_to_leave_it_out(small: Path) -> None:
     file = small / "train" / "a" / "0.png"
     content = bytearray(file.read_bytes())

@@ -13,6 +13,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import sdnet
 from sdnet.bench.official import OfficialConfig, OfficialSDNet
@@ -112,6 +114,23 @@ def test_layers_are_described_by_their_means_over_all_images(
             float(layer.relative_residual.mean()), rel=1e-3
         )
     assert not evaluated(capsys, "--checkpoint", small_run, "--data", small, "--no-layers")["layers"]
+
+
+def test_settings_of_the_training_alone_do_not_hinder_and_outputs_must_be_finite(
+    run: Path, photographs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with safe_open(run / "last.safetensors", "pt") as file:
+        header, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    recipe = json.loads(header["recipe"]) | {"first_image_size": 32, "extras": "trivial"}
+    save_file(tensors, tmp_path / "grown.safetensors", header | {"recipe": json.dumps(recipe)})
+    data = ("--data", photographs, "--threads", "1", "--no-layers")
+    assert evaluated(capsys, "--checkpoint", tmp_path / "grown.safetensors", *data, "--image-size", "24")["images"] == 7
+    tensors["linear.bias"][0] = float("nan")
+    broken = tmp_path / "broken.safetensors"
+    save_file(tensors, broken, header)
+    assert refusal("--checkpoint", broken, *data) == (
+        f"error: The network in {broken} gives outputs that are infinite or NaN: it has no accuracy."
+    )
 
 
 @pytest.mark.slow

@@ -44,6 +44,9 @@ def begun(
     initial = read_initial(recipe)
     assert initial
     (note,) = initialise(model, initial, classes)
+    assert not initialise(model, initial._replace(config={}), classes)[1:], "not known: nothing is said"
+    other = initial._replace(config=initial.config | {"lam": 0.3, "n_steps": 4})
+    assert initialise(model, other, classes)[1].endswith("another coding: n_steps 4, not 2; lam 0.3, not 0.1.")
     return model, note
 
 
@@ -101,8 +104,9 @@ def test_an_official_checkpoint_is_a_beginning(tmp_path: Path) -> None:
     initial = read_initial(recipe)
     assert initial
     model = make_model(recipe, 3, torch.device("cpu"))
-    (note,) = initialise(model, initial, ("a", "b", "c"))
+    note, coding = initialise(model, initial, ("a", "b", "c"))
     assert "the classifier is new" in note
+    assert coding == "These weights were trained with another coding: solver sdnet, not fista."
     key = "stages.0.0.conv1.weight"
     assert torch.equal(model.state_dict()[key], official.state_dict()["layer1.0.conv1.weight"])
 

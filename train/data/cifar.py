@@ -59,6 +59,8 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     """
     recipe = job.recipe
     refuse_unused(job, "train/cifar.py", UNUSED)
+    if recipe.crop_padding > recipe.image_size:
+        raise UserError(f"crop_padding is {recipe.crop_padding}; it must be at most image_size, {recipe.image_size}.")
     found = read_small_pictures(job.data, job.verify, job.bad_files, job.threads or 2)
     height, width = found.train.images.shape[2:]
     if (height, width) != (recipe.image_size, recipe.image_size):
