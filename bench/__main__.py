@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{error.filename or options.command}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted; what was measured until now is stored.", file=sys.stderr)
+        print("Interrupted; the rows that were written until now are kept.", file=sys.stderr)
         return 130
 
 

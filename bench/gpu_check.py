@@ -13,6 +13,7 @@ einops and NumPy suffice; pytest runs the tests.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sdnet.bench.common_options import choose_device, seconds
-from sdnet.bench.gpu_parts import Stage, numbers_of, stages, tool_path
+from sdnet.bench.gpu_parts import TESTS, Stage, numbers_of, stages, tool_path
 from sdnet.bench.ledger import Ledger, read, writable_folder
 from sdnet.files import write_text
 from sdnet.train.environment import describe_environment
@@ -79,14 +80,15 @@ def run(options: argparse.Namespace) -> int:
 def described(stage: Stage) -> str:
     """Return a line on a stage: its name, its limit, and what it runs."""
     missing = f" ({stage.missing} is not installed here)" if stage.missing else ""
-    command = " ".join([*stage.tool, "python", "-m", *stage.within(stage.limit)])
+    command = shlex.join([*stage.tool, "python", "-m", *stage.within(stage.limit)])
     return f"{stage.name}, at most {stage.limit} s{missing}: {command}"
 
 
 def add_row(ledger: Ledger, name: str, result: dict[str, Any], out: Path) -> None:
     """Add the row of a stage: its time and what it found, or why it has none."""
     log = Path(result["log"])
-    numbers = numbers_of(name, out, log.read_text(errors="replace")) if log.is_file() else {}
+    ran = result["seconds"] > 0  # else the log is of an earlier check in this folder
+    numbers = numbers_of(name, out, log.read_text(errors="replace")) if ran else {}
     facts = {"shape": {"stage": name}, "metrics": numbers, "settings": {"outcome": result["outcome"]}}
     if result["outcome"] == "passed":
         spent = dict.fromkeys(("p20", "p50", "p80"), 1000 * max(result["seconds"], 1e-3))
@@ -116,7 +118,9 @@ def run_stage(stage: Stage, out: Path, limit: float) -> dict[str, Any]:
         *stage.within(limit),
     ]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "SDNET_CACHE": str((out / "verdicts").resolve())}
-    environment |= {"OMP_NUM_THREADS": "1"} if stage.name == "tests" else {}
+    if stage.name == "tests":
+        environment |= {"OMP_NUM_THREADS": "1"}
+        (out / TESTS).unlink(missing_ok=True)  # of an earlier check in this folder
     with (
         log.open("w") as file,
         subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process,

@@ -25,6 +25,9 @@ METRICS = (
 )
 """What Nsight Compute counts: whether a kernel is bound by the L2 cache, by memory or by the tensor cores."""
 
+TESTS = "tests.xml"
+"""What pytest writes into the folder of the results."""
+
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 """The CUDA toolkit, whose programs need not be on PATH."""
 
@@ -80,7 +83,7 @@ def stages(out: Path) -> list[Stage]:
     memory = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2, memory // TEST_MEMORY))
     parallel = ["--numprocesses", str(workers), "--dist", "worksteal"] if find_spec("xdist") else []
-    tests = ["pytest", "-m", "gpu", "-v", *parallel, f"--rootdir={ROOT}", f"--junitxml={out / 'tests.xml'}", *files]
+    tests = ["pytest", "-m", "gpu", "-v", *parallel, f"--rootdir={ROOT}", f"--junitxml={out / TESTS}", *files]
     bf16 = ["--image-size", "224", "--dtype", "bf16", "--seconds", "15"]
     return [
         Stage("memcheck", calls, 75, tool=(*sanitizer, "memcheck")),
@@ -107,8 +110,12 @@ def numbers_of(name: str, out: Path, log: str) -> dict[str, float]:
     if name in ("memcheck", "racecheck"):
         summaries = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", log)
         return {"errors": float(sum(int(count) for pair in summaries for count in pair if count))} if summaries else {}
-    if name == "tests" and (out / "tests.xml").is_file():
-        found = [suite.attrib for suite in ET.parse(out / "tests.xml").getroot().iter("testsuite")]
+    if name == "tests" and (out / TESTS).is_file():
+        try:
+            root = ET.parse(out / TESTS).getroot()
+        except ET.ParseError:  # pytest was killed while it wrote
+            return {}
+        found = [suite.attrib for suite in root.iter("testsuite")]
         return {
             word: float(sum(int(suite[word]) for suite in found)) for word in ("tests", "failures", "errors", "skipped")
         }

@@ -17,17 +17,20 @@ the network was made for.
 import argparse
 import json
 import sys
+from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 import sdnet
 from sdnet.bench import look_document, look_figures
 from sdnet.bench.common_options import at_least
+from sdnet.bench.ledger import writable_folder
 from sdnet.bench.plots import save_figure
 from sdnet.bench.tables import NOTHING, markdown
 from sdnet.files import write_text
@@ -35,6 +38,8 @@ from sdnet.inspection import mutual_coherence, objective_curve, spectrum
 from sdnet.inversion import Inversion, match_contrast, psnr
 from sdnet.official import load_official_model
 from sdnet.step_size import csc_layers
+from sdnet.train.data.formats import FORMATS, why_unusable
+from sdnet.train.data.loader import Program
 from sdnet.train.data.normalisation import NORMS
 from sdnet.train.demo_data import photographs_folder
 from sdnet.train.errors import UserError
@@ -69,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
     """Draw everything and print the table."""
     if options.document:
         look_document.check(options.document)
+    elif options.note:
+        raise UserError("--note is for --document, which is not given.")
     model = _model(options.checkpoint)
     layers = csc_layers(model)
     if not layers:
@@ -76,10 +83,11 @@ def run(options: argparse.Namespace) -> int:
     name = options.layer or next(iter(layers))
     if name not in layers:
         raise UserError(f"--layer is {name}; it must be one of {', '.join(layers)}.")
-    mean, std = _norms(model)
+    header = _header(options.checkpoint)
+    mean, std = _norms(model, header)
     pixels = torch.stack([_pixels(path, model) for path in options.image or [photographs_folder() / "astronaut.png"]])
     images = (pixels - mean) / std
-    options.out.mkdir(parents=True, exist_ok=True)
+    writable_folder(options.out)
 
     with torch.no_grad(), sdnet.record(model) as recording:
         model(images)
@@ -123,7 +131,6 @@ def run(options: argparse.Namespace) -> int:
     write_text(options.out / "look.json", json.dumps(found, indent=2) + "\n")
     print(table(facts))
     if options.document:
-        header = _header(options.checkpoint)
         look_document.write(options.document, model, header, options.note, facts, table(facts), options.out)
     print(f"Written to {options.out}: {', '.join([*figures, 'look.json'])}")
     return 0
@@ -176,18 +183,24 @@ def _model(checkpoint: Path) -> sdnet.SDNet:
 
 def _header(checkpoint: Path) -> dict[str, str]:
     """Return the facts in the header of the weights file that a checkpoint is; none for an official checkpoint."""
-    return {} if checkpoint.suffix in OFFICIAL_ENDINGS else read_weights(weights_file(checkpoint)).facts
+    official = checkpoint.is_file() and checkpoint.suffix in OFFICIAL_ENDINGS
+    return {} if official else read_weights(weights_file(checkpoint)).facts
 
 
-def _norms(model: sdnet.SDNet) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation by which the training programs normalise pixels, [C, 1, 1]; one grey channel averages.
+def _norms(model: sdnet.SDNet, header: Mapping[str, str]) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation by which the training normalised pixels, [C, 1, 1]; one grey channel averages.
+
+    A weights file of a run names the program that trained it; of others, the stem tells it.
 
     Raises:
         UserError: The images of the network are neither grey nor of three colours.
     """
     if model.in_channels not in (1, 3):
         raise UserError(f"The images of this network have {model.in_channels} channels; they must have 1 or 3.")
-    mean, std = (torch.tensor(values) for values in NORMS[model.config["stem"]])
+    program = header.get("program") or str(model.config["stem"])
+    if program not in NORMS:
+        raise UserError(f"The header of the checkpoint names the program {program!r}; it must be {' or '.join(NORMS)}.")
+    mean, std = (torch.tensor(values) for values in NORMS[cast(Program, program)])
     if model.in_channels == 1:
         mean, std = mean.mean().view(1), std.mean().view(1)
     return mean.view(-1, 1, 1), std.view(-1, 1, 1)
@@ -197,14 +210,17 @@ def _pixels(path: Path, model: sdnet.SDNet) -> Tensor:
     """Return an image in [0, 1], [C, H, W], cut to the shape of the network's images and scaled to their size.
 
     Raises:
-        UserError: The file is no image.
+        UserError: The file is no image, or of a kind that training refuses.
     """
     height, width = model.config["image_size"]
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB" if model.in_channels == 3 else "L")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--image is {path}, which cannot be read: {error.strerror}.") from error
+    if reason := why_unusable(data):
+        raise UserError(f"--image is {path}, which {reason}.")
+    with Image.open(BytesIO(data), formats=FORMATS) as opened:
+        picture = opened.convert("RGB" if model.in_channels == 3 else "L")
     scale = min(picture.width / width, picture.height / height)
     across, down = width * scale, height * scale
     left, top = (picture.width - across) / 2, (picture.height - down) / 2

@@ -49,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure what the options ask for."""
-    if "onnx" in options.form and options.device not in ("auto", "cpu"):
-        raise UserError(f"--device is {options.device}; --form onnx runs on the CPU alone.")
+    on_cpu = options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
+    if "onnx" in options.form and not on_cpu:
+        raise UserError(f"--device is {options.device}; --form onnx runs on the CPU alone: pass --device cpu.")
     device, ledger = open_ledger(options, "inference")
     torch.manual_seed(0)
     images = torch.randn(options.batch, 3, options.image_size, options.image_size, device=device)

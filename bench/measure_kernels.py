@@ -106,9 +106,15 @@ def workloads(options: argparse.Namespace, device: torch.device) -> Iterator[Wor
 
 
 def layers(options: argparse.Namespace, on_gpu: bool) -> list[tuple[LayerShape, int]]:
-    """Return the given shapes, or the distinct ones of the chosen model, each with its default batch."""
+    """Return the given shapes, or the distinct ones of the chosen model, each with its default batch.
+
+    Raises:
+        UserError: Shapes are given, and options that choose those of a model too.
+    """
     usual = 256 if on_gpu else 8
     if options.layer:
+        if options.image_size or options.limit:
+            raise UserError("--layer gives the shapes; --image-size and --limit are for those of a model.")
         return [(parse_layer(text), usual) for text in options.layer]
     found: list[tuple[LayerShape, int]] = []
     for image_size in options.image_size or ([224, 32] if on_gpu else [32]):

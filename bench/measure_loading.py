@@ -160,6 +160,9 @@ def run(options: argparse.Namespace) -> int:
     ]
     if not fitting:
         raise UserError(f"None of the loaders {', '.join(options.loader)} can read {', '.join(labels)}.")
+    for source in sources:
+        if (count := len(source.pictures.labels)) < options.batch:
+            raise UserError(f"--batch is {options.batch}; {source.label} has {count} pictures.")
     device, ledger = open_ledger(options, "load")
     loads = [
         (name, LoadRequest(source, options.batch, size_of(source, options.image_size), threads, device))
@@ -181,7 +184,7 @@ def open_source(text: str, least: int) -> Source:
     Raises:
         UserError: There is no training set.
     """
-    label, sign, place = text.partition("=")
+    label, sign, place = ("", "", "") if Path(text).exists() else text.partition("=")
     root = Path(place if sign else text)
     label = label if sign else root.resolve().name
     try:
@@ -253,8 +256,6 @@ def measure_epoch(batches: Batches, load: LoadRequest) -> Epoch:
     if load.device.type == "cuda":
         torch.cuda.synchronize(load.device)
     spent = time.perf_counter() - begin
-    if not count:
-        raise UserError(f"{load.source.label} has fewer pictures than the batch of {load.batch}.")
     return Epoch(1e3 * spent * load.batch / count, 1e3 * (processor_seconds() - cpu) / count)
 
 

@@ -66,13 +66,29 @@ def run(options: argparse.Namespace) -> int:
     networks = [task for task in options.task if task != "dictionary"]
     if networks and options.data is None:
         raise UserError(f"--data is missing: {networks[0]} learns from pictures.")
-    pictures = read_small_pictures(options.data) if networks else None  # before any work: it may be refused
+    pictures = pictures_of(options.data, max(options.batch)) if networks else None  # before any work: it may be refused
     for seed, lr in itertools.product(options.seed, options.adam_lr if "dictionary" in options.task else []):
         measure(DictionaryLearning(lr, seed, device), options, ledger)
     for seed, task, batch, lr in itertools.product(options.seed, networks, options.batch, options.lr):
         assert pictures is not None
-        measure(Classification(recipe_of(task, batch, lr, seed, options.width), pictures, device), options, ledger)
+        recipe = recipe_of(task, batch, lr, seed, options.width, pictures.train.images.shape[-1])
+        measure(Classification(recipe, pictures, device), options, ledger)
     return 0
+
+
+def pictures_of(data: Path, batch: int) -> SmallPictures:
+    """Return the pictures that the networks learn from.
+
+    Raises:
+        UserError: There are none, they are not square, or there are fewer than a batch.
+    """
+    pictures = read_small_pictures(data)
+    count, _, height, width = pictures.train.images.shape
+    if height != width:
+        raise UserError(f"The pictures in {data} are {width} x {height} pixels; they must be square.")
+    if count < batch:
+        raise UserError(f"--batch is {batch}; the training set in {data} has {count} pictures.")
+    return pictures
 
 
 class DictionaryLearning:
@@ -102,9 +118,10 @@ class DictionaryLearning:
             yield self.model.objective(crops, self.model(crops)).mean()
 
 
-def recipe_of(model: str, batch: int, lr: float, seed: int, width: int) -> Recipe:
-    """Return the CIFAR recipe with these changes."""
-    return replace(CIFAR_RECIPES["cifar_sdnet18"](), model=model, batch=batch, lr=lr, seed=seed, width=width)
+def recipe_of(model: str, batch: int, lr: float, seed: int, width: int, size: int) -> Recipe:
+    """Return the CIFAR recipe with these changes, for images of a height and width."""
+    images = {"image_size": size, "eval_resize": size}
+    return replace(CIFAR_RECIPES["cifar_sdnet18"](), model=model, batch=batch, lr=lr, seed=seed, width=width, **images)
 
 
 class Classification:

@@ -6,6 +6,7 @@ slows them down, so that only the shares of their operators are used. A Chrome t
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     """Profile the recipe and return 0."""
     writable_folder(options.traces)
     device, ledger = open_ledger(options, "profile")
-    recipe = RECIPES[options.recipe]()
+    recipe = recipe_of(options)
     setting = setting_of(recipe, options, device)
     timed = TimedRun(setting, device, batches_of(setting, device, options), make_model(recipe, 1000, device))
     for _ in range(3):
@@ -74,6 +75,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """Return the recipe, for images of another size if the options ask for one: step sizes depend on it."""
+    recipe = RECIPES[options.recipe]()
+    size = options.image_size or recipe.image_size
+    return replace(recipe, image_size=size, eval_resize=max(size, recipe.eval_resize))
+
+
 def setting_of(recipe: Recipe, options: argparse.Namespace, device: torch.device) -> TrainingSetting:
     """Return the settings of a recipe that decide the cost of a step."""
     single = "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "fp32"
@@ -81,7 +89,7 @@ def setting_of(recipe: Recipe, options: argparse.Namespace, device: torch.device
         model=recipe.model,
         stem=recipe.stem,
         batch=options.batch or (recipe.batch if device.type == "cuda" else 8),
-        image_size=options.image_size or recipe.image_size,
+        image_size=recipe.image_size,
         n_steps=recipe.coding.n_steps,
         dtype=single if recipe.mixed_precision == "no" else recipe.mixed_precision,
         layout="channels_last" if recipe.channels_last else "contiguous",

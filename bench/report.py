@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         if not document.is_file():
             raise UserError(f"--document is {document}, which is not a file.")
         before = document.read_text()
-        after = filled(before, found, document, options.pictures, dry=options.check)
+        after = filled(before, found, document, options.pictures, options.check, options.results / CARDS)
         if after != before:
             stale.append(str(document))
             if not options.check:
@@ -91,7 +91,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def filled(text: str, found: Sequence[Found], document: Path, pictures: Path, dry: bool = False) -> str:
+def filled(
+    text: str,
+    found: Sequence[Found],
+    document: Path,
+    pictures: Path,
+    dry: bool = False,
+    cards: Path = RESULTS / CARDS,
+) -> str:
     """Return the text with the tables and plots between its marks.
 
     Args:
@@ -100,6 +107,7 @@ def filled(text: str, found: Sequence[Found], document: Path, pictures: Path, dr
         document: The file of the document, which its links are relative to.
         pictures: The folder of the plots.
         dry: Draw no plots.
+        cards: The folder of the cards.
 
     Raises:
         UserError: A mark is not closed, asks for a view that does not exist, or has a condition that is not name=value.
@@ -107,7 +115,8 @@ def filled(text: str, found: Sequence[Found], document: Path, pictures: Path, dr
 
     def block(match: re.Match[str]) -> str:
         opening, view, conditions, _, closing = match.groups()
-        return opening + render(view, parse_conditions(conditions), found, document, pictures, dry) + closing
+        text = render(view, parse_conditions(conditions), found, document, pictures, dry, cards)
+        return opening + text + closing
 
     if len(OPENING.findall(text)) != len(MARK.findall(text)):
         raise UserError(f"A mark <!-- bench:... --> in {document} is not closed by <!-- /bench -->.")
@@ -123,14 +132,20 @@ def parse_conditions(text: str) -> dict[str, list[str]]:
 
 
 def render(
-    view: str, conditions: Mapping[str, list[str]], found: Sequence[Found], document: Path, pictures: Path, dry: bool
+    view: str,
+    conditions: Mapping[str, list[str]],
+    found: Sequence[Found],
+    document: Path,
+    pictures: Path,
+    dry: bool,
+    cards: Path,
 ) -> str:
     """Return the text between one pair of marks."""
     if view not in VIEWS:
         raise UserError(f"A mark in {document} asks for {view!r}; it must be one of {', '.join(VIEWS)}.")
     if view in (*card_tables.VIEWS, card_tables.CURVES):
         link = relative(pictures, document)
-        return card_tables.render(view, conditions, read_cards(RESULTS / CARDS), pictures, link, dry)
+        return card_tables.render(view, conditions, read_cards(cards), pictures, link, dry)
     theme = (TABLES.get(view) or PLOTS[view])[0]
     chosen = [(path, row) for path, row in found if row.theme == theme and meets(row, conditions)]
     parts = []
@@ -182,7 +197,7 @@ def whole_report(found: Sequence[Found], document: Path) -> str:
         members = [(path, row) for path, row in found if row.run == run]
         theme = members[0][1].theme
         views = [theme, *(view for view, (of, _, _) in PLOTS.items() if of == theme)]
-        shown = [render(view, {"run": [run]}, members, document, document.parent, False) for view in views]
+        shown = [render(view, {"run": [run]}, members, document, document.parent, False, Path()) for view in views]
         parts.append(f"## {theme}, {run}\n")
         parts += [text for text in shown if text != NOTHING]
     return "\n".join(parts)

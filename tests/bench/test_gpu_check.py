@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -123,6 +124,8 @@ def test_the_stages_come_in_the_order_of_business(tmp_path: Path, capsys: pytest
     order = ["memcheck", "racecheck", "tests", *["qualify"] * 4, "train", "ncu", "tiles", "kernels", "train_more"]
     assert [line.split()[1].split("_sdnet")[0].rstrip(",") for line in printed] == order
     assert not (tmp_path / "none").exists()
+    assert front.main(["gpu-check", "--out", "my folder", "--stage", "train", "--dry-run"]) == 0
+    assert "my folder" in shlex.split(capsys.readouterr().out), "a printed command can be pasted into a shell"
     qualified = [line for line in printed if line.split()[1].startswith("qualify")]
     assert [("sdnet18_all" in line, "--image-size 32 --batch 512" in line) for line in qualified] == [
         (False, False),
@@ -139,8 +142,10 @@ def test_every_stage_leaves_a_row_and_a_missing_tool_is_a_reason(
     tool = ("no-such-tool", "--tool")
     planted = [Stage("memcheck", PASSES, 30, tool=tool), Stage("good", PASSES, 30, tool=("env", "SET=1"))]
     monkeypatch.setattr(gpu_check, "stages", lambda _: planted)
+    (tmp_path / "memcheck.log").write_text("========= ERROR SUMMARY: 3 errors\n")  # of an earlier check
     assert front.main(["gpu-check", "--out", str(tmp_path)]) == 1
     rows = {row.provider: row for _, row in read(tmp_path)}
+    assert not rows["memcheck"].metrics
     assert (rows["memcheck"].status, rows["memcheck"].reason) == ("skipped", "skipped, no-such-tool is not installed")
     assert (rows["good"].theme, rows["good"].status) == ("gpu", "ok")
     assert "| good | passed |" in (tmp_path / "report.md").read_text()
@@ -154,6 +159,8 @@ def test_numbers_are_read_from_what_the_tools_print(tmp_path: Path) -> None:
     suite = '<testsuites><testsuite tests="9" failures="2" errors="0" skipped="1"/></testsuites>'
     (tmp_path / "tests.xml").write_text(suite)
     assert numbers_of("tests", tmp_path, "") == {"tests": 9, "failures": 2, "errors": 0, "skipped": 1}
+    (tmp_path / "tests.xml").write_text(suite[:30])  # pytest was killed
+    assert numbers_of("tests", tmp_path, "") == {}
     log = (
         '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
         '"0","synthesis_kernel(void *)","lts__t_bytes.sum","byte","1,000"\n'

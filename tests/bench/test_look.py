@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 import sdnet
+from sdnet.bench import look
 from sdnet.bench.__main__ import main
 from sdnet.weights import save_model
 
@@ -75,11 +76,28 @@ def test_it_draws_everything_and_writes_the_numbers_also_into_a_document(
         assert (tmp_path / "figures" / "look" / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_pixels_of_16_bits_are_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pillow would cut them off at 255."""
+    file = tmp_path / "deep.png"
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(file)
+    assert main(["look", "--checkpoint", str(checkpoint), "--image", str(file), "--out", str(tmp_path / "look")]) == 2
+    assert capsys.readouterr().err.startswith(f"--image is {file}, which has 16-bit or 32-bit gray values")
+
+
+def test_pixels_are_normalised_as_in_the_training_not_by_the_stem(checkpoint: Path) -> None:
+    """train/imagenet.py trains networks with either stem, and its mean of red is 0.485."""
+    model = sdnet.load_model(checkpoint)
+    for header, red in (({"program": "imagenet"}, 0.485), ({"program": "cifar"}, 0.4914), ({}, 0.4914)):
+        assert look._norms(model, header)[0].flatten()[0] == pytest.approx(red)
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
         ({"--checkpoint": "nowhere"}, "There is no weights file at 'nowhere'."),
-        ({"--image": "pyproject.toml"}, "pyproject.toml cannot be read as an image: cannot identify image file"),
+        ({"--image": "pyproject.toml"}, "--image is pyproject.toml, which is not a picture."),
+        ({"--image": "none.png"}, "--image is none.png, which cannot be read: No such file or directory."),
+        ({"--note": "A note."}, "--note is for --document, which is not given."),
         ({"--document": "README.md"}, "--document is README.md; it must have one pair of marks <!-- look -->"),
         ({"--layer": "stem"}, "--layer is stem; it must be one of stem.conv, stages.0.0.conv1"),
     ],

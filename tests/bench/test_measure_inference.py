@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from sdnet.bench.__main__ import main
 from sdnet.bench.ledger import Row, read
@@ -36,6 +37,10 @@ def test_every_model_and_form_has_a_row(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(found.status == "ok" and found.metrics["images_per_second"] > 0 for found in rows)
 
 
-def test_onnxruntime_is_measured_on_the_cpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["infer", "--form", "onnx", "--device", "cuda"]) == 2
-    assert capsys.readouterr().err == "--device is cuda; --form onnx runs on the CPU alone.\n"
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_onnxruntime_is_measured_on_the_cpu_alone(
+    device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["infer", "--form", "onnx", "--device", device]) == 2
+    assert capsys.readouterr().err == f"--device is {device}; --form onnx runs on the CPU alone: pass --device cpu.\n"

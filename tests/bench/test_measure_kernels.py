@@ -214,6 +214,7 @@ def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "sentence"),
     [
         (["--layer", "4,8,3"], "not five positive numbers"),
+        (["--layer", LAYER, "--limit", "2"], "--layer gives the shapes; --image-size and --limit are for those of a"),
         (["--provider", "cublas"], "must be one of compile, cudnn, fused, official"),
         (["--device", "cuda"], "--device is cuda, but torch finds no GPU."),
         (["--device", "cuda9"], "--device is cuda9; it must be auto, cpu, cuda or cuda:N."),

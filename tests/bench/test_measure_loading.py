@@ -13,7 +13,6 @@ from PIL import Image
 from sdnet.bench import __main__ as front
 from sdnet.bench import measure_loading, tables
 from sdnet.bench.ledger import Row, read
-from sdnet.train.errors import UserError
 from sdnet.train.prepare import prepare
 
 CLASSES = ("cat", "dog")
@@ -113,20 +112,21 @@ def test_loading_speed_is_compared_with_training_speed() -> None:
         (["--data", "nothing"], "The data folder nothing does not exist."),
         (["--data", "same=tree", "same=tree"], "--data needs different labels"),
         (["--data", "tree", "--loader", "resident"], "None of the loaders resident can read tree."),
+        (["--data", "small", "--batch", "8"], "--batch is 8; small has 4 pictures."),
     ],
 )
 def test_refusals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], sentence: str
 ) -> None:
     write_tree(tmp_path / "tree", 40, 40, 1)
+    write_tree(tmp_path / "small", 32, 32, 2)
     monkeypatch.chdir(tmp_path)
     assert front.main(["load", *arguments, "--out", "out"]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_fewer_pictures_than_a_batch_are_refused(tmp_path: Path) -> None:
-    source = measure_loading.open_source(str(write_tree(tmp_path, 32, 32, 2)), 4)
-    load = measure_loading.LoadRequest(source, 8, 32, 1, torch.device("cpu"))
-    with pytest.raises(UserError, match="fewer pictures than the batch of 8"):
-        measure_loading.measure_epoch(measure_loading.resident(load), load)
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path / "side=40", 40, 40, 1)
+    monkeypatch.chdir(tmp_path)
+    assert [measure_loading.open_source(text, 4).label for text in ("side=40", "large=side=40")] == ["side=40", "large"]

@@ -1,11 +1,40 @@
 """`margins` measures step size times largest eigenvalue after every optimizer step, and writes rows as it goes."""
 
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sdnet.bench import __main__ as front
 from sdnet.bench.ledger import read
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Four training pictures of 16 x 16 pixels."""
+    generator = np.random.default_rng(0)
+    for split, name, number in itertools.product(("train", "val"), ("a", "b"), range(2)):
+        file = tmp_path / "pictures" / split / name / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
+    return tmp_path / "pictures"
+
+
+def test_networks_are_made_for_the_size_of_the_pictures(pictures: Path, tmp_path: Path) -> None:
+    arguments = ["--task", "sdnet18", "--width", "2", "--seed", "0", "--steps", "2", "--data", str(pictures)]
+    assert front.main(["margins", *arguments, "--batch", "4", "--lr", "0.001", "--out", str(tmp_path / "out")]) == 0
+    ((_, row),) = read(tmp_path / "out")
+    assert row.shape["image_size"] == 16
+    assert row.settings["largest_margin_by_step"] == pytest.approx([0.9] * 2, abs=0.05)
+
+
+def test_more_pictures_than_there_are_do_not_make_a_batch(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert front.main(["margins", "--data", str(pictures), "--batch", "4", "8", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"--batch is 8; the training set in {pictures} has 4 pictures.\n"
 
 
 def test_a_row_holds_the_margins_of_its_steps(tmp_path: Path) -> None:

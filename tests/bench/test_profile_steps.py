@@ -1,6 +1,7 @@
 """`profile` counts what makes the host wait, and attributes the time of a step to its operators."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch.profiler import profile, record_function
 
 from sdnet.bench import __main__ as front
 from sdnet.bench.ledger import read
-from sdnet.bench.profile_steps import STEP, counts, operator_times
+from sdnet.bench.profile_steps import STEP, counts, operator_times, recipe_of
 
 CPU = torch.device("cpu")
 
@@ -31,6 +32,12 @@ def test_operator_times_leave_out_the_step_itself() -> None:
     times = operator_times(profiler.key_averages(), 1, CPU)
     assert f"ms:{STEP}" not in times
     assert 0 < times["ms:aten::mm"] <= times["operators_ms"]
+
+
+def test_the_network_is_made_for_the_images_that_it_gets() -> None:
+    for size, resize in ((None, 72), (32, 72), (96, 96)):
+        recipe = recipe_of(Namespace(recipe="demo", image_size=size))
+        assert (recipe.image_size, recipe.eval_resize) == (size or 64, resize)
 
 
 def test_a_recipe_is_profiled(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def begun(
     assert initial
     (note,) = initialise(model, initial, classes)
     assert not initialise(model, initial._replace(config={}), classes)[1:], "not known: nothing is said"
-    other = initial._replace(config=initial.config | {"lam": 0.3, "n_steps": 4})
+    other = initial._replace(config={**initial.config, "lam": 0.3, "n_steps": 4})
     assert initialise(model, other, classes)[1].endswith("another coding: n_steps 4, not 2; lam 0.3, not 0.1.")
     return model, note
 
