@@ -141,7 +141,8 @@ def csc_encode(
         - x: [N, C, H, W]
         - weight: [K, n_dict C, kh, kw]
         - z0: [N, K, h, w]
-        - Output: the codes [N, K, h, w] in x's dtype (autocast's under autocast), channels_last if x or weight is.
+        - Output: the codes [N, K, h, w] in x's dtype (autocast's under autocast), in the memory format of z0 if it is
+          given, otherwise channels_last if x or weight is.
 
     Gradients reach x, weight, lam and z0, and pass through prox. Under the transforms of torch.func (grad, jvp, vmap,
     ...), in forward mode, for batched gradients and for higher derivatives the reference computes the call by itself,
@@ -368,8 +369,8 @@ def step_size(
         raise ValueError(
             f"image_size is {list(size)} with padding {list(padding)}, too small for atoms of {list(weight.shape[2:])}."
         )
-    start = step_sizes.initial_power_vector((1, weight.shape[1], *size)).to(weight.device)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # so that a gradient can pass through calls that take it
+        start = step_sizes.initial_power_vector((1, weight.shape[1], *size)).to(weight.device)
         _, eigenvalue = step_sizes.largest_eigenvalue(weight, start, stride, padding, tolerance)
         return step_sizes.step_size_of(eigenvalue)
 

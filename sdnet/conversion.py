@@ -16,7 +16,7 @@ from sdnet.kernels.arguments import DTYPES
 from sdnet.kernels.coding import coding_of, takes_coding
 from sdnet.kernels.reference import Pair
 from sdnet.layers import CSCConv2d
-from sdnet.state import LearnLam
+from sdnet.state import LearnLam, persistent_state
 
 Filter = Callable[[nn.Module, str], bool]
 """(convolution, its name in the model) -> whether to convert it."""
@@ -167,9 +167,9 @@ def _inputs(model: nn.Module, example: Example) -> dict[nn.Module, list[torch.Si
 
 
 def _largest(shapes: list[torch.Size | None]) -> Pair:
-    """Return the height and width of the largest of several inputs [N, C, H, W]."""
-    sizes = [(shape[2], shape[3]) for shape in shapes if shape is not None]
-    return max(sizes, key=lambda size: size[0] * size[1])
+    """Return the largest height and the largest width of several inputs [N, C, H, W], safe for all of them."""
+    sizes = [shape for shape in shapes if shape is not None]
+    return max(shape[2] for shape in sizes), max(shape[3] for shape in sizes)
 
 
 def _obstacle(model: nn.Module, module: nn.Module, inputs: dict[nn.Module, list[torch.Size | None]]) -> str | None:
@@ -229,7 +229,7 @@ def _padding(module: nn.Conv2d) -> Pair | None:
     return vertical, horizontal
 
 
-@torch.no_grad()
+@persistent_state()
 def _csc_layer(module: nn.Conv2d, size: Pair, options: dict[str, Any]) -> ConvertedConv2d:
     """Return the layer that takes the place of a convolution."""
     weight = module.weight

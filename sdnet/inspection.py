@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdnet.kernels import checks
 from sdnet.layers import CSCConv2d
+from sdnet.state import persistent_state
 from sdnet.stored_weight import effective_weight
 
 __all__ = ["ObjectiveCurve", "atom_grid", "mutual_coherence", "objective_curve", "spectrum"]
@@ -36,7 +37,14 @@ def atom_grid(weight: Tensor, columns: int | None = None) -> Tensor:
     Shape:
         - weight: [K, C, kh, kw].
         - Output: [3, H, W], values in [0, 1].
+
+    Raises:
+        ValueError: an argument has a wrong type, shape or value.
     """
+    if not isinstance(weight, Tensor) or weight.ndim != 4 or 0 in weight.shape:
+        raise ValueError(
+            f"weight is {checks.shown(weight)}; it must be a tensor [K, C, kh, kw] with at least one atom."
+        )
     atoms = weight.detach().float().cpu()
     if atoms.shape[1] != 3:
         strongest = atoms.flatten(2).norm(dim=2).argmax(1)
@@ -59,8 +67,11 @@ def spectrum(layer: CSCConv2d) -> Tensor:
 
     Shape:
         - Output: [min(K, n_dict C kh kw)].
+
+    Raises:
+        ValueError: `layer` is no CSC layer.
     """
-    return torch.linalg.svdvals(effective_weight(layer).flatten(1).double())
+    return torch.linalg.svdvals(effective_weight(_checked(layer)).flatten(1).double())
 
 
 @torch.no_grad()
@@ -75,8 +86,11 @@ def mutual_coherence(layer: CSCConv2d, shifts: bool = True) -> float:
 
     Returns:
         A number in [0, 1]. Near 0, sparse codes are unique and stable; at 1, two atoms are the same.
+
+    Raises:
+        ValueError: `layer` is no CSC layer, or `shifts` is no bool.
     """
-    weight = effective_weight(layer).float()
+    weight, shifts = effective_weight(_checked(layer)).float(), checks.flag("shifts", shifts)
     weight = weight / weight.flatten(1).norm(dim=1).clamp_min(NORM_FLOOR).view(-1, 1, 1, 1)
     reach = [(k - 1) // s * s if shifts else 0 for k, s in zip(layer.kernel_size, layer.stride, strict=True)]
     products = F.conv2d(weight, weight, stride=layer.stride, padding=(reach[0], reach[1])).abs()
@@ -107,7 +121,7 @@ class ObjectiveCurve(NamedTuple):
         return (self.values - self.optimum) / self.optimum
 
 
-@torch.no_grad()
+@persistent_state()
 def objective_curve(layer: CSCConv2d, x: Tensor, n_steps: int = 50, optimum_steps: int = 2000) -> ObjectiveCurve:
     """Return the objective of a layer over FISTA iterations, and its minimum, computed in fp64.
 
@@ -121,12 +135,12 @@ def objective_curve(layer: CSCConv2d, x: Tensor, n_steps: int = 50, optimum_step
         - x: [N, C, H, W].
 
     Raises:
-        ValueError: `n_steps` is below 1, or the layer has a `prox`, whose penalty is not known.
+        ValueError: an argument has a wrong type, shape or value, or the layer has a `prox`, whose penalty is not known.
     """
-    n_steps = checks.integer("n_steps", n_steps, 1)
-    exact = copy.deepcopy(layer).double().requires_grad_(False)
+    n_steps, optimum_steps = checks.integer("n_steps", n_steps, 1), checks.integer("optimum_steps", optimum_steps, 1)
+    exact = copy.deepcopy(_checked(layer)).double().requires_grad_(False)
     exact.coding, exact.impl = replace(exact.coding, solver="fista"), "auto"
-    x = x.double()
+    x = x.double() if isinstance(x, Tensor) else x
     values: list[Tensor] = []
 
     def note(step: int, codes: Tensor) -> None:
@@ -139,3 +153,10 @@ def objective_curve(layer: CSCConv2d, x: Tensor, n_steps: int = 50, optimum_step
     values += [optimum] * (n_steps - len(values))  # the iteration stopped earlier
     along = torch.stack(values).cpu()
     return ObjectiveCurve(along, min(float(optimum), float(along.min())), found.n_steps)
+
+
+def _checked(layer: CSCConv2d) -> CSCConv2d:
+    """Return a CSC layer; raise a ValueError if it is none, such as a whole model."""
+    if not isinstance(layer, CSCConv2d):
+        raise ValueError(f"layer is {checks.shown(layer)}; it must be a CSC layer, such as model.stem.conv.")
+    return layer

@@ -39,6 +39,7 @@ from sdnet.examples import run_example
 from sdnet.kernels import checks
 from sdnet.layers import CSCConv2d
 from sdnet.linear import CSCLinear
+from sdnet.state import persistent_state
 from sdnet.step_size import csc_layers
 
 Kind = Literal["exact", "approximate", "refused"]
@@ -81,7 +82,7 @@ class Inversion:
         return iter((self.picture, self.error))
 
 
-@torch.no_grad()
+@persistent_state()
 def invert(model: nn.Module, image: Tensor, layer: str, *, restore_contrast: bool = False) -> Inversion:
     """Rebuild an image from the codes of one CSC layer.
 
@@ -118,14 +119,14 @@ def invert(model: nn.Module, image: Tensor, layer: str, *, restore_contrast: boo
     if not isinstance(layer, str) or layer not in layers:
         names = ", ".join(layers) or "none, as model has no CSC layers"
         raise ValueError(f"layer is {checks.shown(layer)}; it must be the name of a CSC layer of model: {names}.")
-    restore_contrast = checks.flag("restore_contrast", restore_contrast)
+    restore_contrast, image = checks.flag("restore_contrast", restore_contrast), _checked_image(image)
     found = _inverted(layer, _record(model, image), image, restore_contrast)
     if found.kind == "refused":
         raise ValueError(f"{layer} cannot be inverted: {found.reason}.")
     return found
 
 
-@torch.no_grad()
+@persistent_state()
 def invert_layers(model: nn.Module, image: Tensor, *, restore_contrast: bool = False) -> dict[str, Inversion]:
     """Rebuild an image from the codes of every CSC layer, with one forward pass.
 
@@ -144,7 +145,7 @@ def invert_layers(model: nn.Module, image: Tensor, *, restore_contrast: bool = F
     layers = csc_layers(model)
     if not layers:
         raise ValueError("model has no CSC layers, so there is nothing to invert.")
-    restore_contrast = checks.flag("restore_contrast", restore_contrast)
+    restore_contrast, image = checks.flag("restore_contrast", restore_contrast), _checked_image(image)
     calls = _record(model, image)
     return {call.name: _inverted(call.name, calls, image, restore_contrast) for call in calls if call.name in layers}
 
@@ -220,12 +221,21 @@ class Call(NamedTuple):
     in_place: bool
 
 
-def _record(model: nn.Module, image: Tensor) -> list[Call]:
-    """Return the calls of the modules without children in one forward in evaluation mode, in their order."""
+def _checked_image(image: Tensor) -> Tensor:
+    """Return the image, copied if it was made under `torch.inference_mode`: such tensors do not count their changes.
+
+    Raises:
+        ValueError: it is no tensor [N, C, H, W] of a floating-point type.
+    """
     if not isinstance(image, Tensor) or image.ndim != 4:
         raise ValueError(f"image is {checks.shown(image)}; it must be a tensor [N, C, H, W].")
     if not image.is_floating_point():
         raise ValueError(f"image is {image.dtype}; it must be floating point.")
+    return image.clone() if image.is_inference() else image
+
+
+def _record(model: nn.Module, image: Tensor) -> list[Call]:
+    """Return the calls of the modules without children in one forward in evaluation mode, in their order."""
     calls: list[Call] = []
     versions: dict[int, int] = {}
 

@@ -201,3 +201,13 @@ def test_residuals_are_kept_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_arguments_of_the_error_cases_are_sound_by_themselves() -> None:
     assert encode_with()().shape == (2, 4, 6, 6)
+
+
+def test_a_step_size_of_inference_mode_lets_gradients_pass() -> None:
+    weight = torch.ones(4, 3, 3, 3, requires_grad=True)
+    with torch.inference_mode():
+        step = step_size(weight, 8)
+    codes = csc_encode(torch.ones(2, 3, 8, 8), weight, step, 0.1)
+    codes.sum().backward()
+    assert weight.grad is not None
+    assert bool(weight.grad.isfinite().all())

@@ -186,6 +186,35 @@ def test_dtype_memory_format_mode_and_frozen_weights_are_kept() -> None:
     assert not model[0].training
 
 
+class TwoInputs(nn.Module):
+    """Calls one convolution with two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.conv(a).sum() + self.conv(b).sum()
+
+
+def test_the_step_size_is_safe_for_every_input_of_a_convolution_that_is_called_twice() -> None:
+    model, wide, high = TwoInputs(), torch.zeros(1, 3, 4, 40), torch.zeros(1, 3, 16, 16)
+    sdnet.convert(model, (wide, high))
+    assert isinstance(model.conv, CSCConv2d)
+    assert model.conv.power_vector.shape == (1, 3, 16, 40)
+
+
+def test_a_model_that_is_converted_under_inference_mode_learns() -> None:
+    model = network()
+    with torch.inference_mode():
+        sdnet.convert(model, images())
+    sdnet.attach(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+    before = model.get_parameter("0.weight").detach().clone()
+    model(images()).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.get_parameter("0.weight"), before)
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [

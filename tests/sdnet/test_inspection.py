@@ -1,11 +1,14 @@
 """The numbers behind the pictures: grids of atoms, spectrum, coherence, and the objective along the iterations."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-import sdnet
+import sdnet.inspection
 from sdnet import CSCConv2d
 from sdnet.inspection import atom_grid, mutual_coherence, objective_curve, spectrum
 from tests.kernels.test_reference import dense
@@ -92,3 +95,31 @@ def test_a_recording_gives_the_inputs_of_the_layers() -> None:
         inputs = recording.inputs()
     torch.testing.assert_close(inputs["0"], image())
     torch.testing.assert_close(inputs["1"], model[0](image()))
+
+
+WRONG: list[tuple[Callable[[Any], object], str]] = [
+    (lambda inspect: inspect.atom_grid(None), r"weight is None; it must be a tensor \[K, C, kh, kw\]"),
+    (lambda inspect: inspect.atom_grid(torch.ones(4, 3)), r"weight is of type Tensor and shape \[4, 3\]; it must be"),
+    (lambda inspect: inspect.atom_grid(torch.ones(0, 3, 3, 3)), r"weight is .* with at least one atom"),
+    (lambda inspect: inspect.spectrum(nn.Sequential(layer())), r"layer is Sequential.*; it must be a CSC layer"),
+    (lambda inspect: inspect.mutual_coherence(layer().weight), "layer is of type Parameter .*; it must be a CSC layer"),
+    (lambda inspect: inspect.mutual_coherence(layer(), "no"), "shifts is 'no'; it must be True or False"),
+    (lambda inspect: inspect.objective_curve(None, image()), "layer is None; it must be a CSC layer"),
+    (lambda inspect: inspect.objective_curve(layer(), None), "x is None; it must be a tensor"),
+    (lambda inspect: inspect.objective_curve(layer(), image(), 0), "n_steps is 0; it must be an int of at least 1"),
+    (lambda inspect: inspect.objective_curve(layer(), image(), 5, "9"), "optimum_steps is '9'; it must be an int"),
+]
+
+
+@pytest.mark.parametrize(("call", "sentence"), WRONG, ids=[sentence for _, sentence in WRONG])
+def test_bad_arguments_get_one_sentence(call: Callable[[Any], object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        call(sdnet.inspection)
+
+
+def test_inference_mode_does_not_change_a_curve() -> None:
+    expected = objective_curve(layer(), image(), n_steps=3, optimum_steps=5)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            objective_curve(layer(), image(), n_steps=3, optimum_steps=5).values, expected.values
+        )

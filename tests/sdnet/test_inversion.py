@@ -211,6 +211,20 @@ def test_a_layer_that_is_called_twice_is_refused() -> None:
         sdnet.invert(nn.Sequential(layer, layer), image(), "0")
 
 
+@pytest.mark.parametrize("within", [True, False])
+def test_inference_mode_changes_nothing(within: bool) -> None:
+    model, x = stack(), image()
+    expected = sdnet.invert(model, x, "6")
+    with torch.inference_mode():
+        made = x.clone()
+        found = sdnet.invert(model, made, "6") if within else None
+    found = found or sdnet.invert(model, made, "6")
+    assert found.kind == expected.kind == "exact"
+    assert found.picture is not None
+    assert expected.picture is not None
+    torch.testing.assert_close(found.picture, expected.picture)
+
+
 def test_bad_arguments_get_one_sentence() -> None:
     model = stack()
     with pytest.raises(ValueError, match=r"^layer is 'stem'; it must be the name of a CSC layer of model: 0, 3, 6\.$"):
