@@ -67,7 +67,10 @@ class Recording:
         return {name: _diagnostics(self._layers[name], *last) for name, last in recorded.items()}
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return the input of every CSC layer that the last batch went through, by the name of the layer."""
+        """Return the input of every CSC layer that the last batch went through, by the name of the layer.
+
+        Those of a `CSCLinear` are vectors as pixels, [N, D, T, 1].
+        """
         recorded = {name: recorder.last for name, recorder in self._recorders.items()}
         return {name: last[0] for name, last in recorded.items() if last is not None}
 

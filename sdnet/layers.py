@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 from sdnet.convolution_arguments import refuse_convolution_only
 from sdnet.kernels import checks, reference, step_sizes
-from sdnet.kernels.arguments import DTYPES, check_codes, check_dense
+from sdnet.kernels.arguments import DTYPES, as_tensor, check_codes, check_dense
 from sdnet.kernels.autocast import without_autocast
 from sdnet.kernels.coding import CODING_FIELDS, Callback, Coding, Iteration, Prox, coding_of, takes_coding
 from sdnet.kernels.csc import Solution, encode, solve
@@ -20,7 +20,7 @@ from sdnet.kernels.dispatch import IMPLEMENTATIONS
 from sdnet.kernels.reference import Pair, codes_size
 from sdnet.kernels.step_sizes import DictionaryState
 from sdnet.recorder import Recordable
-from sdnet.state import CodingState, LearnLam, checked_lambda, persistent_state
+from sdnet.state import CodingState, LearnLam, persistent_state
 
 DEFAULT_INPUT_SIZE = 32
 FIRST_PRODUCTS = 11
@@ -301,16 +301,7 @@ class CSCConv2d(CodingState, Recordable):
         with without_autocast(x.device):
             x, codes = at_least_single(x), at_least_single(codes)
             reconstruction = CSCConv2d.reconstruct(self, codes, (x.shape[2], x.shape[3]))
-            lam = self.forward_lambda() if lam is None else lam
-            checked = checked_lambda(lam.detach() if isinstance(lam, Tensor) else lam)
-            lam = lam if isinstance(lam, Tensor) else checked
-            lam = torch.as_tensor(lam, dtype=codes.dtype, device=codes.device)
-            lam = lam.reshape(-1, 1, 1, 1) if lam.ndim < 4 else lam
-            if lam.shape[0] not in (1, x.shape[0]) or lam.shape[1] not in (1, self.out_channels):
-                raise ValueError(
-                    f"lam has shape {list(lam.shape)}; for x of shape {list(x.shape)} it must be 0-d, "
-                    f"hold {x.shape[0]} values or be [1, {self.out_channels}, 1, 1]."
-                )
+            lam = as_tensor("lam", self.forward_lambda() if lam is None else lam, x, self.out_channels)
             return reference.objective(x, codes, reconstruction, lam, self.coding)
 
     def _check_input(self, x: Tensor) -> None:
@@ -336,7 +327,7 @@ class CSCConv2d(CodingState, Recordable):
         Args:
             iterations: how often `sdnet.kernels.step_sizes.estimate_eigenvalue` runs.
         """
-        update_dictionaries([self.dictionary], iterations, [self.impl])
+        update_dictionaries([self.dictionary], checks.integer("iterations", iterations, 1), [self.impl])
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""

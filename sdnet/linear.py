@@ -135,8 +135,8 @@ class CSCLinear(CSCConv2d):
             z0: the codes to start from, [N, K] or [N, T, K].
             callback: called as callback(step, codes) after each step, with codes of the shape of z0.
         """
-        call = None if callback is None else lambda step, codes: callback(step, vectors(codes, x.ndim))
-        start = z0
+        given, start = self._pixels(x), z0
+        call = (lambda step, codes: callback(step, vectors(codes, x.ndim))) if callable(callback) else callback
         if isinstance(z0, Tensor):
             if z0.shape != (*x.shape[:-1], self.out_channels):
                 raise ValueError(
@@ -145,7 +145,7 @@ class CSCLinear(CSCConv2d):
                 )
             start = pixels(z0)
         options: dict[str, Any] = {"n_steps": n_steps, "tolerance": tolerance, "z0": start, "callback": call}
-        found = super().solve(self._pixels(x), lam, **options)
+        found = super().solve(given, lam, **options)
         return Solution(vectors(found.codes, x.ndim), found.n_steps)
 
     def reconstruct(self, codes: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -58,6 +58,10 @@ def check_lambda(model: nn.Module) -> None:
     """
     for name, layer in csc_layers(model).items():
         lam = layer.lam
+        if lam.is_meta:
+            raise ValueError(
+                f"lam of {name or 'the layer'} is on the meta device and has no value; give the model memory first."
+            )
         if not bool(((lam >= 0) & lam.isfinite()).all()):
             raise ValueError(
                 f"lam of {name or 'the layer'} is {lam.flatten().tolist()}; it must be finite and at least 0."

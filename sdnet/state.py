@@ -135,6 +135,8 @@ class CodingState(nn.Module):
         """
         if name in ("kernel_size", "stride", "padding"):
             value = checks.pair(name, value, 0 if name == "padding" else 1)
+        if name == "prox":
+            self._modules.pop(name, None)  # a function may follow a module
         if name == "lam":
             object.__setattr__(self, name, value)
         else:
@@ -192,7 +194,7 @@ class CodingState(nn.Module):
                 f"lam has shape {list(shape)}, but it is learned per {self.learn_lam}: assign a number, or give lambda "
                 "to the forward, layer(x, lam=lam)."
             )
-        if not isinstance(lam, Tensor) and lam == 0:
+        if lam == 0 if not isinstance(lam, Tensor) else lam.device.type == "cpu" and not bool(lam.all()):
             raise ValueError("lam is 0; a lambda that is learned must be above 0, as softplus(raw_lam) is.")
         return lam
 

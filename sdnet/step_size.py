@@ -192,15 +192,15 @@ def input_sizes(
         ValueError: both arguments are given, one has a wrong type or value, or the model does not take zeros of
             `image_size`.
     """
+    if example is not None and image_size is not None:
+        raise ValueError("example and image_size are both given; give one of them.")
     if isinstance(example, Integral) or (
         isinstance(example, (tuple, list)) and all(isinstance(n, Integral) for n in example)
     ):
-        example, image_size = None, example if image_size is None else image_size  # pyright: ignore[reportAssignmentType]
+        example, image_size = None, example  # pyright: ignore[reportAssignmentType]
     layers = csc_layers(model)
     if (example is None and image_size is None) or not layers:
         return {}
-    if example is not None and image_size is not None:
-        raise ValueError("example and image_size are both given; give one of them.")
     if example is None:
         size = checks.pair("image_size", image_size, 1)
         first = next(module for module in model.modules() if isinstance(module, (CSCConv2d, nn.Conv2d)))

@@ -65,15 +65,14 @@ def refusal(name: str, layer: CSCConv2d) -> str | None:
         name: the layer's name in its model.
         layer: the layer.
     """
+    place = f"{name}.weight" if name else "weight"
     if parametrize.is_parametrized(layer, "weight"):
         steps = _parametrizations(layer)
         if not all(hasattr(step, "right_inverse") for step in steps):
-            return (
-                f"{name}.weight has a parametrization without right_inverse, through which atoms cannot be projected."
-            )
+            return f"{place} has a parametrization without right_inverse, through which atoms cannot be projected."
         if not _holds_unit_atoms(layer):
             return (
-                f"{name}.weight has the parametrization {steps[0]}, which does not keep atoms of unit norm; remove it "
+                f"{place} has the parametrization {steps[0]}, which does not keep atoms of unit norm; remove it "
                 "with torch.nn.utils.parametrize.remove_parametrizations."
             )
         return None
@@ -82,10 +81,10 @@ def refusal(name: str, layer: CSCConv2d) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
         names = ", ".join(key for key in layer._parameters if key.startswith("weight"))
-        return f"{name}.weight is computed from {names}; use torch.nn.utils.parametrizations instead, or none."
+        return f"{place} is computed from {names}; use torch.nn.utils.parametrizations instead, or none."
     if weight.ndim != 4:
         return (
-            f"{name}.weight is flattened to shape {list(weight.shape)}, as by FullyShardedDataParallel; "
+            f"{place} is flattened to shape {list(weight.shape)}, as by FullyShardedDataParallel; "
             "use torch.distributed.fsdp.fully_shard instead."
         )
     return None

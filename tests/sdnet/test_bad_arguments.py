@@ -152,6 +152,11 @@ CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: setattr(m, "lam", torch.tensor(1e300, dtype=torch.float64)),
         r"lam is 1e\+300; it must be",
     ),
+    "update_dictionary: no iteration": (lambda m: m.update_dictionary(0), "iterations is 0" + INT),
+    "check_lambda: meta": (
+        lambda m: untyped.check_lambda(CSCConv2d(3, 8, 3, learn_lam="atom", device="meta")),
+        "lam of the layer is on the meta device and has no value",
+    ),
     "reconstruct: ints": (
         lambda m: m.reconstruct(images(2, 8, 4, 4).long()),
         "codes is torch.int64; it must be of a floating-point type",
@@ -164,7 +169,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "objective: negative lam with a gradient": (
         lambda m: m.objective(images(2, 3, 4, 4), images(2, 8, 4, 4), torch.tensor(-1.0, requires_grad=True)),
-        "lam is -1.0; it must be",
+        "lam holds -1; its values must be finite and at least 0",
     ),
     "refresh_step_size: meta": (lambda m: untyped.refresh_step_size(m.to("meta")), "weight is on the meta device and"),
     "step_margins: meta": (lambda m: untyped.step_margins(m.to("meta")), "weight is on the meta device and has no val"),
@@ -181,7 +186,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "objective: lam": (
         lambda m: m.objective(images(2, 3, 4, 4), images(2, 8, 4, 4), torch.ones(3)),
-        r"lam has shape \[3, 1, 1, 1\]; for x of shape \[2, 3, 4, 4\] it must be",
+        r"lam has shape \[3\]; for x of shape \[2, 3, 4, 4\] it must be 0-d",
     ),
     "set_lambda: model": (lambda m: untyped.set_lambda(0.1, m), "model is 0.1; it must be an nn.Module"),
     "set_lambda: no layer": (lambda m: untyped.set_lambda(nn.Linear(2, 2), 0.1), "model has no CSC layers"),

@@ -189,3 +189,13 @@ def test_two_forwards_before_one_backward_give_the_sum_of_the_gradients() -> Non
     apart = gradients(csc, csc(one).square().sum()) + gradients(csc, csc(other).square().sum())
     first, second = csc(one), csc(other)
     torch.testing.assert_close(gradients(csc, first.square().sum() + second.square().sum()), apart)
+
+
+def test_the_objective_takes_lambda_under_vmap_and_in_a_compiled_function() -> None:
+    csc, x, lam = layer(), images(), torch.tensor([0.1, 0.3])
+    codes = csc(x).detach()
+    expected = csc.objective(x, codes, lam)
+    each = torch.func.vmap(lambda a, z, of: csc.objective(a[None], z[None], of)[0])(x, codes, lam)
+    torch.testing.assert_close(each, expected)
+    compiled = torch.compile(csc.objective, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, codes, lam), expected)

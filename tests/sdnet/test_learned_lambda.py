@@ -101,6 +101,8 @@ def test_it_survives_meta_half_and_double() -> None:
             r"lam has shape \[2, 1, 1, 1\], but it is learned per layer: assign a number",
         ),
         ("layer", PER_ATOM, r"lam has shape \[1, 8, 1, 1\], but it is learned per layer"),
+        ("layer", torch.zeros(()), "lam is 0; a lambda that is learned must be above 0"),
+        ("atom", torch.arange(8.0).view(1, 8, 1, 1), "lam is 0; a lambda that is learned must be above 0"),
         ("atom", torch.tensor([0.1, 0.2]), r"lam has shape \[2, 1, 1, 1\], but it is learned per atom"),
         ("atom", PER_ATOM[:, :5], r"lam has shape \[1, 5, 1, 1\]; this layer has 8 atoms"),
         ("no", PER_ATOM[:, :5], r"lam has shape \[1, 5, 1, 1\]; this layer has 8 atoms"),
@@ -187,6 +189,25 @@ def test_a_layer_takes_another_proximal_operator() -> None:
     assert sdnet.diagnose(csc, x)[""].relative_residual.max() < 1
     with pytest.raises(ValueError, match=r"^prox is given; the proximal operator does not determine the penalty"):
         csc.objective(x, codes)
+
+
+class Hard(nn.Module):
+    """Hard thresholding as a module."""
+
+    def forward(self, v: Tensor, step_size: Tensor, lam: Tensor) -> Tensor:
+        return hard(v, step_size, lam)
+
+
+def test_a_proximal_operator_that_is_a_module_can_be_replaced_by_a_function_and_back() -> None:
+    csc, x = layer(prox=Hard(), lam=0.02), images()
+    expected = layer(prox=hard, lam=0.02)(x)
+    torch.testing.assert_close(csc(x), expected)
+    csc.prox = hard
+    torch.testing.assert_close(csc(x), expected)
+    csc.prox = Hard()
+    torch.testing.assert_close(csc(x), expected)
+    csc.prox = None
+    torch.testing.assert_close(csc(x), layer(lam=0.02)(x))
 
 
 def test_a_layer_solves_with_more_steps_than_its_own() -> None:

@@ -120,6 +120,10 @@ def test_bad_arguments_get_one_sentence() -> None:
         csc.reconstruct(torch.zeros(2, 9))
     with pytest.raises(ValueError, match=r"^z0 has shape \[2, 10\]; it must be that of the codes, \[2, 5, 10\]\.$"):
         csc.solve(vectors(2, 5), z0=torch.zeros(2, 10))
+    with pytest.raises(ValueError, match=r"^callback is 5; it must be a function, or None\.$"):
+        csc.solve(vectors(2, 5), callback=5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^x is None; it must be a tensor \[N, 6\] or \["):
+        csc.solve(None, z0=torch.zeros(2, 10))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"^in_features is 0; it must be an int of at least 1\.$"):
         CSCLinear(0, 3)
     with pytest.raises(TypeError, match=r"^CSCLinear has no argument 'bias': codes have no bias"):

@@ -170,6 +170,7 @@ def test_an_image_size_serves_a_network_that_begins_with_a_plain_convolution() -
     [
         (("32",), {}, "example is '32'; it must be a tensor, a tuple or a dict of arguments"),
         ((torch.zeros(1, 3, 9, 8),), {"image_size": 8}, "example and image_size are both given"),
+        ((16,), {"image_size": 8}, "example and image_size are both given"),
         ((), {"image_size": 64.0}, "image_size is 64.0; it must be an int or a pair of ints of at least 1"),
         (((3, 16, 16),), {}, r"image_size is \(3, 16, 16\); it must be an int or a pair"),
         ((0,), {}, "image_size is 0; it must be an int or a pair of ints of at least 1"),
