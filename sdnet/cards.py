@@ -57,10 +57,40 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"'{file}' cannot be read as JSON: {error}.") from error
 
 
+def recipe_of(run: Path) -> dict[str, Any]:
+    """Return the recipe of a run folder, empty if it has none.
+
+    Raises:
+        ValueError: Its file cannot be read.
+    """
+    recipe = read_json(run / "recipe.json") or {}
+    if not isinstance(recipe, dict):
+        raise ValueError(f"'{run / 'recipe.json'}' is malformed; it must hold a JSON object.")
+    return recipe
+
+
+def starts_of(run: Path) -> list[dict[str, Any]]:
+    """Return what a run folder says about each start of the run, nothing if it does not.
+
+    Raises:
+        ValueError: Its file cannot be read.
+    """
+    starts = read_json(run / "environment.json") or []
+    whole = isinstance(starts, list) and all(
+        isinstance(start, dict)
+        and isinstance(start.get("packages", {}), dict)
+        and isinstance(start.get("command", []), list)
+        for start in starts
+    )
+    if not whole:
+        raise ValueError(f"'{run / 'environment.json'}' is malformed; it must hold a list of JSON objects.")
+    return starts
+
+
 def dataset_of(run: Path | None, dataset: str | None, num_classes: int) -> str:
     """Return the name of the data that scores belong to."""
-    recipe = read_json(run / "recipe.json") if run else None
-    return dataset or f"data of {num_classes} classes, recipe {recipe['name'] if recipe else 'unknown'}"
+    recipe = recipe_of(run) if run else {}
+    return dataset or f"data of {num_classes} classes, recipe {recipe.get('name', 'unknown')}"
 
 
 def metadata(
@@ -129,7 +159,7 @@ def training_lines(run: Path) -> list[str]:
     Command lines are left out, because they hold paths of the machine.
     """
     lines = ["", "## Training", ""]
-    for start in read_json(run / "environment.json") or []:
+    for start in starts_of(run):
         packages = ", ".join(f"{name} {number}" for name, number in start.get("packages", {}).items() if number)
         commit = f"{start.get('commit') or 'unknown'}{', with changes' if start.get('dirty') else ''}"
         device = start.get("device", "an unknown device")
@@ -137,13 +167,12 @@ def training_lines(run: Path) -> list[str]:
             f"- {start.get('date', 'unknown date')}, {start.get('processes', 1)} process(es) on {device} "
             f"({'GPU' if start.get('device_type') == 'cuda' else 'CPU'}); commit {commit}; {packages}"
         ]
-    recipe = read_json(run / "recipe.json")
-    return [*lines, "", "```json", json.dumps(recipe, indent=1), "```"]
+    return [*lines, "", "```json", json.dumps(recipe_of(run), indent=1), "```"]
 
 
 def jpeg_note(run: Path) -> str | None:
     """Return a sentence if the run read CIFAR, which is published uncompressed, from JPEG files."""
-    for start in read_json(run / "environment.json") or []:
+    for start in starts_of(run):
         command = [str(word) for word in start.get("command", [])]
         if "--data" not in command[:-1] or not any("cifar" in word for word in command[:1]):
             continue

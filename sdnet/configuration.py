@@ -7,7 +7,8 @@ name of the layer.
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,17 +86,31 @@ def build(config: Mapping[str, Any], source: str, **changes: Any) -> SDNet:
         raise ValueError(f"{source} belongs to a network of another version of sdnet: it has the option {unknown[0]}.")
     if "name" not in arguments:
         raise ValueError(f"{source} does not say the name of its network.")
-    model = create_model(**(arguments | changes))
+    with _naming(source, changes):
+        model = create_model(**(arguments | changes))
     layers, found = config.get(LAYERS, {}), csc_layers(model)
     if not isinstance(layers, dict) or not all(isinstance(options, dict) for options in layers.values()):
         raise ValueError(f"{source} has malformed options of single layers.")
     for name, options in layers.items():
         if name not in found or (unknown := set(options) - set(OPTIONS)):
             raise ValueError(f"{source} has options for a layer that its network does not have: {name} {options}.")
-        for key, value in options.items():
-            if key not in changes:
-                setattr(found[name], key, _tensor(value, source) if isinstance(value, list) else value)
+        given = {key: _tensor(value, source) if isinstance(value, list) else value for key, value in options.items()}
+        with _naming(f"{source}, {name}", {}):
+            for key, value in given.items():
+                if key not in changes:
+                    setattr(found[name], key, value)
     return model
+
+
+@contextmanager
+def _naming(source: str, changes: Mapping[str, Any]) -> Iterator[None]:
+    """Put what has the configuration in front of errors, but not of those of an argument in `changes`."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).partition(" ")[0] in changes:
+            raise
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _tensor(values: list[Any], source: str) -> Tensor:

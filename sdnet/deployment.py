@@ -140,6 +140,7 @@ def check_arguments(model: nn.Module, example: Tensor, dynamic_size: bool) -> No
 
 def examples_of(example: Tensor, dynamic_size: bool) -> list[Tensor]:
     """Return a batch of 2 or more to trace with, and inputs of other sizes to compare with."""
+    example = example.detach()
     batch = example if len(example) > 1 else torch.cat([example, example])
     examples = [batch, example[:1]]
     if dynamic_size:  # an odd change, so that strided layers are seen at both parities

@@ -4,7 +4,33 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
+from typing import Any
+
+from sdnet.kernels import checks
+
+
+def checked_path(path: Any, name: str = "path", of: str = "a file") -> Path:
+    """Return a path; raise a ValueError that names the argument if it is none."""
+    if not isinstance(path, (str, PathLike)):
+        raise ValueError(f"{name} is {checks.shown(path)}; it must be the path of {of}.")
+    return Path(path)
+
+
+def checked_file(path: Any) -> Path:
+    """Return the path of a file that can be written.
+
+    Raises:
+        ValueError: `path` is no path, or a folder.
+        FileNotFoundError: The folder of the file does not exist.
+    """
+    file = checked_path(path)
+    if os.path.isdir(file):
+        raise ValueError(f"path is '{file}', a folder; it must be the path of a file.")
+    if not os.path.isdir(file.parent):
+        raise FileNotFoundError(f"There is no folder '{file.parent}' for the file '{file.name}'.")
+    return file
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from sdnet.cards import card_text, metadata, scores_of
+from sdnet.cards import card_text, metadata, scores_of, training_lines
 from sdnet.configuration import configuration, differences_of
-from sdnet.files import write_text
+from sdnet.files import checked_path, write_text
 from sdnet.kernels import checks
 from sdnet.models import SDNet
 from sdnet.weights import load_model, read_weights, save_model
@@ -142,9 +142,10 @@ def facts_of(
     facts: dict[str, Any] = {"dataset": dataset, "note": note, "license": license or "mit", "run": None, "scores": {}}
     if run is None:
         return facts
-    folder = Path(run)
+    folder = checked_path(run, "run", "a run folder")
     if not (folder / "recipe.json").is_file():
         raise FileNotFoundError(f"run is '{folder}', which is no run folder: it has no recipe.json.")
+    training_lines(folder)  # refuses damaged files before anything is written
     state, config = model.state_dict(), configuration(model)
     for file in sorted(folder.glob("*.safetensors")):
         weights = read_weights(file)

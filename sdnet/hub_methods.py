@@ -3,6 +3,8 @@
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
 
+from sdnet.files import checked_path
+
 if TYPE_CHECKING:
     from sdnet.models import SDNet
 
@@ -51,9 +53,10 @@ class HubMethods:
         """
         from sdnet import hub
 
+        folder = checked_path(save_directory, "save_directory", "a folder")
         facts = hub.facts_of(cast("SDNet", self), run, dataset, note, license)
         return hub.adapter()(self).save_pretrained(
-            save_directory, repo_id=repo_id, push_to_hub=push_to_hub, model_card_kwargs=facts, **push_to_hub_kwargs
+            folder, repo_id=repo_id, push_to_hub=push_to_hub, model_card_kwargs=facts, **push_to_hub_kwargs
         )
 
     def push_to_hub(

@@ -119,8 +119,8 @@ def create_model(
         impl: the implementation of every CSC layer, see `sdnet.kernels.csc_encode`.
         pretrained: a weights file or its folder, or a name of `sdnet.list_pretrained()`. The network is then that of
             the file, in evaluation mode: `name` and `width` must be those of the file, as must other arguments that
-            are given, even if they are the defaults; `lam`, `impl`, `learn_lam` and the options of the coding replace
-            those of the file.
+            are given, even if they are the defaults; `lam`, `impl` and the options of the coding replace those of the
+            file, and so does `learn_lam` where the file's lambda is not learned.
         **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
 
     Shape:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnet.configuration import configuration
-from sdnet.files import write_atomically
+from sdnet.files import checked_file, checked_path, write_atomically
 from sdnet.kernels import checks
 from sdnet.models import VARIANTS, SDNet, create_model
 from sdnet.step_size import converge_power_vectors
@@ -50,9 +50,7 @@ def load_official_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Non
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {checks.shown(model)}; it must be a network of sdnet.create_model.")
-    if not isinstance(path, (str, PathLike)):
-        raise ValueError(f"path is {checks.shown(path)}; it must be the path of a file.")
-    source = Path(path)
+    source = checked_path(path)
     state = _state_dict(_read(source), source)
     target = model.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
@@ -73,7 +71,8 @@ def load_official_model(path: str | PathLike[str], **changes: Any) -> SDNet:
 
     Args:
         path: The checkpoint, as for `load_official_checkpoint`. Nothing in it is executed.
-        **changes: Arguments of `create_model`, such as `lam` or `image_size`.
+        **changes: Arguments of `create_model`, such as `lam`. The step sizes are those of the file for any
+            `image_size`; `sdnet.refresh_step_size` computes them for another one.
 
     Returns:
         The network in evaluation mode, on the CPU.
@@ -86,7 +85,7 @@ def load_official_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     Example:
         >>> model = sdnet.load_official_model("model_best.pth.tar")  # doctest: +SKIP
     """
-    source = Path(path)
+    source = checked_path(path)
     model = create_model(**(official_arguments(_state_dict(_read(source), source), source) | changes))
     load_official_checkpoint(model, source)
     return model.eval()
@@ -110,16 +109,13 @@ def save_official_checkpoint(model: SDNet, path: str | PathLike[str]) -> None:
     Example:
         >>> sdnet.save_official_checkpoint(model, "model_best.pth.tar")  # doctest: +SKIP
     """
-    if not isinstance(path, (str, PathLike)):
-        raise ValueError(f"path is {checks.shown(path)}; it must be the path of a file.")
-    name = configuration(model)["name"]
-    state = {
-        official: model.state_dict()[ours].cpu().clone()
-        for official, ours in _official_names(model.state_dict()).items()
-    }
+    file = checked_file(path)
+    name, own = configuration(model)["name"], model.state_dict()
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError("model is on the meta device and has no values; give it memory and load it first.")
+    state = {official: own[ours].cpu().clone() for official, ours in _official_names(own).items()}
     if any(parameter.endswith(".raw_lam") for parameter, _ in model.named_parameters()):
         raise ValueError("model learns its lambda; the official code has no learned lambda.")
-    file = Path(path)
     try:
         arguments = official_arguments(state, file)
     except ValueError:
@@ -204,6 +200,15 @@ def _state_dict(content: object, source: Path) -> dict[str, Tensor]:
         content = content["state_dict"]
     if not (isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())):
         raise ValueError(f"'{source}' holds no state dict: neither is it one nor has it one under 'state_dict'.")
+    for key, value in content.items():
+        if (
+            value.is_nested
+            or value.layout != torch.strided
+            or value.is_meta
+            or value.is_quantized
+            or value.is_complex()
+        ):
+            raise ValueError(f"'{source}' holds {key}, which is not a dense tensor of real numbers.")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 

@@ -13,7 +13,6 @@ Nothing in such a file is executed. `read_weights` and `load_model` need the pac
 
 import inspect
 import json
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -24,10 +23,10 @@ import torch
 from torch import Tensor
 
 from sdnet.configuration import LAYERS, build, configuration, differences_of
-from sdnet.files import write_atomically
+from sdnet.files import checked_file, write_atomically
 from sdnet.kernels import checks
 from sdnet.models import SDNet, create_model
-from sdnet.step_size import csc_layers
+from sdnet.step_size import csc_layers, refresh_step_size
 
 IN_A_FOLDER = ("model.safetensors", "best.safetensors", "last.safetensors")
 """The files that `load_model` looks for in a folder: of the hub, and of a training run."""
@@ -55,7 +54,8 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     Args:
         path: A weights file, or a folder with `model.safetensors`, `best.safetensors` or `last.safetensors`, of which
             the first is taken: the run folder of a training, or a folder of the hub.
-        **changes: Arguments of `create_model` that replace those of the file, such as `lam` or `impl`.
+        **changes: Arguments of `create_model` that replace those of the file, such as `lam` or `impl`. With another
+            `image_size` the step sizes are computed again.
 
     Returns:
         The network in evaluation mode, on the CPU. Its attribute `class_names` has the names of the classes, empty if
@@ -93,6 +93,8 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
             f"'{file}' has the names of {len(weights.classes)} classes for a network of {model.config['num_classes']}."
         )
     load_tensors(model, weights.tensors, file)
+    if changes.get("image_size") is not None and model.config["image_size"] != weights.model.get("image_size"):
+        refresh_step_size(model, image_size=changes["image_size"])  # the file has step sizes for other images
     if "lam" in changes:  # the file has the lambda that was learned
         for layer in csc_layers(model).values():
             layer.reset_learned_lambda()
@@ -165,18 +167,18 @@ def save_model(
     Raises:
         ValueError: An argument has a wrong type, `classes` does not have a name for each class, or the network
             cannot be built from arguments, see `sdnet.configuration.configuration`.
+        FileNotFoundError: The folder of the file does not exist.
     """
-    if not isinstance(path, (str, PathLike)):
-        raise ValueError(f"path is of type {type(path).__name__}; it must be the path of a file.")
-    file = Path(path)
-    if os.path.isdir(file):
-        raise ValueError(f"path is '{file}', a folder; it must be the path of a file.")
-    if not os.path.isdir(file.parent):
-        raise FileNotFoundError(f"There is no folder '{file.parent}' for the weights file '{file.name}'.")
+    file = checked_file(path)
     model = getattr(model, "_orig_mod", model)  # of a compiled network
     if not isinstance(model, SDNet):
         raise ValueError(f"model is of type {type(model).__name__}; it must be a network of sdnet.create_model.")
-    content = weights_bytes(model.state_dict(), {**(facts or {}), **model_facts(configuration(model), classes)})
+    facts, state = {} if facts is None else facts, model.state_dict()
+    if not isinstance(facts, Mapping) or not all(isinstance(text, str) for pair in facts.items() for text in pair):
+        raise ValueError(f"facts is {checks.shown(facts)}; it must be a mapping of strings to strings.")
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ValueError("model is on the meta device and has no values; give it memory and load it first.")
+    content = weights_bytes(state, {**facts, **model_facts(configuration(model), classes)})
     write_atomically(file, lambda temporary: temporary.write_bytes(content))
 
 
@@ -188,8 +190,11 @@ def model_facts(config: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[
         classes: The names of the classes, none if they are not known.
 
     Raises:
-        ValueError: There are names, but not one for each class.
+        ValueError: There are names, but not one for each class, or they are no strings.
     """
+    classes = checks.sequence("classes", classes, "strings")
+    if wrong := [name for name in classes if not isinstance(name, str)]:
+        raise ValueError(f"classes holds {checks.shown(wrong[0])}; it must be a sequence of strings.")
     if classes and len(classes) != config["num_classes"]:
         raise ValueError(f"classes has {len(classes)} names; the network has {config['num_classes']} classes.")
     facts = {"model": json.dumps(dict(config))}

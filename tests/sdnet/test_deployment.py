@@ -100,6 +100,12 @@ def test_every_option_is_exported_as_plain_operators(options: dict[str, Any]) ->
     assert 0.05 < float((codes != 0).float().mean()) < 1
 
 
+def test_the_examples_to_compare_with_carry_no_gradient() -> None:
+    examples = deployment.examples_of(images(1, 8, 8).requires_grad_(), dynamic_size=True)
+    assert [list(example.shape) for example in examples] == [[2, 3, 8, 8], [1, 3, 8, 8], [2, 3, 11, 13]]
+    assert not any(example.requires_grad for example in examples)
+
+
 def test_wrong_outputs_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forget_a_bias(model: nn.Module) -> None:
         model.get_parameter("2.bias").data += 0.01

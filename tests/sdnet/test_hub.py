@@ -220,3 +220,30 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_the_package_imports_huggingface_hub_when_it_is_asked() -> None:
     program = "import sdnet, sys; assert not {'huggingface_hub', 'safetensors', 'timm', 'onnx'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("recipe.json", '["a"]', "is malformed; it must hold a JSON object"),
+        ("environment.json", '{"a": 1}', "is malformed; it must hold a list of JSON objects"),
+        ("environment.json", '[{"packages": []}]', "is malformed; it must hold a list of JSON objects"),
+        ("environment.json", "[", "cannot be read as JSON"),
+    ],
+)
+def test_a_damaged_run_is_refused_before_anything_is_written(
+    file: str, content: str, sentence: str, run: Path, tmp_path: Path
+) -> None:
+    model = sdnet.load_model(run)
+    (run / file).write_text(content)
+    with pytest.raises(ValueError, match=f"^'{run / file}' {sentence}"):
+        model.save_pretrained(tmp_path / "hub", run=run)
+    assert not (tmp_path / "hub").exists()
+
+
+def test_places_that_are_no_paths_are_named() -> None:
+    model: Any = network()
+    with pytest.raises(ValueError, match=r"^save_directory is 5; it must be the path of a folder\.$"):
+        model.save_pretrained(5)
+    with pytest.raises(ValueError, match=r"^run is 5; it must be the path of a run folder\.$"):
+        model.push_to_hub("a/b", run=5)

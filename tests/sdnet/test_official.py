@@ -186,6 +186,19 @@ def test_the_reason_why_a_file_is_no_checkpoint_says_what_it_is(
         load_official_checkpoint(model, path)
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(2, 2).to_sparse(), torch.zeros(2, dtype=torch.complex64), torch.zeros(2, device="meta")],
+    ids=["sparse", "complex", "meta"],
+)
+def test_tensors_without_real_values_are_refused(
+    tensor: Tensor, official: StateDict, model: nn.Module, path: Path
+) -> None:
+    torch.save({**official, "linear.bias": tensor}, path)
+    with pytest.raises(ValueError, match=rf"^'{path}' holds linear\.bias, which is not a dense tensor of real numbers"):
+        load_official_checkpoint(model, path)
+
+
 @pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {"state_dict": {"a": "b"}}], ids=str)
 def test_a_file_without_a_state_dict_is_refused(content: Any, model: nn.Module, path: Path) -> None:
     torch.save(content, path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -90,10 +91,21 @@ def test_lambda_per_sample_is_refused(model: sdnet.SDNet, tmp_path: Path) -> Non
 
 def test_wrong_arguments_of_save_model_are_refused(model: sdnet.SDNet, tmp_path: Path) -> None:
     save: Any = sdnet.save_model
-    with pytest.raises(ValueError, match="path is of type SDNet; it must be the path of a file"):
+    with pytest.raises(ValueError, match=r"path is SDNet\(.*; it must be the path of a file"):
         save(model, tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match=r"model is of type Linear; it must be a network of sdnet\.create_model"):
         save(tmp_path / "net.safetensors", torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"^classes is 'abc'; it must be a sequence of strings\.$"):
+        save(tmp_path / "net.safetensors", model, "abc")
+    with pytest.raises(ValueError, match=r"^classes holds 0; it must be a sequence of strings\.$"):
+        save(tmp_path / "net.safetensors", model, range(3))
+    with pytest.raises(ValueError, match=r"^facts is {'epoch': 3}; it must be a mapping of strings to strings\.$"):
+        save(tmp_path / "net.safetensors", model, facts={"epoch": 3})
+    with pytest.raises(ValueError, match=r"^model is on the meta device and has no values"):
+        save(tmp_path / "net.safetensors", sdnet.create_model("resnet18", 3, stem="cifar", width=4).to("meta"))
+    assert not list(tmp_path.iterdir())
+    save(tmp_path / "net.safetensors", model, np.array(["cat", "dog", "eel"]))
+    assert sdnet.read_weights(tmp_path / "net.safetensors").classes == ("cat", "dog", "eel")
 
 
 def test_names_of_another_number_of_classes_are_refused(model: sdnet.SDNet, tmp_path: Path) -> None:
@@ -122,9 +134,7 @@ def test_arguments_that_create_model_does_not_take_are_those_of_the_call_or_of_t
 def test_a_place_that_weights_cannot_be_saved_to_is_named(model: sdnet.SDNet, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^path is '{tmp_path}', a folder; it must be the path of a file\.$"):
         sdnet.save_model(tmp_path, model)
-    with pytest.raises(
-        FileNotFoundError, match=r"^There is no folder '.*absent' for the weights file 'a\.safetensors'"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"^There is no folder '.*absent' for the file 'a\.safetensors'"):
         sdnet.save_model(tmp_path / "absent" / "a.safetensors", model)
     assert not list(tmp_path.iterdir())
 
@@ -159,3 +169,49 @@ def test_malformed_lambdas_of_single_layers_are_refused(lam: list[Any], model: s
     (tmp_path / "net.safetensors").write_bytes(weights_bytes(model.state_dict(), model_facts(config)))
     with pytest.raises(ValueError, match="has malformed options of single layers"):
         sdnet.load_model(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"n_steps": "x"}, "': n_steps is 'x'; it must be an int of at least 1"),
+        ({"stem": None}, "': stem is None; it must be one of imagenet, cifar"),
+        ({"layers": {"stem.conv": {"lam": -1}}}, "', stem.conv: lam is -1; it must be a finite number"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_in_a_header_is_said_with_the_file(
+    config: dict[str, Any], sentence: str, model: sdnet.SDNet, tmp_path: Path
+) -> None:
+    file = tmp_path / "net.safetensors"
+    file.write_bytes(weights_bytes(model.state_dict(), model_facts(model.config | config)))
+    with pytest.raises(ValueError, match=f"^'{file}{sentence}"):
+        sdnet.load_model(file)
+    with pytest.raises(ValueError, match=r"^width is 0; it must be an int of at least 1\.$"):
+        sdnet.load_model(file, width=0, n_steps=2, stem="cifar")
+
+
+def test_another_image_size_gives_step_sizes_for_it(model: sdnet.SDNet, tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    sdnet.save_model(file, model)
+    loaded = sdnet.load_model(file, image_size=32)
+    assert loaded.config["image_size"] == [32, 32]
+    assert csc_layers(loaded)["stem.conv"].power_vector.shape == (1, 3, 32, 32)
+    assert all(abs(margin - 0.9) < 1e-3 for margin in sdnet.step_margins(loaded, image_size=32).values())
+    sdnet.refresh_step_size(model, image_size=32)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_place_of_an_official_checkpoint_that_is_no_file_is_named(tmp_path: Path) -> None:
+    model: Any = sdnet.create_model("sdnet18", 3, width=4, stem="cifar", image_size=8)
+    for call in (sdnet.load_official_model, lambda path: sdnet.save_official_checkpoint(model, path)):
+        with pytest.raises(ValueError, match=r"^path is 5; it must be the path of a file\.$"):
+            call(5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=rf"^path is '{tmp_path}', a folder; it must be the path of a file\.$"):
+        sdnet.save_official_checkpoint(model, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^There is no folder '.*absent' for the file 'a\.pth'\.$"):
+        sdnet.save_official_checkpoint(model, tmp_path / "absent" / "a.pth")
+    with pytest.raises(ValueError, match=r"^model is on the meta device and has no values"):
+        sdnet.save_official_checkpoint(model.to("meta"), tmp_path / "a.pth")
+    assert not list(tmp_path.iterdir())
