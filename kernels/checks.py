@@ -70,7 +70,7 @@ def flag(name: str, value: Any) -> bool:
     Raises:
         ValueError: `value` is no bool.
     """
-    if not isinstance(value, bool) and str(getattr(value, "dtype", None)) != "bool":
+    if not isinstance(value, bool) and (str(getattr(value, "dtype", None)) != "bool" or value.shape):
         raise ValueError(f"{name} is {shown(value)}; it must be True or False.")
     return bool(value)
 
@@ -95,10 +95,10 @@ def sequence(name: str, value: Any, content: str = "numbers") -> list[Any]:
         content: what it holds, for the error.
 
     Raises:
-        ValueError: `value` is a string, or cannot be iterated over.
+        ValueError: `value` is a string, a set or a dict, or cannot be iterated over.
     """
     value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, bytearray, set, frozenset, dict)) or not isinstance(value, Iterable):
         raise ValueError(f"{name} is {shown(value)}; it must be a sequence of {content}.")
     return list(value)
 

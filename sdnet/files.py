@@ -13,7 +13,7 @@ from sdnet.kernels import checks
 
 def checked_path(path: Any, name: str = "path", of: str = "a file") -> Path:
     """Return a path; raise a ValueError that names the argument if it is none."""
-    if not isinstance(path, (str, PathLike)):
+    if not isinstance(path, (str, PathLike)) or path == "":
         raise ValueError(f"{name} is {checks.shown(path)}; it must be the path of {of}.")
     return Path(path)
 

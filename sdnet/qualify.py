@@ -117,7 +117,15 @@ def qualify(
     others = sorted({item.dtype for item in items if isinstance(item, Call) and item.dtype not in known_types})
     items = [item for item in items if isinstance(item, Call) and item.dtype in known_types]
     items += [update] if update else []
-    left_out = f"Calls in {', '.join(others)} run on PyTorch: the Triton kernels compute in {', '.join(known_types)}."
+    own_notes = []
+    if alone := [
+        name or "the layer" for name, layer in layers.items() if by_pytorch_alone(layer, layer.forward_lambda())
+    ]:
+        own_notes.append(f"Without a verdict, on PyTorch: {', '.join(alone)}, with a prox or a lambda per atom.")
+    if others:
+        own_notes.append(
+            f"Calls in {', '.join(others)} run on PyTorch: the Triton kernels compute in {', '.join(known_types)}."
+        )
     options = {"fresh": fresh, "budget": budget, "memory_gib": memory, "all_tiles": all_tiles, "say": say}
     outcome = agreed_outcome(items, target, Store(cache), budget, options)
     table, flags = outcome.table, Flags.now()
@@ -127,7 +135,7 @@ def qualify(
             for name, found in calls.items()
         },
         table.get(update.key(flags)) if update else None,
-        (*outcome.notes, left_out) if others else outcome.notes,
+        (*outcome.notes, *own_notes),
     )
 
 
@@ -200,10 +208,17 @@ class CallRecorder(Recorder):
 
     def keep(self, x: Tensor, codes: Tensor, lam: float | Tensor) -> None:
         """Note the call."""
+        if by_pytorch_alone(self.layer, lam):
+            return
         layout = memory_format_of(x, self.layer.weight)
         per_sample = isinstance(lam, Tensor) and lam.ndim > 0
         size = (x.shape[2], x.shape[3])
         self.calls[call_of(self.layer, size, len(x), codes.dtype, layout == torch.channels_last, per_sample)] = None
+
+
+def by_pytorch_alone(layer: CSCConv2d, lam: float | Tensor) -> bool:
+    """Return whether no Triton kernel takes a call: with a `prox`, or with a lambda per atom."""
+    return layer.prox is not None or (isinstance(lam, Tensor) and lam.ndim == 4 and lam.shape[1] > 1)
 
 
 def call_of(
@@ -232,7 +247,8 @@ def planned_calls(model: nn.Module, batch: int, dtype: torch.dtype, channels_las
     found = {}
     for name, layer in csc_layers(model).items():
         size = (layer.power_vector.shape[2], layer.power_vector.shape[3])
-        found[name] = (call_of(layer, size, batch, dtype, channels_last),)
+        call = call_of(layer, size, batch, dtype, channels_last)
+        found[name] = () if by_pytorch_alone(layer, layer.forward_lambda()) else (call,)
     return found
 
 

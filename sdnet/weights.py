@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sdnet.configuration import LAYERS, build, configuration, differences_of
-from sdnet.files import checked_file, write_atomically
+from sdnet.files import checked_file, checked_path, write_atomically
 from sdnet.kernels import checks
 from sdnet.models import SDNet, create_model
 from sdnet.step_size import csc_layers, refresh_step_size
@@ -58,8 +58,8 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
             `image_size` the step sizes are computed again.
 
     Returns:
-        The network in evaluation mode, on the CPU. Its attribute `class_names` has the names of the classes, empty if
-        the file does not say them.
+        The network in evaluation mode, on the CPU, in the default type of torch whatever that of the file. Its
+        attribute `class_names` has the names of the classes, empty if the file does not say them.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -220,9 +220,7 @@ def weights_file(path: str | PathLike[str]) -> Path:
         FileNotFoundError: There is none.
         ValueError: `path` is no path.
     """
-    if not isinstance(path, (str, PathLike)):
-        raise ValueError(f"path is {checks.shown(path)}; it must be the path of a weights file or of its folder.")
-    place = Path(path)
+    place = checked_path(path, of="a weights file or of its folder")
     if place.is_file():
         return place
     if not place.is_dir():

@@ -51,6 +51,7 @@ LAYER: list[tuple[dict[str, Any], str]] = [
     ({"lam": torch.full((8,), 0.1)}, r"lam is of type Tensor and shape \[8\]" + NUMBER),
     ({"mu": float("inf")}, "mu is inf" + NUMBER),
     ({"nonnegative": "no"}, r"nonnegative is 'no'; it must be True or False\."),
+    ({"nonnegative": np.array([True, False])}, r"nonnegative is of type ndarray and shape \[2\]; it must be True or"),
     ({"adaptive_lam": 2}, r"adaptive_lam is 2; it must be True or False\."),
     ({"solver": "lista"}, "solver is 'lista'; it must be one of ista, fista, sdnet"),
     ({"solver": None}, "solver is None; it must be one of ista, fista, sdnet"),

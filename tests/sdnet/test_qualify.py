@@ -38,7 +38,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     return calls
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     """Two equal layers and another one, on images of 8 x 8 pixels."""
     return nn.Sequential(
         sdnet.CSCConv2d(3, 8, 3, input_size=8),
@@ -91,6 +91,17 @@ def test_calls_in_other_types_are_left_out_and_it_is_said(asked: list[dict[str, 
     assert found.notes[-1] == (
         "Calls in float64 run on PyTorch: the Triton kernels compute in float16, bfloat16, float32."
     )
+
+
+def test_layers_that_no_kernel_takes_are_left_out_and_it_is_said(asked: list[dict[str, Any]]) -> None:
+    model = network()
+    model[0].lam = torch.full((1, 8, 1, 1), 0.1)
+    model[3].prox, model[3].mu = lambda v, step_size, lam: v.relu(), 0.0
+    found = sdnet.qualify(model, torch.randn(2, 3, 8, 8))
+    assert len(asked[0]["items"]) == 3  # two layers, and the update of all
+    assert [len(verdicts) for verdicts in found.verdicts.values()] == [0, 1, 1, 0]
+    assert found.notes[-1] == "Without a verdict, on PyTorch: 0, 3, with a prox or a lambda per atom."
+    assert [len(calls) for calls in planned_calls(model, 2, torch.float32, False).values()] == [0, 1, 1, 0]
 
 
 def test_a_wrapped_model_is_asked_for_what_the_model_itself_is() -> None:

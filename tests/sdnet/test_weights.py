@@ -99,6 +99,10 @@ def test_wrong_arguments_of_save_model_are_refused(model: sdnet.SDNet, tmp_path:
         save(tmp_path / "net.safetensors", model, "abc")
     with pytest.raises(ValueError, match=r"^classes holds 0; it must be a sequence of strings\.$"):
         save(tmp_path / "net.safetensors", model, range(3))
+    with pytest.raises(ValueError, match=r"^classes is {.*}; it must be a sequence of strings\.$"):
+        save(tmp_path / "net.safetensors", model, {"cat", "dog", "eel"})
+    with pytest.raises(ValueError, match=r"^path is ''; it must be the path of a weights file or of its folder\.$"):
+        sdnet.load_model("")
     with pytest.raises(ValueError, match=r"^facts is {'epoch': 3}; it must be a mapping of strings to strings\.$"):
         save(tmp_path / "net.safetensors", model, facts={"epoch": 3})
     with pytest.raises(ValueError, match=r"^model is on the meta device and has no values"):
