@@ -22,6 +22,7 @@ from sdnet.bench.tables import profile_table
 from sdnet.bench.training_run import TrainingSetting, batches_of
 from sdnet.kernels.qualify.timing import percentiles
 from sdnet.train.build import make_model
+from sdnet.train.errors import UserError
 from sdnet.train.recipes import RECIPES, Recipe
 
 STEP = "sdnet.bench.step"
@@ -49,8 +50,11 @@ def run(options: argparse.Namespace) -> int:
     recipe = recipe_of(options)
     setting = setting_of(recipe, options, device)
     timed = TimedRun(setting, device, batches_of(setting, device, options), make_model(recipe, 1000, device))
-    for _ in range(3):
-        timed.training.step(timed.batches)
+    try:
+        for _ in range(3):
+            timed.training.step(timed.batches)
+    except ValueError as error:  # of batch norm, for one value per channel
+        raise UserError(f"The recipe {recipe.name} cannot train with these options: {error}.") from error
     times = [timed.turn() for _ in range(options.steps)]
     profiler = recorded_steps(timed, options.steps)
     metrics = {f"{phase}_ms": elapsed / options.steps for phase, elapsed in timed.phases.items()}

@@ -14,6 +14,7 @@ from sdnet.step_size import csc_layers
 from sdnet.train.checkpoint import Checkpoint
 from sdnet.train.environment import describe_software
 from sdnet.train.errors import UserError
+from sdnet.train.init_from import freeze
 from sdnet.train.job import Job
 from sdnet.train.ranks import START_TIMEOUT
 from sdnet.train.recipes import Recipe
@@ -107,13 +108,14 @@ def check_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     """Check what only this launch decides, before the data are opened: the batch, the model and its operator.
 
     Raises:
-        UserError: The batch cannot be divided, the model cannot be made, its batch norm would see a single value per
-            channel, or the CSC operator cannot run as asked on this device.
+        UserError: The batch cannot be divided, the model cannot be made or has no such part to freeze, its batch norm
+            would see a single value per channel, or the CSC operator cannot run as asked on this device.
     """
     batch = recipe.local_batch(accelerator.num_processes)
     try:
         with torch.device("meta"):  # no memory and no arithmetic
             model = create_model(recipe, num_classes=2)
+        freeze(model, recipe.freeze)
         if recipe.learn_lam != "no" and not csc_layers(model):
             raise UserError(f"learn_lam is {recipe.learn_lam!r}; the model {recipe.model} has no CSC layers.")
         for layer in csc_layers(model).values():

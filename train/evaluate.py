@@ -4,7 +4,7 @@ The checkpoint is a run folder (its best weights), a weights file of a run such 
 `sdnet.save_model`, or one of the official SDNet code, `model_best.pth.tar`. The images are read as in the training that
 made the weights. A file of `sdnet.save_model` does not say how that was: it needs --program, and images are then read
 as by its first recipe, at the image size of the network. Under torchrun or `accelerate launch` the processes share the
-images. The result is one JSON object on standard output:
+images. The result is one JSON object on standard output; what of the data is not used is said on standard error:
 
 checkpoint, model, data, images     what was evaluated
 top1, top5, loss                    accuracies in percent, and the mean cross-entropy
@@ -196,6 +196,8 @@ def evaluate_subject(subject: Subject, job: Job, per_layer: bool = True) -> dict
     device, rank = accelerator.device, Rank(accelerator.process_index, accelerator.num_processes)
     with accelerator.local_main_process_first():
         data = open_data(subject, job, rank, device)
+    for note in data.notes if accelerator.is_main_process else ():
+        print(note, file=sys.stderr)
     model = subject.model.to(device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -216,7 +218,7 @@ def evaluate_subject(subject: Subject, job: Job, per_layer: bool = True) -> dict
     return {
         "checkpoint": subject.file.name,
         "model": subject.model.config,
-        "data": job.data.name,
+        "data": job.data.resolve().name,
         "images": data.val_size,
         "top1": 100 * counts.top1 / data.val_size,
         "top5": 100 * counts.top5 / data.val_size,

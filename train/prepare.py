@@ -98,6 +98,8 @@ def prepare(
     plan = Preparation(_fingerprint(train), _fingerprint(val), size, quality, shards)
     if (done := _begin(out, plan)) is not None:
         say(f"Already there: {printable(out)}")
+        if newer := _newer(sets, out / MANIFEST):
+            say(f"{printable(newer)} was written after the shards: remove {printable(out)} to make them again.")
         return done
     counts = {"train": shards, "val": max(1, min(len(val), round(shards * len(val) / len(train))))}
     tasks = [
@@ -166,6 +168,13 @@ def _begin(out: Path, plan: Preparation) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"{printable(out)} cannot be written: {error.strerror}.") from error
     return None
+
+
+def _newer(sets: Sources, manifest: Path) -> Path | None:
+    """Return a file of the source that was written after the shards were finished; None if there is none."""
+    finished = manifest.stat().st_mtime_ns
+    paths = (path for images in sets.values() for path in images.paths())
+    return next((path for path in paths if path.exists() and path.stat().st_mtime_ns > finished), None)
 
 
 def _read_plan(file: Path) -> dict[str, Any]:

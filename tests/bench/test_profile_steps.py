@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import pytest
 import torch
 from torch.profiler import profile, record_function
 
@@ -38,6 +39,12 @@ def test_the_network_is_made_for_the_images_that_it_gets() -> None:
     for size, resize in ((None, 72), (32, 72), (96, 96)):
         recipe = recipe_of(Namespace(recipe="demo", image_size=size))
         assert (recipe.image_size, recipe.eval_resize) == (size or 64, resize)
+
+
+def test_options_with_which_no_step_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--recipe", "demo", "--image-size", "8", "--batch", "1"]
+    assert front.main(["profile", *sizes, "--traces", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("The recipe demo cannot train with these options: Expected more than 1")
 
 
 def test_a_recipe_is_profiled(tmp_path: Path) -> None:

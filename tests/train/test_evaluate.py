@@ -124,7 +124,12 @@ def test_settings_of_the_training_alone_do_not_hinder_and_outputs_must_be_finite
     recipe = json.loads(header["recipe"]) | {"first_image_size": 32, "extras": "trivial"}
     save_file(tensors, tmp_path / "grown.safetensors", header | {"recipe": json.dumps(recipe)})
     data = ("--data", photographs, "--threads", "1", "--no-layers")
-    assert evaluated(capsys, "--checkpoint", tmp_path / "grown.safetensors", *data, "--image-size", "24")["images"] == 7
+    (photographs / "val" / ".hidden").touch()
+    main([str(word) for word in ("--checkpoint", tmp_path / "grown.safetensors", *data, "--image-size", "24")])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["images"] == 7
+    assert f"1 entries in {photographs / 'val'} are not used" in printed.err
+    (photographs / "val" / ".hidden").unlink()
     tensors["linear.bias"][0] = float("nan")
     broken = tmp_path / "broken.safetensors"
     save_file(tensors, broken, header)

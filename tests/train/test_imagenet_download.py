@@ -167,6 +167,11 @@ def test_archives_of_classes_are_sorted_as_the_folders_of_an_image_folder_are(
     assert list(train.ignored) == ["._a.tar"]
 
 
+def test_labels_that_do_not_exist_are_named_with_their_option(download: Download) -> None:
+    with pytest.raises(UserError, match=r"^--val-labels is none\.txt, which does not exist\.$"):
+        read_pictures(download[0], Path("none.txt"))
+
+
 def test_prepares_shards_from_the_archives(download: Download, tmp_path: Path) -> None:
     root, tree = download
     kit_archive(root)

@@ -122,6 +122,18 @@ def test_shrinks_the_shorter_side_and_never_enlarges() -> None:
         assert suffix == "jpg"
 
 
+def test_shards_that_are_older_than_their_source_are_named(tree: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    quiet(tree, tmp_path / "out")
+    prepare(tree, tmp_path / "out", say=said.append)
+    assert said == [f"Already there: {tmp_path / 'out'}"]
+    repaired = tree / "val/class 01/001.jpg"
+    after = (tmp_path / "out/manifest.json").stat().st_mtime + 1
+    os.utime(repaired, (after, after))
+    prepare(tree, tmp_path / "out", say=said.append)
+    assert said[2] == f"{repaired} was written after the shards: remove {tmp_path / 'out'} to make them again."
+
+
 def test_a_class_whose_pictures_are_all_broken_is_refused(tree: Path, tmp_path: Path) -> None:
     for file in (tree / "train/class 01").iterdir():
         file.write_text("text")

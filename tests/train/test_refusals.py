@@ -88,6 +88,11 @@ def test_a_training_set_smaller_than_a_batch_is_refused(data: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_part_that_the_model_lacks_is_named_before_the_data_are_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^freeze is 'stemm'; it must name a part of the model, such as stem, "):
+        trainer(tmp_path / "no data", tmp_path / "run", replace(SMALL, freeze=("stemm",)))
+
+
 @pytest.mark.parametrize(
     ("environment", "processes"),
     [

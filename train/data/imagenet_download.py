@@ -42,9 +42,10 @@ def read_imagenet(root: Path, val_labels: Path | None = None) -> tuple[ImageSet,
     """
     train = _read_train_tar(root / TRAIN_TAR) if (root / TRAIN_TAR).is_file() else read_split(root / "train")
     truth = val_labels or find_truth(root)
-    if truth is None or not truth.exists():
-        missing = f"ground truth of the validation images in {printable(root)}" if truth is None else printable(truth)
-        raise UserError(f"There is no {missing}.")
+    if truth is None:
+        raise UserError(f"There is no ground truth of the validation images in {printable(root)}.")
+    if not truth.exists():
+        raise UserError(f"--val-labels is {printable(truth)}, which does not exist.")
     tar, folder = root / VAL_TAR, root / "val"
     if tar.is_file():
         listing = list_tar(tar)
