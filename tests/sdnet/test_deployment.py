@@ -106,6 +106,13 @@ def test_the_examples_to_compare_with_carry_no_gradient() -> None:
     assert not any(example.requires_grad for example in examples)
 
 
+def test_outputs_that_are_not_numbers_for_one_example_alone_are_refused() -> None:
+    right, wrong = torch.zeros(2, 3), torch.full((2, 3), torch.nan)
+    assert deployment.largest_difference([right, right + 1e-5], [right, right]) == pytest.approx(1e-5)
+    with pytest.raises(RuntimeError, match="differ from those of the model by nan"):
+        deployment.largest_difference([right, wrong, right], [right, right, right])
+
+
 def test_wrong_outputs_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forget_a_bias(model: nn.Module) -> None:
         model.get_parameter("2.bias").data += 0.01

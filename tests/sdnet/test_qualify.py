@@ -38,7 +38,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     return calls
 
 
-def network() -> nn.Sequential:
+def network() -> nn.Module:
     """Two equal layers and another one, on images of 8 x 8 pixels."""
     return nn.Sequential(
         sdnet.CSCConv2d(3, 8, 3, input_size=8),
@@ -94,7 +94,7 @@ def test_calls_in_other_types_are_left_out_and_it_is_said(asked: list[dict[str, 
 
 
 def test_layers_that_no_kernel_takes_are_left_out_and_it_is_said(asked: list[dict[str, Any]]) -> None:
-    model = network()
+    model: Any = network()
     model[0].lam = torch.full((1, 8, 1, 1), 0.1)
     model[3].prox, model[3].mu = lambda v, step_size, lam: v.relu(), 0.0
     found = sdnet.qualify(model, torch.randn(2, 3, 8, 8))
