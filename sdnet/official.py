@@ -95,8 +95,8 @@ def save_official_checkpoint(model: SDNet, path: str | PathLike[str]) -> None:
     """Write a network as a checkpoint of the official SDNet code, as its `model_best.pth.tar`.
 
     The file is a state dict with the keys and shapes of the official code, and `load_official_checkpoint` reads every
-    tensor of it back bit by bit, as long as the atoms have unit norm and the network is in fp32. Power vectors, lambda and the other options of the coding have no place in it: the
-    official code takes lambda from its configuration file.
+    tensor of it back bit by bit, as long as the atoms have unit norm and the network is in fp32. Power vectors, lambda
+    and the other options of the coding have no place in it: the official code takes lambda from its configuration file.
 
     Args:
         model: A network of `create_model` that the official code has: `sdnet18`, `sdnet34`, or one of their `_all`
