@@ -365,6 +365,6 @@ class Trainer:
             self.run.add_environment(facts | describe_environment(self.accelerator.device))
 
         self.saver.on_main(write)
-        if self.job.resume:
+        if self.job.resume and not self.job.changes:  # changed settings did not reach the scores of the checkpoint
             self.saver.export()
         start_trackers(self.accelerator, self.job, self.state.step)

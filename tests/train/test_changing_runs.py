@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import sdnet
 from sdnet.train.cli import parse_job
 from sdnet.train.data.dali import open_pictures
 from sdnet.train.errors import UserError
@@ -89,6 +90,18 @@ def test_a_resumed_run_takes_the_changed_settings_and_records_them(make_tree: Ma
     assert [(start["step"], start["changes"]) for start in starts] == [(0, []), (3, list(job.changes))]
     same = parse("--resume", run.path, *WORDS)  # the scheduler's command again
     assert (same.recipe, same.changes) == (job.recipe, ())
+
+
+def test_weights_from_before_a_change_keep_the_settings_that_reached_their_scores(
+    make_tree: MakeTree, tmp_path: Path
+) -> None:
+    data, run = make_tree([8, 7], [3, 2]), RunFolder(tmp_path / "run")
+    train(data, Job(RECIPE, data, run))
+    before = (run.path / "best.safetensors").read_bytes()
+    assert sdnet.load_model(run.path / "best.safetensors").config["lam"] == 0.1
+    train(data, parse("--resume", run.path, "--override", "lam=0.3", "--override", "lr=0.1"))
+    assert run.recipe().lam == 0.3
+    assert (run.path / "best.safetensors").read_bytes() == before, "with lambda 0.1, as it was evaluated"
 
 
 def test_one_command_with_changes_goes_on_again_and_again(tmp_path: Path) -> None:

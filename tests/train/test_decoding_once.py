@@ -80,7 +80,7 @@ def test_small_images_in_shards_are_decoded_once_too(
 
 def test_a_margin_wider_than_the_images_is_refused_before_they_are_read(tmp_path: Path) -> None:
     options = ["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "run"), "--crop-padding", "33"]
-    with pytest.raises(UserError, match=r"^crop_padding is 33; it must be at most image_size, 32\.$"):
+    with pytest.raises(UserError, match=r"^crop_padding is 33; it must be at most 32 at this image_size\.$"):
         cifar.open_small_pictures(parse_job(CIFAR_RECIPES, "cifar_sdnet18", options), Rank(), torch.device("cpu"))
 
 

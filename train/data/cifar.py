@@ -29,6 +29,7 @@ from sdnet.train.data.unused import refuse_unused
 from sdnet.train.data.watch import tell
 from sdnet.train.errors import UserError
 from sdnet.train.job import BadFiles, Job, Verify
+from sdnet.train.recipes import Recipe
 
 UNUSED = {
     "first_image_size": "all images are of one size",
@@ -59,8 +60,8 @@ def open_small_pictures(job: Job, rank: Rank, device: torch.device) -> Data:
     """
     recipe = job.recipe
     refuse_unused(job, "train/cifar.py", UNUSED)
-    if recipe.crop_padding > recipe.image_size:
-        raise UserError(f"crop_padding is {recipe.crop_padding}; it must be at most image_size, {recipe.image_size}.")
+    if recipe.crop_padding > (most := max(recipe.image_size, Recipe().crop_padding)):  # the default is always allowed
+        raise UserError(f"crop_padding is {recipe.crop_padding}; it must be at most {most} at this image_size.")
     found = read_small_pictures(job.data, job.verify, job.bad_files, job.threads or 2)
     height, width = found.train.images.shape[2:]
     if (height, width) != (recipe.image_size, recipe.image_size):
