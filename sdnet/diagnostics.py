@@ -1,7 +1,7 @@
 """What the CSC layers of a network did with a batch: objective, sparsity and residual."""
 
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import reduce, repeat
@@ -64,7 +64,7 @@ class Recording:
         recorded = {name: recorder.last for name, recorder in self._recorders.items() if recorder.last is not None}
         if self._layers and not recorded:
             raise RuntimeError("no batch has gone through the model since record().")
-        return {name: _diagnostics(self._layers[name], *last) for name, last in recorded.items()}
+        return {name: _diagnostics(self._layers[name], *map(_usable, last)) for name, last in recorded.items()}
 
     def inputs(self) -> dict[str, Tensor]:
         """Return the input of every CSC layer that the last batch went through, by the name of the layer.
@@ -119,6 +119,11 @@ def diagnose(model: nn.Module, x: Tensor) -> dict[str, LayerDiagnostics]:
     with record(model) as recording:
         model(x)
         return recording.diagnose()
+
+
+def _usable(value: Any) -> Any:
+    """Return a tensor of `torch.inference_mode` as a copy, which autograd can save, and other values as they are."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _diagnostics(layer: CSCConv2d, x: Tensor, codes: Tensor, lam: float | Tensor) -> LayerDiagnostics:

@@ -52,7 +52,7 @@ def adapter() -> Any:
             self._hub_mixin_config = config_of(model)
 
         def _save_pretrained(self, save_directory: Path) -> None:
-            save_model(save_directory / WEIGHTS, self.model, self.model.class_names)
+            save_model(save_directory / WEIGHTS, self.model)
             write_text(save_directory / CONFIG, json.dumps(self._hub_mixin_config, indent=2) + "\n")
             if (save_directory / CARD).exists():
                 warnings.warn(f"'{save_directory / CARD}' exists and was kept as it is.", stacklevel=4)

@@ -182,9 +182,12 @@ class CSCLinear(CSCConv2d):
         Raises:
             ValueError: `x`, `codes` or `lam` has a wrong shape.
         """
-        x = self._pixels(x)
-        self.reconstruct(codes)  # checks the shape of the codes
-        return super().objective(x, pixels(codes), lam)
+        vectors_as_pixels, wanted = self._pixels(x), (*x.shape[:-1], self.out_channels)
+        if not isinstance(codes, Tensor) or codes.shape != wanted:
+            raise ValueError(
+                f"codes is {checks.shown(codes)}; for x of shape {list(x.shape)} it must be a tensor {list(wanted)}."
+            )
+        return super().objective(vectors_as_pixels, pixels(codes), lam)
 
     def _pixels(self, x: Tensor) -> Tensor:
         """Return vectors as pixels, [N, D, T, 1].

@@ -80,6 +80,12 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     weights = read_weights(file)
     if not weights.model:
         raise ValueError(f"'{file}' does not say which network it belongs to: its header has no entry 'model'.")
+    learned = weights.model.get("learn_lam", "no")
+    if learned not in ("no", changes.get("learn_lam", learned)):
+        raise ValueError(
+            f"learn_lam is {checks.shown(changes['learn_lam'])}; '{file}' holds a lambda that is learned per "
+            f"{learned}, and it must be the same."
+        )
     plain = {name: value for name, value in weights.model.items() if name != LAYERS}
     try:
         with torch.device("meta"):  # a header may describe a network of any size
@@ -152,7 +158,10 @@ def read_weights(path: str | PathLike[str]) -> Weights:
 
 
 def save_model(
-    path: str | PathLike[str], model: SDNet, classes: Sequence[str] = (), facts: Mapping[str, str] | None = None
+    path: str | PathLike[str],
+    model: SDNet,
+    classes: Sequence[str] | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Write the weights of a network of `create_model` to a file that `load_model` reads.
 
@@ -161,7 +170,7 @@ def save_model(
     Args:
         path: The file.
         model: The network.
-        classes: The names of the classes.
+        classes: The names of the classes; None for those of the network, `model.class_names`.
         facts: More entries of the header.
 
     Raises:
@@ -174,11 +183,12 @@ def save_model(
     if not isinstance(model, SDNet):
         raise ValueError(f"model is of type {type(model).__name__}; it must be a network of sdnet.create_model.")
     facts, state = {} if facts is None else facts, model.state_dict()
+    names = model.class_names if classes is None else classes
     if not isinstance(facts, Mapping) or not all(isinstance(text, str) for pair in facts.items() for text in pair):
         raise ValueError(f"facts is {checks.shown(facts)}; it must be a mapping of strings to strings.")
     if any(tensor.is_meta for tensor in state.values()):
         raise ValueError("model is on the meta device and has no values; give it memory and load it first.")
-    content = weights_bytes(state, {**facts, **model_facts(configuration(model), classes)})
+    content = weights_bytes(state, {**facts, **model_facts(configuration(model), names)})
     write_atomically(file, lambda temporary: temporary.write_bytes(content))
 
 

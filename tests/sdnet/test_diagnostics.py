@@ -195,3 +195,14 @@ def test_autocast_does_not_lower_the_precision_of_the_diagnostics(x: torch.Tenso
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = layer.objective(x, codes)
     torch.testing.assert_close(actual, layer.objective(x, codes), rtol=0, atol=0)
+
+
+def test_a_batch_of_inference_mode_is_diagnosed_after_it(model: nn.Sequential, x: torch.Tensor) -> None:
+    expected = sdnet.diagnose(model, x)
+    with sdnet.record(model) as recording:
+        with torch.inference_mode():
+            model(x)
+        found = recording.diagnose()
+    assert found.keys() == expected.keys()
+    for name, diagnostics in found.items():
+        torch.testing.assert_close(tuple(diagnostics), tuple(expected[name]))

@@ -168,8 +168,9 @@ def test_weights_of_a_network_with_a_fixed_lambda_are_a_start_for_learning_it(tm
     save_model(tmp_path / "model.safetensors", learned)
     model = sdnet.load_model(tmp_path, lam=0.4)  # an argument takes the place of what was learned
     torch.testing.assert_close(model.get_submodule("stem.conv").lam, torch.full((1, 4, 1, 1), 0.4))
-    with pytest.raises(ValueError, match=r"unexpected stem\.conv\.raw_lam"):
-        sdnet.load_model(tmp_path, learn_lam="no")
+    for given in ("no", "layer"):
+        with pytest.raises(ValueError, match=rf"^learn_lam is '{given}'; .* holds a lambda that is learned per atom"):
+            sdnet.load_model(tmp_path, learn_lam=given)
 
 
 def hard(v: Tensor, step_size: Tensor, lam: Tensor) -> Tensor:

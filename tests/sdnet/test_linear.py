@@ -120,6 +120,8 @@ def test_bad_arguments_get_one_sentence() -> None:
         csc.reconstruct(torch.zeros(2, 9))
     with pytest.raises(ValueError, match=r"^z0 has shape \[2, 10\]; it must be that of the codes, \[2, 5, 10\]\.$"):
         csc.solve(vectors(2, 5), z0=torch.zeros(2, 10))
+    with pytest.raises(ValueError, match=r"^codes is .* for x of shape \[2, 5, 6\] it must be a tensor \[2, 5, 10\]"):
+        csc.objective(vectors(2, 5), torch.zeros(2, 7, 10))
     with pytest.raises(ValueError, match=r"^callback is 5; it must be a function, or None\.$"):
         csc.solve(vectors(2, 5), callback=5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"^x is None; it must be a tensor \[N, 6\] or \["):

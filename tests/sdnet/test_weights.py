@@ -29,6 +29,10 @@ def test_a_network_comes_back_from_its_file_alone(model: sdnet.SDNet, tmp_path: 
     assert not loaded.training
     x = torch.randn(2, 3, 16, 24)
     assert torch.equal(loaded(x), model(x))
+    sdnet.save_model(tmp_path / "again.safetensors", loaded)
+    assert sdnet.read_weights(tmp_path / "again.safetensors").classes == ("cat", "dog", "été")
+    sdnet.save_model(tmp_path / "again.safetensors", loaded, classes=())
+    assert sdnet.read_weights(tmp_path / "again.safetensors").classes == ()
     weights = sdnet.read_weights(file)
     assert weights.facts == {"val_top1": "80.0"}
     assert weights.tensors.keys() == load_file(file).keys() == model.state_dict().keys()
