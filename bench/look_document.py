@@ -28,8 +28,16 @@ def check(document: Path) -> None:
     """Raise a UserError unless a document is a file with one pair of marks."""
     if not document.is_file():
         raise UserError(f"--document is {document}, which is not a file.")
-    if len(MARKS.findall(document.read_text(encoding="utf-8"))) != 1:
+    if len(MARKS.findall(text_of(document))) != 1:
         raise UserError(f"--document is {document}; it must have one pair of marks <!-- look --> and <!-- /look -->.")
+
+
+def text_of(document: Path) -> str:
+    """Return the text of a document; raise a UserError if it is not UTF-8."""
+    try:
+        return document.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--document is {document}, which is not UTF-8 text.") from error
 
 
 def write(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sdnet.bench import plots, tables
+from sdnet.bench import look_document, plots, tables
 from sdnet.bench.ledger import RESULTS, ROOT, Row, read
 from sdnet.bench.reproduce import tables as card_tables
 from sdnet.bench.reproduce.cards import CARDS, read_cards
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     for document in options.document:
         if not document.is_file():
             raise UserError(f"--document is {document}, which is not a file.")
-        before = document.read_text()
+        before = look_document.text_of(document)
         after = filled(before, found, document, options.pictures, options.check, options.results / CARDS)
         if after != before:
             stale.append(str(document))

@@ -116,10 +116,16 @@ def train(ref: str, program: Program, data: Path, run: Path, options: Sequence[s
 
 
 def read_course(run: Path) -> Course:
-    """Return what a run with --log-every 1 did, from its run folder."""
+    """Return what a run with --log-every 1 did, from its run folder.
+
+    Raises:
+        UserError: It had another tracker than TensorBoard.
+    """
     from safetensors.torch import load_file
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    if not (run / "tensorboard").is_dir():
+        raise UserError("The training has no losses in TensorBoard, from which they are read: leave out --tracker.")
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     losses = tuple(event.value for event in events.Scalars("train/loss"))
     return Course(losses, load_file(run / "last.safetensors"))

@@ -115,3 +115,14 @@ def test_bad_arguments_get_one_sentence_and_write_nothing(
     assert main(["look", *(word for pair in options.items() for word in pair)]) == 2
     assert capsys.readouterr().err.startswith(sentence)
     assert not (tmp_path / "look").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["look", "--checkpoint", "none", "--out", "none"], ["report"]], ids=["look", "report"]
+)
+def test_a_document_must_be_text(
+    command: list[str], picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = ["--results", str(tmp_path)] if command == ["report"] else []
+    assert main([*command, *results, "--document", str(picture)]) == 2
+    assert capsys.readouterr().err == f"--document is {picture}, which is not UTF-8 text.\n"

@@ -115,8 +115,13 @@ def test_a_commit_that_does_not_exist_is_refused() -> None:
     assert str(caught.value.code).startswith("error: The commit no-such-commit cannot be checked out: ")
 
 
+def test_a_run_without_tensorboard_has_no_losses_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leave out --tracker"):
+        compare.read_course(tmp_path)
+
+
 @pytest.mark.slow
-def test_a_commit_equals_itself_and_another_learning_rate_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_commit_equals_itself(capsys: pytest.CaptureFixture[str]) -> None:
     short = ("--", "--width=4", "--tracker=tensorboard")
     assert compare.main(["HEAD", "HEAD", *short]) == 0
     assert "The losses of 12 steps and the weights are equal to the bit." in capsys.readouterr().out
