@@ -12,6 +12,7 @@ left_out.tsv       files of the data that are not used, and why; special charact
 best.safetensors   weights of the epoch with the highest validation top-1
 last.safetensors   weights of the last checkpoint
 best_ema.safetensors, last_ema.safetensors   the same of the averaged weights, with --ema
+best.later.safetensors   best weights from after the checkpoint that the run went on from, such as one of --keep-every
 last.pt            all that a resume needs, in one file (see sdnet.train.checkpoint)
 previous.pt        the checkpoint before, which a resume takes if last.pt is damaged
 epoch-0030.*       checkpoint and weights of an epoch that --keep-every keeps
@@ -114,6 +115,30 @@ class RunFolder:
         """Rename a damaged last checkpoint, so that the next one does not take the place of the one before."""
         if self.checkpoint_file.exists():
             os.replace(self.checkpoint_file, self.path / "last.damaged.pt")
+
+    def set_aside_later(self, step: int) -> tuple[str, ...]:
+        """Rename best weights from after a step that the run goes on from: they do not belong to it any more.
+
+        Args:
+            step: The optimizer steps of the checkpoint.
+
+        Returns:
+            A sentence for the user for each file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        notes = []
+        for file in (self.path / "best.safetensors", self.path / "best_ema.safetensors"):
+            later = file.with_stem(f"{file.stem}.later")
+            try:
+                with safe_open(file, framework="pt") as content:
+                    of_step = int((content.metadata() or {}).get("step", 0))
+            except (SafetensorError, OSError, ValueError):
+                continue  # there is none, or none of a run
+            if of_step > step:
+                os.replace(file, later)
+                notes.append(f"{file} is of step {of_step}, after this checkpoint; it is now {later.name}.")
+        return tuple(notes)
 
     def check_unused(self) -> None:
         """Check that a new run would overwrite no other.

@@ -358,6 +358,8 @@ class Trainer:
             self.display.log_to(self.run.log_file)
             if self.fallen_back:
                 self.run.set_aside_damaged()
+            if self.job.resume:
+                self.notes += self.run.set_aside_later(self.state.step)
             self.run.keep_metrics(self.state.epoch)
             record_bad_images(self.run, self.data, self.job.resume, self.state.step)
             place = {"epoch": self.state.epoch, "step": self.state.step, "changes": self.job.changes}

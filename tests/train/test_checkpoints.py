@@ -114,6 +114,19 @@ def test_a_kill_before_an_epoch_is_kept_does_not_lose_it(data: Path, tmp_path: P
     assert load_file(tmp_path / "run" / "epoch-0001.safetensors").keys()
 
 
+def test_best_weights_from_after_the_checkpoint_are_set_aside(data: Path, whole: Path, tmp_path: Path) -> None:
+    """The run goes on from its first epoch, as docs/training.md says; its best weights are of the second one."""
+    run = finished(data, tmp_path / "run", keep_every=1)
+    shutil.copyfile(run / "last.safetensors", run / "best.safetensors")
+    shutil.copyfile(run / "epoch-0001.pt", run / "last.pt")
+    resumed = trainer(data, run, resume=True)
+    resumed.train()
+    note = f"{run / 'best.safetensors'} is of step 6, after this checkpoint; it is now best.later.safetensors."
+    assert note in resumed.notes
+    assert (run / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
+    assert (run / "best.later.safetensors").read_bytes() == (whole / "last.safetensors").read_bytes()
+
+
 def test_a_run_that_changes_from_fp16_leaves_the_scale_of_its_gradients_behind(
     data: Path, whole: Path, tmp_path: Path
 ) -> None:
