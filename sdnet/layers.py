@@ -71,6 +71,7 @@ class CSCConv2d(CodingState, Recordable):
     Attributes:
         coding: the `Coding` in use. Its fields are attributes of the layer too: `layer.n_steps = 50` replaces it.
         weight: the dictionary [K, n_dict C, kh, kw], a parameter.
+        stride, padding: pairs. After another one is assigned, call `sdnet.refresh_step_size`.
         step_size: the step size, 0-d, 0.9 / (largest eigenvalue of A'A); a buffer, always fp32.
         power_vector: the unit vector [1, n_dict C, H, W] of the eigenvalue estimate, always fp32. It is saved in the
             state dict, is as large as one input of the layer (600 kB for a 3-channel input of 224 pixels), and can be

@@ -12,6 +12,7 @@ Example:
 import runpy
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -286,9 +287,14 @@ def run(program: list[str]) -> None:
             sdnet.attach(model, optimizer)
         return optimizer
 
+    if not Path(program[0]).exists():
+        raise SystemExit(f"There is no program '{program[0]}'.")
+    argv, sys.argv = sys.argv, program
     optimizers.create_optimizer_v2 = create_attached
-    sys.argv = program
-    runpy.run_path(program[0], run_name="__main__")
+    try:
+        runpy.run_path(program[0], run_name="__main__")
+    finally:
+        optimizers.create_optimizer_v2, sys.argv = create, argv
 
 
 if __name__ == "__main__":

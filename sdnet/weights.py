@@ -55,7 +55,7 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
         path: A weights file, or a folder with `model.safetensors`, `best.safetensors` or `last.safetensors`, of which
             the first is taken: the run folder of a training, or a folder of the hub.
         **changes: Arguments of `create_model` that replace those of the file, such as `lam` or `impl`. With another
-            `image_size` the step sizes are computed again.
+            `image_size` the step sizes are computed again; None keeps that of the file.
 
     Returns:
         The network in evaluation mode, on the CPU, in the default type of torch whatever that of the file. Its
@@ -76,6 +76,7 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
             f"load_model has no argument {unknown[0]!r}; its arguments are path and those of create_model: "
             f"{', '.join(allowed)}."
         )
+    changes = {name: value for name, value in changes.items() if not (name == "image_size" and value is None)}
     file = weights_file(path)
     weights = read_weights(file)
     if not weights.model:
@@ -99,7 +100,7 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
             f"'{file}' has the names of {len(weights.classes)} classes for a network of {model.config['num_classes']}."
         )
     load_tensors(model, weights.tensors, file)
-    if changes.get("image_size") is not None and model.config["image_size"] != weights.model.get("image_size"):
+    if "image_size" in changes and model.config["image_size"] != weights.model.get("image_size"):
         refresh_step_size(model, image_size=changes["image_size"])  # the file has step sizes for other images
     if "lam" in changes:  # the file has the lambda that was learned
         for layer in csc_layers(model).values():

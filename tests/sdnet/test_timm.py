@@ -230,6 +230,24 @@ def test_graphs_of_torch_fx_have_the_same_outputs(x: Tensor) -> None:
     torch.testing.assert_close(backbone(x), model.forward_intermediates(x, indices=[0, 2], intermediates_only=True))
 
 
+def test_programs_run_one_after_another_and_leave_timm_as_it_was(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, sdnet\n"
+        "from timm.optim import create_optimizer_v2\n"
+        "optimizer = create_optimizer_v2(sdnet.CSCConv2d(3, 4, 3), opt='sgd', lr=0.1)\n"
+        "assert len(optimizer._optimizer_step_post_hooks) == 1\n"
+        "assert sys.argv[1:] == ['--lr', '0.1']\n"
+    )
+    optimizers: Any = sdnet.timm.timm.optim
+    before = optimizers.create_optimizer_v2, list(sys.argv)
+    for _ in range(2):
+        sdnet.timm.run([str(program), "--lr", "0.1"])
+        assert (optimizers.create_optimizer_v2, sys.argv) == before
+    with pytest.raises(SystemExit, match=r"^There is no program '.*absent\.py'\.$"):
+        sdnet.timm.run([str(tmp_path / "absent.py")])
+
+
 def test_torchscript_is_refused_in_one_sentence() -> None:
     with pytest.raises(NotImplementedError, match=r"^CSCConv2d cannot be compiled by torch.jit.script; use torch\."):
         torch.jit.script(make("sdnet18"))

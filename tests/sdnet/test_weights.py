@@ -202,6 +202,7 @@ def test_a_wrong_value_in_a_header_is_said_with_the_file(
 def test_another_image_size_gives_step_sizes_for_it(model: sdnet.SDNet, tmp_path: Path) -> None:
     file = tmp_path / "net.safetensors"
     sdnet.save_model(file, model)
+    assert sdnet.load_model(file, image_size=None).config == model.config
     loaded = sdnet.load_model(file, image_size=32)
     assert loaded.config["image_size"] == [32, 32]
     assert csc_layers(loaded)["stem.conv"].power_vector.shape == (1, 3, 32, 32)
