@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return module_of(options.command).run(options)
-    except UserError as error:
+    except (UserError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:

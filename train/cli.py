@@ -156,13 +156,14 @@ def _description(recipes: Recipes) -> str:
 def user_errors() -> Iterator[None]:
     """End the program with the sentence of a `UserError` instead of a traceback, and print it once.
 
-    What the operating system refuses, such as a name that is too long, is said with the name of the file.
+    What the operating system refuses, such as a name that is too long, is said with the name of the file, and a package
+    that is missing, such as DALI on a system that is not Linux, with its name.
 
     Standard output escapes the characters that its encoding lacks, as standard error does, so no file name can end the
     program.
 
     Raises:
-        SystemExit: A `UserError`, an error of the operating system or Ctrl-C ended the block.
+        SystemExit: A `UserError`, an error of the operating system, a missing package or Ctrl-C ended the block.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -177,5 +178,9 @@ def user_errors() -> Iterator[None]:
             raise
         place = "" if error.filename is None else f"{printable(os.fsdecode(error.filename))}: "
         raise SystemExit(f"error: {place}{error.strerror}.") from None
+    except ModuleNotFoundError as error:
+        if (package := (error.name or "sdnet").partition(".")[0]) == "sdnet":
+            raise
+        raise SystemExit(f"error: The package {package} is missing; pip install 'sdnet[train]' brings it.") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

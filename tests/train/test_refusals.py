@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from sdnet.train.build import MPI_AND_SLURM, launched_processes
+from sdnet.train.cli import user_errors
 from sdnet.train.data.dali import open_pictures
 from sdnet.train.errors import UserError
 from sdnet.train.job import Job
@@ -121,3 +123,11 @@ def test_processes_that_do_not_form_a_group_are_refused(
     with pytest.raises(UserError, match=r"^2 processes were launched, but this one is in a group of 1: they would"):
         trainer(data, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_and_a_missing_module_of_ours_is_a_fault() -> None:
+    with pytest.raises(SystemExit) as caught, user_errors():
+        import_module("no_such_package.part")
+    assert caught.value.code == "error: The package no_such_package is missing; pip install 'sdnet[train]' brings it."
+    with pytest.raises(ModuleNotFoundError), user_errors():
+        import_module("sdnet.train.no_such_module")
