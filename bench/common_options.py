@@ -82,9 +82,12 @@ def open_ledger(options: argparse.Namespace, theme: Theme) -> tuple[torch.device
     """Return the device, prepared for measuring, and the ledger of this run.
 
     Raises:
-        UserError: There is no such device, Triton's interpreter is on, or the folder cannot be written to.
+        UserError: There is no such device, it lacks a type, Triton's interpreter is on, or the folder cannot be written
+            to.
     """
     device = choose_device(options.device)
+    if device.type == "cpu" and "tf32" in (getattr(options, "dtype", None) or ()):
+        raise UserError("--dtype is tf32, which needs a GPU: a CPU computes the same as for fp32.")
     command = shlex.join(["python", "-m", "sdnet.bench", *map(without_folders, sys.argv[1:])])
     facts = {"command": command, "label": options.label}
     ledger = Ledger(options.out, theme, describe_environment(device) | facts)

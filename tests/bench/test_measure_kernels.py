@@ -216,6 +216,7 @@ def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--layer", "4,8,3"], "not five positive numbers"),
         (["--layer", LAYER, "--limit", "2"], "--layer gives the shapes; --image-size and --limit are for those of a"),
         (["--provider", "cublas"], "must be one of compile, cudnn, fused, official"),
+        (["--device", "cpu", "--dtype", "fp32", "tf32"], "--dtype is tf32, which needs a GPU"),
         (["--device", "cuda"], "--device is cuda, but torch finds no GPU."),
         (["--device", "cuda9"], "--device is cuda9; it must be auto, cpu, cuda or cuda:N."),
         (["--device", "mps"], "--device is mps; it must be auto, cpu, cuda or cuda:N."),
