@@ -80,6 +80,7 @@ def export(
     file = checked_file(path)
     model = getattr(model, "_orig_mod", model)  # of a compiled model
     check_arguments(model, example, checks.flag("dynamic_size", dynamic_size))
+    fold_batch_norm = checks.flag("fold_batch_norm", fold_batch_norm)
     if file.suffix == ".onnx" and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
         raise ImportError(f"{missing[0]} is not installed; ONNX files need it: pip install 'sdnet[export]'.")
 
@@ -91,7 +92,7 @@ def export(
         raise ValueError(f"model returns {type(expected[0]).__name__}; it must return one tensor.")
     for layer in csc_layers(plain).values():
         layer.impl = "torch"
-    if checks.flag("fold_batch_norm", fold_batch_norm):
+    if fold_batch_norm:
         fold_batch_norms(plain)
     with torch.no_grad():  # without gradients the operator of a CSC layer returns the last codes alone
         program = traced(plain, examples[0], dynamic_size)

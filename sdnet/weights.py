@@ -131,6 +131,8 @@ def check_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> di
     for name, tensor in found.items():
         if tensor.is_floating_point() != own[name].is_floating_point():
             raise ValueError(f"'{file}' is damaged: {name} is {tensor.dtype}; the network has {own[name].dtype}.")
+        if name.endswith(".step_size") and not 0 < float(tensor) < float("inf"):
+            raise ValueError(f"'{file}' is damaged: {name} is {float(tensor):.6g}; it must be finite and above 0.")
     return found
 
 

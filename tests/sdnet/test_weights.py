@@ -166,6 +166,13 @@ def test_tensors_and_names_of_another_type_are_refused(model: sdnet.SDNet, tmp_p
     )
     with pytest.raises(ValueError, match=r"is damaged: linear.bias is torch.int32; the network has torch.float32\.$"):
         sdnet.load_model(file)
+    for value in (-0.1, 0.0, float("nan")):
+        broken = state | {"stem.conv.step_size": torch.tensor(value)}
+        file.write_bytes(weights_bytes(broken, model_facts(model.config)))
+        with pytest.raises(
+            ValueError, match=r"is damaged: stem\.conv\.step_size is .*; it must be finite and above 0\."
+        ):
+            sdnet.load_model(file)
     file.write_bytes(weights_bytes(state, model_facts(model.config) | {"classes": "[1, 2, 3]"}))
     with pytest.raises(ValueError, match="its entry 'model' or 'classes' is malformed"):
         sdnet.load_model(file)
