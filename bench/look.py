@@ -10,7 +10,7 @@ dictionary.png   singular values and mutual coherence of every dictionary
 look.json        the numbers: errors and peak signal-to-noise ratios (PSNR) of every layer, coherence, objective
 
 Layers behind a shortcut have no inversion; look.json says why. The pictures are those of
-`sdnet.invert(..., restore_contrast=True)`. The image is cut to a square and scaled to the size that
+`sdnet.invert(..., restore_contrast=True)`. The image is cut to the shape, and scaled to the size, that
 the network was made for.
 """
 

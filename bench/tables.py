@@ -345,7 +345,9 @@ def margins_table(rows: Iterable[Row]) -> str:
     for members in grouped(rows, training).values():
         first, counted = members[0], timed(members)
         settings = [f"{first.settings[name]}" for name in ("optimizer", "lr")] + [f"seed {first.settings['seed']}"]
-        name = ", ".join([first.provider, f"batch {first.shape['batch']}", *settings])
+        width = first.shape.get("width", WIDTH)
+        words = [f"width {width}"] if width != WIDTH else []
+        name = ", ".join([first.provider, *words, f"batch {first.shape['batch']}", *settings])
         ended = [f"refused at {row.settings['last_step']}" for row in members if row.time_ms is None]
         steps = max((row.settings["last_step"] for row in counted), default=0)
         margins = {

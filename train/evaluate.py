@@ -123,7 +123,7 @@ def _recipe_of(weights: Weights, file: Path) -> Recipe:
     """
     try:
         return Recipe.from_json(json.loads(weights.facts["recipe"]))
-    except (ValueError, TypeError, AttributeError, UserError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
         reason = str(error).rstrip(".")
         raise UserError(f"{file} does not say the recipe that made it, or one of another version: {reason}.") from error
 

@@ -84,7 +84,10 @@ def test_the_faster_path_against_the_faster_baseline(results: Path, tmp_path: Pa
 
 def test_margins_of_a_training_run_are_those_of_all_its_rows(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, "margins", environment("GPU A", "2026-01-05T10:00:00+00:00"))
-    shape, settings = {"batch": 4, "image_size": 32, "n_steps": 2}, {"optimizer": "Adam", "lr": 0.01, "seed": 0}
+    shape, settings = (
+        {"batch": 4, "image_size": 32, "width": 16, "n_steps": 2},
+        {"optimizer": "Adam", "lr": 0.01, "seed": 0},
+    )
     for first, margins in ((1, [1.5, 0.9]), (3, [1.1, 1.0])):
         steps = {"first_step": first, "last_step": first + 1, "largest_margin_by_step": margins}
         metrics = {"step_ms": 100.0}
@@ -92,7 +95,7 @@ def test_margins_of_a_training_run_are_those_of_all_its_rows(tmp_path: Path) -> 
     late = settings | {"first_step": 5, "last_step": 5}
     ledger.add("sdnet18", "step", shape, settings=late, status="refused", reason="the loss became NaN")
     text = report.filled(TEXT.format("margins"), list(read(tmp_path)), tmp_path / "page.md", tmp_path)
-    assert "| sdnet18, batch 4, Adam, 0.01, seed 0 | 4, refused at 5 | 1.50 | 1.10 | 2 | 1 | 2.0 |" in text
+    assert "| sdnet18, width 16, batch 4, Adam, 0.01, seed 0 | 4, refused at 5 | 1.50 | 1.10 | 2 | 1 | 2.0 |" in text
 
 
 @pytest.mark.parametrize("view", report.PLOTS)
