@@ -134,7 +134,7 @@ def csc_encode(
             is ignored.
         prox: takes the place of P, for other penalties: prox(v, step_size, lam) returns
             argmin_z step_size penalty(z) + 1/2 |z - v|^2 in the shape of v. mu must be 0, and nonnegative has no
-            effect. step_size is 0-d, and lam as it was given, both in x's dtype.
+            effect. step_size is 0-d, and lam 0-d or with four dimensions, both in x's dtype.
         **coding: the fields of `sdnet.kernels.coding.Coding`: n_steps, mu, nonnegative, solver, data_term, n_dict.
 
     Shape:

@@ -32,10 +32,12 @@ def configuration(model: SDNet) -> dict[str, Any]:
 
     Raises:
         ValueError: The network cannot be built from arguments: it was not built by `create_model`, its layers were
-            replaced, a layer has a `prox`, or a lambda has a value per sample.
+            replaced, its pooling was left out, a layer has a `prox`, or a lambda has a value per sample.
     """
     if not isinstance(model, SDNet) or not model.config:
         raise ValueError(f"model is {type(model).__name__}; it must be a network of sdnet.create_model.")
+    if getattr(model, "global_pool", "avg") != "avg":  # of sdnet.timm
+        raise ValueError("model has no pooling (global_pool is ''), which a file cannot say; store its state_dict().")
     config = dict(model.config)
     layers = {name: _options_of(name, layer) for name, layer in csc_layers(model).items()}
     for key in OPTIONS:  # the network has the value that most layers have

@@ -250,8 +250,14 @@ def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest difference between outputs.
 
     Raises:
-        RuntimeError: It is above `TOLERANCE`.
+        RuntimeError: It is above `TOLERANCE`, or a shape differs.
     """
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours.shape != theirs.shape:
+            raise RuntimeError(
+                f"The exported file gives outputs {list(ours.shape)} where the model gives {list(theirs.shape)}; "
+                "no file was written."
+            )
     differences = [
         float((ours.cpu() - theirs.cpu()).abs().max() / theirs.cpu().abs().max().clamp_min(1))
         for ours, theirs in zip(found, expected, strict=True)

@@ -111,6 +111,10 @@ def test_outputs_that_are_not_numbers_for_one_example_alone_are_refused() -> Non
     assert deployment.largest_difference([right, right + 1e-5], [right, right]) == pytest.approx(1e-5)
     with pytest.raises(RuntimeError, match="differ from those of the model by nan"):
         deployment.largest_difference([right, wrong, right], [right, right, right])
+    with pytest.raises(
+        RuntimeError, match=r"gives outputs \[1, 3\] where the model gives \[2, 3\]; no file was written"
+    ):
+        deployment.largest_difference([right[:1]], [right])
 
 
 def test_wrong_outputs_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,8 @@ def test_wrong_options_are_refused() -> None:
         make("sdnet18", global_pool="max")
     with pytest.raises(TypeError, match="drop_path_rate"):
         make("sdnet18", drop_path_rate=0.1)
+    with pytest.raises(ValueError, match=r"^model has no pooling \(global_pool is ''\), which a file cannot say"):
+        sdnet.configuration.configuration(make("sdnet18", num_classes=0, global_pool=""))
 
 
 TRAINING = """
