@@ -115,11 +115,14 @@ def numbers(name: str, value: Any) -> list[float]:
 def pair(name: str, value: Any, least: int) -> tuple[int, int]:
     """Return `value`, an int or a (vertical, horizontal) pair of ints of at least `least`, as a pair.
 
+    A pair may be an array or a tensor too.
+
     Raises:
         ValueError: `value` is neither.
     """
-    is_pair = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
-    values: tuple[Any, ...] = tuple(value) if is_pair else (value, value)
+    listed = value.tolist() if hasattr(value, "tolist") and len(value.shape) else value
+    is_pair = isinstance(listed, Sequence) and not isinstance(listed, (str, bytes, bytearray))
+    values: tuple[Any, ...] = tuple(listed) if is_pair else (value, value)
     if len(values) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, Integral)) or n < least for n in values):
         raise ValueError(f"{name} is {shown(value)}; it must be an int or a pair of ints of at least {least}.")
     if max(map(int, values)) > LARGEST_INTEGER:

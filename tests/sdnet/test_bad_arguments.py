@@ -27,6 +27,8 @@ LAYER: list[tuple[dict[str, Any], str]] = [
     ({"kernel_size": None}, "kernel_size is None" + PAIR),
     ({"kernel_size": True}, "kernel_size is True" + PAIR),
     ({"kernel_size": torch.tensor(3)}, r"kernel_size is tensor\(3\)" + PAIR),
+    ({"kernel_size": np.array([3.0, 3.0])}, r"kernel_size is of type ndarray and shape \[2\]" + PAIR),
+    ({"kernel_size": torch.ones(1, 2)}, r"kernel_size is of type Tensor and shape \[1, 2\]" + PAIR),
     ({"kernel_size": "33"}, "kernel_size is '33'" + PAIR),
     ({"kernel_size": b"33"}, "kernel_size is b'33'" + PAIR),
     ({"kernel_size": 10**12}, "kernel_size is 1000000000000; it must be at most 2147483647"),
@@ -282,13 +284,13 @@ def test_numpy_numbers_are_numbers() -> None:
         "in_channels": np.int64(3),
         "out_channels": np.int32(8),
         "kernel_size": np.int64(3),
-        "stride": (np.int64(2), 1),
+        "stride": np.array([2, 1]),
         "padding": np.int64(1),
         "n_steps": np.int64(3),
         "lam": np.float32(0.25),
         "mu": np.float64(0.5),
         "nonnegative": np.bool_(False),
-        "input_size": [np.int64(8), np.int64(8)],
+        "input_size": torch.tensor([8, 8]),
     }
     layer = CSCConv2d(**numbers)
     layer.lam = np.float64(0.5)
