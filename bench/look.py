@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +39,7 @@ from sdnet.inversion import Inversion, match_contrast, psnr
 from sdnet.official import load_official_model
 from sdnet.step_size import csc_layers
 from sdnet.train.data.formats import FORMATS, why_unusable
-from sdnet.train.data.loader import Program
-from sdnet.train.data.normalisation import NORMS
+from sdnet.train.data.normalisation import NORMS, training_program
 from sdnet.train.demo_data import photographs_folder
 from sdnet.train.errors import UserError
 from sdnet.weights import load_model, read_weights, weights_file
@@ -190,17 +189,12 @@ def _header(checkpoint: Path) -> dict[str, str]:
 def _norms(model: sdnet.SDNet, header: Mapping[str, str]) -> tuple[Tensor, Tensor]:
     """Return mean and deviation by which the training normalised pixels, [C, 1, 1]; one grey channel averages.
 
-    A weights file of a run names the program that trained it; of others, the stem tells it.
-
     Raises:
         UserError: The images of the network are neither grey nor of three colours.
     """
     if model.in_channels not in (1, 3):
         raise UserError(f"The images of this network have {model.in_channels} channels; they must have 1 or 3.")
-    program = header.get("program") or str(model.config["stem"])
-    if program not in NORMS:
-        raise UserError(f"The header of the checkpoint names the program {program!r}; it must be {' or '.join(NORMS)}.")
-    mean, std = (torch.tensor(values) for values in NORMS[cast(Program, program)])
+    mean, std = (torch.tensor(values) for values in NORMS[training_program(model.config, header)])
     if model.in_channels == 1:
         mean, std = mean.mean().view(1), std.mean().view(1)
     return mean.view(-1, 1, 1), std.view(-1, 1, 1)

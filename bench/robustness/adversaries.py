@@ -28,7 +28,9 @@ from sdnet.files import write_text
 from sdnet.layers import CSCConv2d
 from sdnet.robustness.model import RobustModel
 from sdnet.robustness.rules import NoiseRule
+from sdnet.train.data.normalisation import training_program
 from sdnet.train.errors import UserError
+from sdnet.weights import read_weights
 
 DEFAULTS = AttackOptions(pictures=1000, linf=(0.5, 1, 2, 4, 8), autoattack=1000)
 
@@ -57,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--autoattack", type=at_least(0), default=DEFAULTS.autoattack, help="pictures, 0 for none; default 1000"
     )
     parser.add_argument("--queries", type=at_least(1), default=DEFAULTS.queries, help="of Square; default 5000")
-    parser.add_argument("--batch", type=at_least(1), default=DEFAULTS.batch, help="pictures of a forward; default 100")
+    parser.add_argument(
+        "--batch", type=at_least(1), default=DEFAULTS.batch, help=f"pictures of a forward; default {DEFAULTS.batch}"
+    )
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, default=Path("runs", "adversaries"), help="default runs/adversaries")
 
@@ -68,8 +72,9 @@ def run(options: argparse.Namespace) -> int:
     model = load_checkpoint(options.checkpoint, options.weights, device)
     if options.k is not None and not isinstance(model.stem.conv, CSCConv2d):
         raise UserError(f"--k is for networks with a CSC layer in the stem; {options.checkpoint} has none.")
-    if model.config.get("stem") == "imagenet":
-        raise UserError("adversaries takes small pictures; this network has the ImageNet stem.")
+    file = file_of(options.checkpoint, options.weights)
+    if training_program(model.config, read_weights(file).facts) != "cifar":
+        raise UserError(f"adversaries takes networks of train/cifar.py; {file} holds one of ImageNet.")
     writable_folder(options.out)
     if options.autoattack:
         autoattack_class()  # before hours of work, whether it is installed
@@ -87,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         queries=options.queries,
         batch=options.batch,
     )
-    weights = digest_of(file_of(options.checkpoint, options.weights))
+    weights = digest_of(file)
     conditions = {"weights": weights, "pictures": digest, "k": options.k, "attacks": asdict(attacks)}
     results = StoredResults(options.out / "attacks.json", conditions)
     rule = None if options.k is None else NoiseRule(options.k)

@@ -36,8 +36,9 @@ from sdnet.layers import CSCConv2d
 from sdnet.robustness.corruptions import NOISES, SCALES, SEVERITIES
 from sdnet.robustness.fitting import PixelModel, best_of
 from sdnet.robustness.model import RobustModel, first_layer
-from sdnet.train.data.normalisation import NORMS
+from sdnet.train.data.normalisation import NORMS, Norms, training_program
 from sdnet.train.errors import UserError
+from sdnet.weights import read_weights
 
 DRAWN = 4
 """Pictures that are drawn."""
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"--lambdas has {value:g}: {error}") from error
     writable_folder(options.out)
     file = file_of(options.checkpoint, options.weights)
+    norms = NORMS[training_program(model.config, read_weights(file).facts)]
     source, groups, digest = source_of(options, model, file, device)
     conditions = {
         "weights": digest_of(file),
@@ -90,10 +92,10 @@ def run(options: argparse.Namespace) -> int:
     if options.published is not None:
         check_published(options.published, groups, results)
     for group in groups:
-        measure(model, source, group, lambdas, options.layers, results)
+        measure(model, norms, source, group, lambdas, options.layers, results)
     write(options.out, lambdas, groups, results)
     if options.data is not None:
-        write_pictures(options.out / "pictures.png", model, source, groups, lambdas, results)
+        write_pictures(options.out / "pictures.png", model, norms, source, groups, lambdas, results)
     print((options.out / "table.md").read_text())
     return 0
 
@@ -142,7 +144,13 @@ def source_of(
 
 
 def measure(
-    model: sdnet.SDNet, source: Source, group: Group, lambdas: Sequence[float], layers: str, results: StoredResults
+    model: sdnet.SDNet,
+    norms: Norms,
+    source: Source,
+    group: Group,
+    lambdas: Sequence[float],
+    layers: str,
+    results: StoredResults,
 ) -> None:
     """Measure one noise and severity at every lambda."""
     pictures: list[tuple[Tensor, Tensor]] = []
@@ -152,12 +160,12 @@ def measure(
             pictures.append(source(group))
         return pictures[0]
 
-    layer, mean, std = first_layer(model), *NORMS[model.config["stem"]]
+    layer = first_layer(model)
     for value in lambdas:
 
         def compute(value: float = value) -> dict[str, float]:
             pixels, labels = loaded()
-            wrapped = PixelModel(with_lambda(model, value, layers), mean, std).to(pixels.device).eval()
+            wrapped = PixelModel(with_lambda(model, value, layers), *norms).to(pixels.device).eval()
             facts = first_layer_facts(layer, pixels, wrapped.normalise, value)
             score = percent(correct(wrapped, pixels, labels))
             return {"accuracy": score, **facts}
@@ -166,7 +174,7 @@ def measure(
         print(f"{name_of(group)}, lambda {value:g}: {found['accuracy']:.2f} %", flush=True)
 
     def residual() -> float:
-        normalise = PixelModel(model, mean, std).to(layer.weight.device).normalise
+        normalise = PixelModel(model, *norms).to(layer.weight.device).normalise
         return first_layer_facts(layer, loaded()[0], normalise)["residual"]
 
     results.get(f"residual at the training lambda, {name_of(group)}", residual)
@@ -218,14 +226,15 @@ def write(out: Path, lambdas: Sequence[float], groups: Sequence[Group], results:
 def write_pictures(
     path: Path,
     model: sdnet.SDNet,
+    norms: Norms,
     source: Source,
     groups: Sequence[Group],
     lambdas: Sequence[float],
     results: StoredResults,
 ) -> None:
     """Draw clean and noisy pictures, and those rebuilt from the codes at the training lambda and at the best one."""
-    layer, mean, std = first_layer(model), *NORMS[model.config["stem"]]
-    wrapped = PixelModel(model, mean, std).to(layer.weight.device)
+    layer = first_layer(model)
+    wrapped = PixelModel(model, *norms).to(layer.weight.device)
     noisy_group = groups[-1]
     clean, dirty = source(groups[0])[0][:DRAWN], source(noisy_group)[0][:DRAWN]
     best = best_of(lambdas, scores_of(noisy_group, lambdas, results))

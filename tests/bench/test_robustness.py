@@ -13,6 +13,9 @@ import sdnet
 from sdnet.bench.__main__ import main
 from sdnet.bench.robustness.pictures import PIXEL_MEAN, PIXEL_STD
 from sdnet.robustness import PixelModel, RobustModel, accuracy
+from sdnet.robustness.model import first_layer
+from sdnet.robustness.rules import residual_of
+from sdnet.train.data.normalisation import NORMS
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,21 @@ def test_a_checkpoint_is_attacked(
     text = (tmp_path / "out" / "attacks.md").read_text()
     assert "| PGD-2, Linf 2/255 |" in text
     assert "of 4 test pictures, AutoAttack of the first 0 of them" in text
+
+
+def test_pixels_are_normalised_as_in_the_training_not_by_the_stem(
+    checkpoint: Path, cifar_c: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, file = sdnet.load_model(checkpoint), tmp_path / "model.safetensors"
+    sdnet.save_model(file, model, facts={"program": "imagenet"})
+    command = ["--checkpoint", str(file), "--published", str(cifar_c), "--out", str(tmp_path)]
+    swept([*command, "--severities", "3", "--lambdas", "0.4"], capfd)
+    values = json.loads((tmp_path / "results.json").read_text())["values"]
+    images, _ = sdnet.robustness.read_cifar_c(cifar_c, "fog", 3)
+    x = PixelModel(model, *NORMS["imagenet"]).normalise(images)
+    expected = float(residual_of(first_layer(model), x, 0.4).detach().mean())
+    assert values["fog 3, lambda 0.4"]["residual"] == pytest.approx(expected, rel=1e-4)
+    refused(["--checkpoint", file, "--data", tmp_path], "holds one of ImageNet", capfd, "adversaries")
 
 
 def test_folders_of_pictures_give_what_arrays_of_the_same_pictures_give(
