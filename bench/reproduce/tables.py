@@ -340,9 +340,11 @@ def caption(view: str, cards: Sequence[Card]) -> str:
         facts.append(f"severities {', '.join(map(str, table['alone_severities']))} of CIFAR-10-C")
     attacks = [attack["conditions"] for card in cards for attack in card["attacks"].values()]
     if view in ("cards-attacks", "cards-checks") and attacks:
-        first = attacks[0]
-        facts.append(f"PGD: {first['pictures']} test pictures, {first['steps']} steps, restarts: {first['restarts']}")
-        facts.append(f"AutoAttack: {first['autoattack']} test pictures, {first['queries']} queries of Square")
+        first, names = attacks[0], {name for _, values in attacked(cards) for name in values}
+        restarts = first["restarts"] if view == "cards-attacks" else 1
+        facts.append(f"PGD: {first['pictures']} test pictures, {first['steps']} steps, restarts: {restarts}")
+        if any(map(is_autoattack, names)):
+            facts.append(f"AutoAttack: {first['autoattack']} test pictures, {first['queries']} queries of Square")
     devices = sorted({start["device"] for card in cards for start in card["trained"]})
     commits = sorted({str(start["commit"])[:7] for card in cards for start in [*card["trained"], card["evaluated"]]})
     return f"<sub>{held}{'; '.join([*facts, *devices])}; commits {', '.join(commits)}</sub>"
