@@ -26,6 +26,12 @@ def test_the_rule_finds_more_of_the_noisy_cats_and_as_many_of_the_others() -> No
     assert found["by_rule"]["no noise"] == pytest.approx(training["no noise"], abs=0.02)
 
 
+def test_the_picture_from_the_first_codes_is_nearest_to_the_photograph() -> None:
+    errors = [float(found.error) for found in run("plot_inversion.py")["inversions"].values()]
+    assert len(errors) == 17
+    assert errors[0] == min(errors) < 0.8
+
+
 @pytest.mark.slow
 def test_the_dictionary_of_a_photograph_denoises_it_as_well_as_that_of_scikit_learn() -> None:
     found = run("plot_denoise.py")
