@@ -77,7 +77,7 @@ def export(
     Example:
         >>> sdnet.export(model, "model.onnx", torch.randn(2, 3, 224, 224))
     """
-    file = checked_file(path)
+    file = exported_file(path)
     model = getattr(model, "_orig_mod", model)  # of a compiled model
     check_arguments(model, example, checks.flag("dynamic_size", dynamic_size))
     fold_batch_norm = checks.flag("fold_batch_norm", fold_batch_norm)
@@ -107,7 +107,7 @@ def export(
     return Exported(file, difference)
 
 
-def checked_file(path: str | PathLike[str]) -> Path:
+def exported_file(path: str | PathLike[str]) -> Path:
     """Return the path of a file that can be written.
 
     Raises:

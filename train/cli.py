@@ -181,6 +181,8 @@ def user_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (package := (error.name or "sdnet").partition(".")[0]) == "sdnet":
             raise
-        raise SystemExit(f"error: The package {package} is missing; pip install 'sdnet[train]' brings it.") from None
+        raise SystemExit(
+            f"error: The package {package} is missing; pip install 'sdnet[train]' installs what training needs."
+        ) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

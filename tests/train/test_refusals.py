@@ -128,6 +128,9 @@ def test_processes_that_do_not_form_a_group_are_refused(
 def test_a_missing_package_is_named_and_a_missing_module_of_ours_is_a_fault() -> None:
     with pytest.raises(SystemExit) as caught, user_errors():
         import_module("no_such_package.part")
-    assert caught.value.code == "error: The package no_such_package is missing; pip install 'sdnet[train]' brings it."
+    assert (
+        caught.value.code
+        == "error: The package no_such_package is missing; pip install 'sdnet[train]' installs what training needs."
+    )
     with pytest.raises(ModuleNotFoundError), user_errors():
         import_module("sdnet.train.no_such_module")
