@@ -46,7 +46,8 @@ def parse_job(recipes: Recipes, default: str, argv: Sequence[str] | None = None)
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
     where = _place(recipes, default)
     place, _ = _parse(make_dataclass("Place", where), argv, return_unknown_args=True, add_help=False)
-    stored, before, notes, out = None, None, (), place.out
+    stored, before, out = None, None, place.out
+    notes: tuple[str, ...] = ()
     changes = read_overrides(place.override)
     if place.resume is not None and not asks_for_help:
         out = _folder_to_resume(place.out, place.resume)
@@ -60,6 +61,9 @@ def parse_job(recipes: Recipes, default: str, argv: Sequence[str] | None = None)
     groups = asdict(_parse(_options(where, base), argv, description=_description(recipes)))
     values = {name: value for group in groups.values() for name, value in group.items()}
     recipe = base.with_settings(values | changes)
+    for name, reason in recipe.unused().items():
+        if (value := getattr(recipe, name)) != getattr(before or base, name):
+            notes += (f"{name} is {value}, which has no effect: {reason}.",)
     run = RunFolder(out or Path("runs", recipe.name))
     if stored is None:
         run.check_unused()

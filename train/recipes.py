@@ -141,6 +141,17 @@ class Recipe:
         if self.nesterov and self.momentum == 0:
             raise UserError("nesterov needs a momentum above 0; momentum is 0.")
 
+    def unused(self) -> dict[str, str]:
+        """Return the settings that have no effect beside the others, each with the reason."""
+        reasons: dict[str, str] = {}
+        if self.schedule == "step":
+            reasons["lr_min"] = "schedule step ends at lr times gamma for each milestone"
+        else:
+            reasons |= dict.fromkeys(("milestones", "gamma"), f"schedule {self.schedule} has no milestones")
+        if self.optimizer == "sgd":
+            reasons["beta2"] = "optimizer sgd has none"
+        return reasons
+
     def local_batch(self, processes: int) -> int:
         """Return the number of images in one batch of one process.
 

@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
         "pictures": digest,
         "scale": options.scale or SCALES[0],
         "layers": options.layers,
+        "normalisation": norms,
     }
     results = StoredResults(options.out / "results.json", conditions)
     if options.published is not None:

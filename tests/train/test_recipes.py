@@ -179,6 +179,23 @@ def test_every_setting_has_a_flag() -> None:
     assert parse("--recipe", "demo", *options).recipe.to_json() == wanted
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--milestones=4", "--gamma=0.5"], ["milestones", "gamma"]),  # the demo has a cosine schedule
+        (["--schedule=step", "--lr-min=0.01"], ["lr_min"]),
+        (["--beta2=0.9"], ["beta2"]),
+        (["--beta2=0.9", "--optimizer=adamw"], []),
+        (["--schedule=step", "--milestones=4", "--gamma=0.5"], []),
+        (["--lr-min=0.01"], []),
+    ],
+)
+def test_an_option_without_effect_is_noted(options: list[str], names: list[str]) -> None:
+    notes = parse("--recipe=demo", *options).notes
+    assert [note.split(" is ")[0] for note in notes] == names
+    assert all("which has no effect: " in note for note in notes)
+
+
 def test_settings_of_the_job_have_their_flags() -> None:
     options = ("--verify=full", "--bad-files=skip", "--val-labels=labels.txt", "--threads=3", "--prefetch=4")
     job = parse("--recipe=demo", "--log-every=5", "--hw-decoder-load=0.5", *options)
