@@ -172,10 +172,10 @@ class AttackRuns:
         return bool(self.model(part).equal(self.model(part)))
 
     def autoattack(self, bound: Bound) -> None:
-        """Run the four attacks of the standard AutoAttack.
+        """Run the four attacks of the standard AutoAttack, each on the pictures that are still classified rightly.
 
-        Each of the white-box attacks runs on the pictures that are still classified rightly. Square runs on all that
-        are right without an attack, because its accuracy alone is one of the checks, and counts for both.
+        At the first bound Square runs on all that are right without an attack, because its accuracy alone is one of
+        the checks, and counts for both.
         """
         if not (count := min(self.options.autoattack, len(self.pixels))):
             return
@@ -191,9 +191,13 @@ class AttackRuns:
         clean = right = stored("clean", lambda: correct(self.model, pixels, labels))
         for attack in WHITE_BOX_ATTACKS:
             right = stored(f"after {attack}", lambda a=attack, r=right: self.after(a, bound, pixels, labels, r))
-        square = stored("after square alone", lambda: self.after("square", bound, pixels, labels, clean))
+        if alone := bound == self.options.autoattack_bounds()[0]:
+            square = stored("after square alone", lambda: self.after("square", bound, pixels, labels, clean))
+        else:
+            square = stored("after square", lambda: self.after("square", bound, pixels, labels, right))
         self.results.get(name, lambda: percent(right & square))
-        self.results.get(f"{name}, square alone", lambda: percent(square))
+        if alone:
+            self.results.get(f"{name}, square alone", lambda: percent(square))
 
     def after(self, attack: str, bound: Bound, pixels: Tensor, labels: Tensor, right: Tensor) -> Tensor:
         """Return which pictures are still classified rightly after one attack on those of `right`, [N] bool."""
@@ -225,7 +229,7 @@ def check_autoattack(classes: int) -> None:
 
 
 def found_by_square(values: Mapping[str, Any], count: int) -> dict[str, float]:
-    """Return for every bound the share of pictures, in percent, that Square alone finds an adversary of.
+    """Return for every bound the share of pictures, in percent, that Square finds an adversary of and no other attack.
 
     The white-box attacks have left these pictures right, so they have missed an adversary that exists.
 
@@ -235,12 +239,12 @@ def found_by_square(values: Mapping[str, Any], count: int) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for name, flags in values.items():
-        bound = name.removeprefix("AutoAttack, ").removesuffix(": after square alone")
-        if len(bound) + len("AutoAttack, : after square alone") != len(name):
+        bound, _, after = name.removeprefix("AutoAttack, ").partition(": ")
+        if after not in ("after square", "after square alone"):
             continue
         white_box = unpack(values[f"AutoAttack, {bound}: after {WHITE_BOX_ATTACKS[-1]}"], count)
         missed = sum(left and not right for left, right in zip(white_box, unpack(flags, count), strict=True))
-        found[f"check: pictures that Square alone finds, {bound}, %"] = round(100 * missed / count, 4)
+        found[f"check: pictures that only Square finds, {bound}, %"] = round(100 * missed / count, 4)
     return found
 
 

@@ -21,7 +21,7 @@ def card(
     attack["values"] = {"clean": 75.0, "PGD-2, Linf 2/255": 25.0, "check: unbounded": 0.0, "AutoAttack, L2 0.25": 0.0}
     attack["values"] |= {
         "AutoAttack, L2 0.25: clean": "8",
-        "AutoAttack, L2 0.25: after square": "0",
+        "AutoAttack, L2 0.25: after fab-t": "0",
         "check: two forwards are equal": True,
     }
     return {
@@ -94,16 +94,20 @@ def test_attacks_and_checks_are_apart() -> None:
     assert checks.splitlines()[2:] == ["| unbounded | 0.00 |", "| two forwards are equal | yes |"]
 
 
-def test_pictures_that_square_alone_finds_are_counted() -> None:
+def test_pictures_that_only_square_finds_are_counted() -> None:
     shown = card("resnet18", 0, 50.0)
     shown["attacks"]["training"]["conditions"] |= {"pictures": 8, "autoattack": 4}
     shown["attacks"]["training"]["values"] = {
         "AutoAttack, L2 0.25: after fab-t": pack([True, True, False, False]),
         "AutoAttack, L2 0.25: after square alone": pack([False, True, False, True]),
         "AutoAttack, L2 0.5: after fab-t": pack([True, True, False, False]),
+        "AutoAttack, L2 0.5: after square": pack([False, False, False, False]),
+        "AutoAttack, L2 1: after fab-t": pack([True, True, False, False]),
     }
-    (line,) = tables.checks_table([shown]).splitlines()[2:]
-    assert line == "| pictures that Square alone finds, L2 0.25, % | 25.00 |"
+    assert tables.checks_table([shown]).splitlines()[2:] == [
+        "| pictures that only Square finds, L2 0.25, % | 25.00 |",
+        "| pictures that only Square finds, L2 0.5, % | 50.00 |",
+    ]
 
 
 def test_a_mark_names_one_scale_and_its_conditions_are_shown() -> None:
