@@ -1,5 +1,6 @@
 """AutoAttack runs its attacks one after another on what the earlier ones have left."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def test_square_alone_is_measured_at_the_first_bound_only(tmp_path: Path) -> Non
     for bound, square in (("Linf 2/255", "after square alone"), ("Linf 4/255", "after square")):
         white_box = [right(bound, f"after {attack}") for attack in WHITE_BOX_ATTACKS]
         before = [correct(model, pixels, labels), *white_box]
-        assert all((left <= earlier).all() for earlier, left in zip(before, before[1:], strict=False))
+        assert all((left <= earlier).all() for earlier, left in pairwise(before))
         left = white_box[-1] & right(bound, square)
         assert results.values[f"AutoAttack, {bound}"] == 100 * left.float().mean().item()
     assert (right("Linf 4/255", "after square") <= right("Linf 4/255", "after fab-t")).all()
