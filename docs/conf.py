@@ -35,7 +35,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
 autodoc_member_order = "alphabetical"
-autodoc_typehints = "none"  # they are in the signatures' text of the docstrings
+autodoc_typehints = "none"  # the docstrings say the types in words
 autodoc_inherit_docstrings = False
 napoleon_custom_sections = ["Shape"]
 napoleon_use_ivar = True

@@ -118,11 +118,11 @@ def csc_encode(
             from 2 / L on. It carries no gradient.
         lam: the weight of |z|_1: a float, a 0-d tensor, one value per sample, [N] or [N, 1, 1, 1], per atom,
             [1, K, 1, 1], or for both, [N, K, 1, 1]. Numbers and tensors on a CPU must be finite and at least 0. On
-            other devices this is not checked, for a check would wait for the device; `explain` makes it.
+            other devices this is not checked, because a check would wait for the device; `explain` makes it.
         stride: of the convolution, an int or a (vertical, horizontal) pair.
         padding: of the convolution, an int or a (vertical, horizontal) pair.
         impl: "auto", "torch", "reference" (plain torch, for torch.export, ONNX and every kind of derivative) or
-            "triton"; `explain` says what a call would take. The environment variable SDNET_IMPL replaces "auto".
+            "triton"; `explain` returns what a call would take. The environment variable SDNET_IMPL replaces "auto".
         keep_residuals: whether the forward pass keeps the residuals for the backward pass, n_steps - 1 tensors of the
             size of n_dict x, instead of computing them again, a transposed convolution each. None reads the
             environment variable SDNET_KEEP_RESIDUALS, "1" for yes and "0" for no, and without it keeps them.
@@ -304,6 +304,17 @@ def explain(
         callback: see `csc_encode`.
         prox: see `csc_encode`.
         **coding: see `csc_encode`.
+
+    Returns:
+        The name of the implementation, a colon, and the reason.
+
+    Raises:
+        ValueError: as for `csc_encode`.
+        NotImplementedError: as for `csc_encode`.
+
+    Example:
+        >>> sdnet.kernels.explain(x, weight, 0.1, 0.1, padding=1)
+        'torch: auto takes the torch path for tensors on cpu.'
     """
     options, iteration = coding_of(explain, coding), Iteration(z0, tolerance, callback, prox)
     call = prepared(x, weight, step_size, lam, options, stride, padding, impl, keep_residuals, None, iteration)

@@ -47,7 +47,7 @@ def read_json(file: Path) -> Any:
     """Return the content of a JSON file of a run, None if there is no such file.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: it cannot be read.
     """
     if not file.is_file():
         return None
@@ -61,7 +61,7 @@ def recipe_of(run: Path) -> dict[str, Any]:
     """Return the recipe of a run folder, empty if it has none.
 
     Raises:
-        ValueError: Its file cannot be read.
+        ValueError: its file cannot be read.
     """
     recipe = read_json(run / "recipe.json") or {}
     if not isinstance(recipe, dict):
@@ -73,7 +73,7 @@ def starts_of(run: Path) -> list[dict[str, Any]]:
     """Return what a run folder says about each start of the run, nothing if it does not.
 
     Raises:
-        ValueError: Its file cannot be read.
+        ValueError: its file cannot be read.
     """
     starts = read_json(run / "environment.json") or []
     whole = isinstance(starts, list) and all(

@@ -31,7 +31,7 @@ def configuration(model: SDNet) -> dict[str, Any]:
     """Return the arguments of `create_model` for a network as it is now, with lambdas that were set later.
 
     Raises:
-        ValueError: The network cannot be built from arguments: it was not built by `create_model`, its layers were
+        ValueError: the network cannot be built from arguments: it was not built by `create_model`, its layers were
             replaced, its pooling was left out, a layer has a `prox`, or a lambda has a value per sample.
     """
     if not isinstance(model, SDNet) or not model.config:
@@ -74,12 +74,12 @@ def build(config: Mapping[str, Any], source: str, **changes: Any) -> SDNet:
     """Return the network of a configuration, with random weights.
 
     Args:
-        config: The configuration, which may come from a file.
-        source: What has the configuration, for error messages.
-        **changes: Arguments of `create_model` that replace those of the configuration, in single layers too.
+        config: the configuration, which may come from a file.
+        source: what has the configuration, for error messages.
+        **changes: arguments of `create_model` that replace those of the configuration, in single layers too.
 
     Raises:
-        ValueError: The configuration has an argument that `create_model` does not take from a file, or a wrong value.
+        ValueError: the configuration has an argument that `create_model` does not take from a file, or a wrong value.
         TypeError: `changes` has an argument that `create_model` does not have.
     """
     known = set(inspect.signature(create_model).parameters) | set(CODING_FIELDS)

@@ -33,8 +33,8 @@ class Exported(NamedTuple):
     """What `export` wrote.
 
     Attributes:
-        path: The file.
-        difference: The largest difference between the outputs of the model and of the file.
+        path: the file.
+        difference: the largest difference between the outputs of the model and of the file.
     """
 
     path: Path
@@ -56,11 +56,11 @@ def export(
     for one image of it and, with `dynamic_size`, for images of another size. The model is unchanged.
 
     Args:
-        model: A network in fp32 that takes one tensor and returns one. It is exported in evaluation mode.
-        path: The file; an existing one is replaced.
-        example: A batch that the model takes, on the device of the model.
-        dynamic_size: Whether the file takes images of any height and width that the model takes.
-        fold_batch_norm: Whether to compute a batch norm after a plain convolution by the convolution. Batch norms after
+        model: a network in fp32 that takes one tensor and returns one. It is exported in evaluation mode.
+        path: the file; an existing one is replaced.
+        example: a batch that the model takes, on the device of the model.
+        dynamic_size: whether the file takes images of any height and width that the model takes.
+        fold_batch_norm: whether to compute a batch norm after a plain convolution by the convolution. Batch norms after
             CSC layers stay, because codes are not linear in the input.
 
     Shape:
@@ -70,9 +70,9 @@ def export(
         The file, and how much its outputs differ.
 
     Raises:
-        ValueError: An argument has a wrong type or value, or the model cannot be traced for all sizes.
-        ImportError: A package for ONNX files is not installed: pip install 'sdnet[export]'.
-        RuntimeError: The outputs differ by more than `TOLERANCE`; no file is written.
+        ValueError: an argument has a wrong type or value, or the model cannot be traced for all sizes.
+        ImportError: a package for ONNX files is not installed: pip install 'sdnet[export]'.
+        RuntimeError: the outputs differ by more than `TOLERANCE`; no file is written.
 
     Example:
         >>> sdnet.export(model, "model.onnx", torch.randn(2, 3, 224, 224))
@@ -222,7 +222,7 @@ def as_pt2(program: torch.export.ExportedProgram, file: Path, examples: list[Ten
     """Write a program as a .pt2 file, load it, and return what it computes for the examples.
 
     Raises:
-        ValueError: The file does not take every size.
+        ValueError: the file does not take every size.
     """
     torch.export.save(program, file)
     loaded = torch.export.load(file).module()
@@ -250,7 +250,7 @@ def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest difference between outputs.
 
     Raises:
-        RuntimeError: It is above `TOLERANCE`, or a shape differs.
+        RuntimeError: it is above `TOLERANCE`, or a shape differs.
     """
     for ours, theirs in zip(found, expected, strict=True):
         if ours.shape != theirs.shape:

@@ -1,4 +1,4 @@
-"""What the CSC layers of a network did with a batch: objective, sparsity and residual."""
+"""Diagnostics of the CSC layers of a network for one batch: objective, sparsity and residual."""
 
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ def record(model: nn.Module) -> Recording:
 
 
 def diagnose(model: nn.Module, x: Tensor) -> dict[str, LayerDiagnostics]:
-    """Compute the diagnostics of every CSC layer for one batch, by one forward of `model` in its present mode.
+    """Compute the diagnostics of every CSC layer for one batch, by one forward pass of `model` in its present mode.
 
     Args:
         model: a network with CSC layers.
@@ -115,6 +115,10 @@ def diagnose(model: nn.Module, x: Tensor) -> dict[str, LayerDiagnostics]:
 
     Returns:
         The diagnostics by the name of the layer; empty for a model without CSC layers.
+
+    Example:
+        >>> for name, layer in sdnet.diagnose(model, images).items():
+        ...     print(name, layer.sparsity.mean(), layer.relative_residual.mean())
     """
     with record(model) as recording:
         model(x)

@@ -23,7 +23,7 @@ def checked_file(path: Any) -> Path:
 
     Raises:
         ValueError: `path` is no path, or a folder.
-        FileNotFoundError: The folder of the file does not exist.
+        FileNotFoundError: the folder of the file does not exist.
     """
     file = checked_path(path)
     if os.path.isdir(file):
@@ -37,8 +37,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that no reader and no crash finds half of it; if this fails, the old file stays.
 
     Args:
-        path: The file.
-        write: Called with the path of a temporary file beside it, which is then renamed.
+        path: the file.
+        write: called with the path of a temporary file beside it, which is then renamed.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -73,9 +73,9 @@ def load_pretrained(name: str | PathLike[str], changes: dict[str, Any], **option
     """Build the network of a folder, or of a repository of the hub, see `SDNet.from_pretrained`.
 
     Args:
-        name: The folder or the repository.
-        changes: Arguments of `create_model` that replace those of the file.
-        **options: Options of `huggingface_hub.snapshot_download`.
+        name: the folder or the repository.
+        changes: arguments of `create_model` that replace those of the file.
+        **options: options of `huggingface_hub.snapshot_download`.
     """
     check_packages()
     from huggingface_hub import snapshot_download
@@ -104,7 +104,7 @@ def load_folder(folder: Path, changes: dict[str, Any]) -> SDNet:
     """Build the network of a folder of the hub.
 
     Raises:
-        FileNotFoundError: The folder has no weights file.
+        FileNotFoundError: the folder has no weights file.
         ValueError: `config.json` does not belong to the weights.
     """
     if not (folder / WEIGHTS).is_file():
@@ -133,8 +133,8 @@ def facts_of(
     """Check the facts for a model card before anything is written.
 
     Raises:
-        FileNotFoundError: There is no run folder `run`.
-        ValueError: A fact is no text, or no weights file of the run holds the weights of the model.
+        FileNotFoundError: there is no run folder `run`.
+        ValueError: a fact is no text, or no weights file of the run holds the weights of the model.
     """
     for name, value in (("dataset", dataset), ("note", note), ("license", license)):
         if value is not None and not isinstance(value, str):

@@ -29,22 +29,22 @@ class HubMethods:
         Needs the package huggingface_hub, whose mixin does this.
 
         Args:
-            save_directory: The folder; it is made if needed. A card that it has is kept, with a warning.
-            run: The run folder of the training that made these weights. The card then has its scores, recipe, device,
-                versions and commit, and says if CIFAR was read from JPEG files.
-            dataset: The name of the data that the scores belong to.
-            note: A sentence for the card, for instance on how the data were prepared.
-            license: The licence of the weights, as the hub abbreviates it. None is "mit".
-            repo_id: With `push_to_hub`, the repository, "user/name"; None is the name of the folder.
-            push_to_hub: Whether to upload the folder too.
-            **push_to_hub_kwargs: Other arguments of `push_to_hub`.
+            save_directory: the folder; it is made if needed. A card that it has is kept, with a warning.
+            run: the run folder of the training that made these weights. The card then has its scores, recipe, device,
+                versions and commit, and a note if CIFAR was read from JPEG files.
+            dataset: the name of the data that the scores belong to.
+            note: a sentence for the card, for instance on how the data were prepared.
+            license: the licence of the weights, as the hub abbreviates it. None is "mit".
+            repo_id: with `push_to_hub`, the repository, "user/name"; None is the name of the folder.
+            push_to_hub: whether to upload the folder too.
+            **push_to_hub_kwargs: other arguments of `push_to_hub`.
 
         Returns:
             The address of the commit on the hub with `push_to_hub`, else None.
 
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
-            ValueError: The network cannot be built from arguments, because it was changed by other means than
+            ValueError: the network cannot be built from arguments, because it was changed by other means than
                 `sdnet.set_lambda` and the options of its layers, or `run` has not made these weights.
 
         Example:
@@ -72,12 +72,12 @@ class HubMethods:
         """Upload the network to the Hugging Face Hub, in the layout of `save_pretrained`.
 
         Args:
-            repo_id: The repository, "user/name"; it is made if needed.
-            run: See `save_pretrained`.
-            dataset: See `save_pretrained`.
-            note: See `save_pretrained`.
-            license: See `save_pretrained`.
-            **options: Options of huggingface_hub: commit_message, private, token, branch, create_pr, allow_patterns,
+            repo_id: the repository, "user/name"; it is made if needed.
+            run: see `save_pretrained`.
+            dataset: see `save_pretrained`.
+            note: see `save_pretrained`.
+            license: see `save_pretrained`.
+            **options: options of huggingface_hub: commit_message, private, token, branch, create_pr, allow_patterns,
                 ignore_patterns, delete_patterns.
 
         Returns:
@@ -85,7 +85,7 @@ class HubMethods:
 
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
-            ValueError: See `save_pretrained`.
+            ValueError: see `save_pretrained`.
         """
         from sdnet import hub
 
@@ -107,21 +107,21 @@ class HubMethods:
         """Build the network of a folder of `save_pretrained`, or of a repository of the Hugging Face Hub.
 
         Args:
-            pretrained_model_name_or_path: The folder, or the repository, "user/name".
-            force_download: Whether to download files that are in the cache again.
-            token: The token of the hub; None is that of the login.
-            cache_dir: The folder of downloaded files.
-            local_files_only: Whether to use downloaded files only.
-            revision: A branch, tag or commit of the repository.
-            **changes: Arguments of `create_model` that replace those of the file, such as `lam` or `impl`.
+            pretrained_model_name_or_path: the folder, or the repository, "user/name".
+            force_download: whether to download files that are in the cache again.
+            token: the token of the hub; None is that of the login.
+            cache_dir: the folder of downloaded files.
+            local_files_only: whether to use downloaded files only.
+            revision: a branch, tag or commit of the repository.
+            **changes: arguments of `create_model` that replace those of the file, such as `lam` or `impl`.
 
         Returns:
             The network in evaluation mode, on the CPU.
 
         Raises:
             ImportError: huggingface_hub or safetensors is not installed.
-            FileNotFoundError: There is no such folder, or no model.safetensors.
-            ValueError: The name has a wrong type, the files are damaged, or config.json does not belong to the weights.
+            FileNotFoundError: there is no such folder, or no model.safetensors.
+            ValueError: the name has a wrong type, the files are damaged, or config.json does not belong to the weights.
             TypeError: `changes` has an argument that `create_model` does not have.
 
         Example:

@@ -1,4 +1,4 @@
-"""What a dictionary is like, and how far its codes are from the minimum: the numbers behind the pictures of `look`."""
+"""Properties of a dictionary, and the distance of its codes from the minimum. `sdnet.bench look` draws them."""
 
 import copy
 from dataclasses import replace
@@ -63,7 +63,10 @@ def atom_grid(weight: Tensor, columns: int | None = None) -> Tensor:
 def spectrum(layer: CSCConv2d) -> Tensor:
     """Return the singular values of the atoms as rows of a matrix [K, n_dict C kh kw], the largest first.
 
-    A flat spectrum means atoms that point in all directions alike; of orthonormal atoms all values are 1.
+    A flat spectrum means that the atoms cover all directions equally; for orthonormal atoms all values are 1.
+
+    Args:
+        layer: the layer.
 
     Shape:
         - Output: [min(K, n_dict C kh kw)].
@@ -136,6 +139,11 @@ def objective_curve(layer: CSCConv2d, x: Tensor, n_steps: int = 50, optimum_step
 
     Raises:
         ValueError: an argument has a wrong type, shape or value, or the layer has a `prox`, whose penalty is not known.
+
+    Example:
+        >>> layer = sdnet.CSCConv2d(3, 16, 5)
+        >>> curve = objective_curve(layer, torch.randn(2, 3, 32, 32))
+        >>> curve.gap[1]  # relative distance from the minimum after two steps
     """
     n_steps, optimum_steps = checks.integer("n_steps", n_steps, 1), checks.integer("optimum_steps", optimum_steps, 1)
     exact = copy.deepcopy(_checked(layer)).double().requires_grad_(False)

@@ -3,10 +3,10 @@
 A CSC layer reconstructs its input from its codes z as A z. Below it stands, in a network without shortcuts, a batch
 normalisation y = gamma (z' - mean) / sqrt(var + eps) + beta of the codes z' of the layer before, which can be undone:
 
-    z' = (y - beta) sqrt(var + eps) / gamma + mean,      x' = A' z',
+    z' = (y - beta) sqrt(var + eps) / gamma + mean,      x' = B z',
 
-where A' stands for the dictionary of that layer. Repeated down to the first layer this gives a picture. What the
-modules between the image and the layer do was recorded in one forward pass in evaluation mode:
+where B is the dictionary of that layer. Repeated down to the first layer this gives an image. The modules between the
+image and the layer are recorded in one forward pass in evaluation mode:
 
 | module                 | undone by                                                                                  |
 |------------------------|--------------------------------------------------------------------------------------------|
@@ -23,7 +23,7 @@ With `restore_contrast=True` the estimate y of the output of a batch normalisati
 one number for each sample, so that it has the mean square that the batch normalisation gives. A z of a few steps is too
 small, by a factor that multiplies from layer to layer; this undoes it without looking at the image.
 
-A sum with a shortcut, and every other module or function, cannot be undone: layers behind it are refused.
+A sum with a shortcut, and every other module or function, cannot be undone: later layers are refused.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ NORM_FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class Inversion:
-    """What the codes of one CSC layer say about the image. Unpacks as `picture, error`.
+    """The image rebuilt from the codes of one CSC layer, with its errors. Unpacks as `picture, error`.
 
     Attributes:
         layer: the name of the layer.
@@ -141,6 +141,10 @@ def invert_layers(model: nn.Module, image: Tensor, *, restore_contrast: bool = F
 
     Raises:
         ValueError: an argument has a wrong type, or `model` has no CSC layers.
+
+    Example:
+        >>> for name, found in sdnet.invert_layers(model, images).items():
+        ...     print(name, found.kind, found.error)
     """
     layers = csc_layers(model)
     if not layers:
@@ -154,7 +158,11 @@ def match_contrast(picture: Tensor, image: Tensor) -> Tensor:
     """Return the picture with the gain and offset of every sample and channel that come closest to the image.
 
     Two steps of an unrolled solver leave reconstructions with too little contrast. This shows how much of the error is
-    contrast alone. It uses the image itself, so it is a way of looking, not an inversion.
+    contrast alone. It uses the image itself, so it is for display and no inversion.
+
+    Args:
+        picture: the rebuilt image.
+        image: the image.
 
     Shape:
         - picture: [N, C, H, W].
@@ -170,6 +178,10 @@ def match_contrast(picture: Tensor, image: Tensor) -> Tensor:
 def relative_error(estimate: Tensor, truth: Tensor) -> Tensor:
     """Return |estimate - truth| / |truth| of every sample, [N], in at least fp32.
 
+    Args:
+        estimate: the estimate, [N, ...].
+        truth: the true values, [N, ...].
+
     Raises:
         ValueError: the shapes differ.
     """
@@ -183,8 +195,8 @@ def psnr(estimate: Tensor, truth: Tensor, peak: float | None = None) -> Tensor:
     It is infinite for a sample without error, and minus infinity for one with an error and a peak of 0.
 
     Args:
-        estimate: what is judged, [N, ...].
-        truth: what it should be, [N, ...].
+        estimate: the estimate, [N, ...].
+        truth: the true values, [N, ...].
         peak: the range of the values; None is max - min of `truth`, sample by sample, which is 0 for a constant image.
 
     Raises:

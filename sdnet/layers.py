@@ -36,8 +36,8 @@ class CSCConv2d(CodingState, Recordable):
 
     by `n_steps` proximal gradient steps from zero. The atoms weight[k] have unit norm.
 
-    A forward changes no state, in training or in evaluation. After `sdnet.attach(model, optimizer)`, every step of the
-    optimizer is followed by the projection of the atoms and an update of the step size.
+    A forward pass changes no state, in training or in evaluation. After `sdnet.attach(model, optimizer)`, every step of
+    the optimizer is followed by the projection of the atoms and an update of the step size.
     `sdnet.refresh_step_size(model)` makes the step size exact.
 
     This is not a drop-in replacement for `nn.Conv2d`: the output is sparse and not linear in the input, the padding is
@@ -314,7 +314,7 @@ class CSCConv2d(CodingState, Recordable):
             raise ValueError(f"x is {checks.shown(x)}; it must be a tensor [N, {self.in_channels}, H, W]{unbatched}.")
 
     def codes_size(self, size: Pair) -> Pair:
-        """Return height and width of the codes of an input of height and width `size`."""
+        """Return height and width of the codes of an input with height and width `size`."""
         return codes_size(size, self.kernel_size, self.stride, self.padding)
 
     @property

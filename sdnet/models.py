@@ -62,7 +62,7 @@ VARIANTS = {
 
 
 def list_models() -> list[str]:
-    """Return the names of the models that `create_model` builds."""
+    """Return the names of the models that `create_model` builds, such as "sdnet18"."""
     return list(VARIANTS)
 
 

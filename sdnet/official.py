@@ -47,6 +47,10 @@ def load_official_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Non
         ValueError: the file is no checkpoint, cannot be read without executing code, is of another architecture (the
             message names every missing, unexpected and misshapen key) or holds values that are not finite; or `model`
             is no network, or is on the meta device. `model` is unchanged.
+
+    Example:
+        >>> model = sdnet.create_model("sdnet18", num_classes=10, stem="cifar", solver="sdnet")
+        >>> sdnet.load_official_checkpoint(model, "model_best.pth.tar")
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {checks.shown(model)}; it must be a network of sdnet.create_model.")
@@ -66,24 +70,24 @@ def load_official_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Non
 def load_official_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     """Build the network that a checkpoint of the official SDNet code belongs to, and load the checkpoint.
 
-    The file says everything but the options of the coding, which are those of the published networks unless `changes`
-    gives others: lam 0.1, two steps, mu 0.
+    The architecture follows from the file. The options of the coding are not in it; they are those of the published
+    networks unless `changes` gives others: lam 0.1, two steps, mu 0.
 
     Args:
-        path: The checkpoint, as for `load_official_checkpoint`. Nothing in it is executed.
-        **changes: Arguments of `create_model`, such as `lam`. The step sizes are those of the file for any
+        path: the checkpoint, as for `load_official_checkpoint`. Nothing in it is executed.
+        **changes: arguments of `create_model`, such as `lam`. The step sizes are those of the file for any
             `image_size`; `sdnet.refresh_step_size` computes them for another one.
 
     Returns:
         The network in evaluation mode, on the CPU.
 
     Raises:
-        FileNotFoundError: There is no file at `path`.
-        ValueError: The file is no checkpoint of an official SDNet.
+        FileNotFoundError: there is no file at `path`.
+        ValueError: the file is no checkpoint of an official SDNet.
         TypeError: `changes` holds an argument that `create_model` does not have.
 
     Example:
-        >>> model = sdnet.load_official_model("model_best.pth.tar")  # doctest: +SKIP
+        >>> model = sdnet.load_official_model("model_best.pth.tar")
     """
     source = checked_path(path)
     model = create_model(**(official_arguments(_state_dict(_read(source), source), source) | changes))
@@ -99,15 +103,15 @@ def save_official_checkpoint(model: SDNet, path: str | PathLike[str]) -> None:
     and the other options of the coding have no place in it: the official code takes lambda from its configuration file.
 
     Args:
-        model: A network of `create_model` that the official code has: `sdnet18`, `sdnet34`, or one of their `_all`
+        model: a network of `create_model` that the official code has: `sdnet18`, `sdnet34`, or one of their `_all`
             variants, for images of 3 channels, with a classifier, and with a lambda that is not learned.
-        path: The file.
+        path: the file.
 
     Raises:
-        ValueError: The official code does not have this network.
+        ValueError: the official code does not have this network.
 
     Example:
-        >>> sdnet.save_official_checkpoint(model, "model_best.pth.tar")  # doctest: +SKIP
+        >>> sdnet.save_official_checkpoint(model, "model_best.pth.tar")
     """
     file = checked_file(path)
     name, own = configuration(model)["name"], model.state_dict()
@@ -132,7 +136,7 @@ def official_arguments(state: Mapping[str, Tensor], source: Path) -> dict[str, A
     """Return the arguments of `create_model` for the network of an official state dict.
 
     Raises:
-        ValueError: It is of no network that `create_model` builds.
+        ValueError: it is of no network that `create_model` builds.
     """
     places = {match.groups() for key in state if (match := re.match(r"layer([1-4])\.(?:layers\.)?(\d+)\.", key))}
     blocks = tuple(sum(stage == number for stage, _ in places) for number in "1234")

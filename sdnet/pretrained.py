@@ -19,7 +19,10 @@ CHANGEABLE = ("lam", "impl", "learn_lam", *CODING_FIELDS)
 
 
 def list_pretrained() -> list[str]:
-    """Return the names that `create_model(..., pretrained=name)` takes: the small weights of a checkout."""
+    """Return the names that `create_model(..., pretrained=name)` takes.
+
+    They are the small weights of a checkout; without a checkout there are none.
+    """
     return sorted(file.parent.name for file in FOLDER.glob("*/model.safetensors"))
 
 

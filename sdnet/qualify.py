@@ -1,4 +1,4 @@
-"""`qualify`: find out which kernels are right and quicker for the layers of a model on this machine."""
+"""`qualify`: determine which kernels are right and faster for the layers of a model on this machine."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ from sdnet.stored_weight import is_plain
 
 @dataclass(frozen=True)
 class Qualification:
-    """What `qualify` has found out.
+    """The result of `qualify`. `print` shows one line per verdict.
 
     Attributes:
         verdicts: the verdicts of each layer by its name, one for each kind of call in the example.
@@ -57,31 +57,32 @@ def qualify(
     cache: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Qualification:
-    """Find out which kernels are right and quicker for the CSC layers of a model on this machine, and use them.
+    """Determine which kernels are right and faster for the CSC layers of a model on this machine, and use them.
 
     For each distinct layer, type, memory format and batch class a child process compares every candidate with PyTorch
-    in fp32, times the right ones, and leaves a verdict in the user's cache folder. Verdicts that are there already are
-    not found out again. From then on `impl="auto"` takes them, in this process and in later ones; without a verdict it
+    in fp32, times the right ones, and stores a verdict in the user's cache folder. Layers that have a verdict are
+    skipped. From then on `impl="auto"` follows the verdicts, in this process and in later ones; without a verdict it
     takes cuDNN's convolutions. A candidate that is wrong, crashes or takes too long is never taken.
 
-    One forward in evaluation mode shows how the layers are called, so call it with the types and the memory format of
-    the training, for instance under `torch.autocast`, and after the flags of PyTorch (tf32, `cudnn.benchmark`) are set:
-    verdicts depend on them. Call it before anything else uses the GPU, with the model and the batch still on the CPU,
-    where a GPU takes only one process. Under torch.distributed call it in every process: rank 0 qualifies, and all use
-    its verdicts if their machines are alike.
+    The calls of the layers are recorded in one forward pass in evaluation mode. Call `qualify` with the types and the
+    memory format of the training, for instance under `torch.autocast`, and after the flags of PyTorch (tf32,
+    `cudnn.benchmark`) are set: verdicts depend on them. If the GPU takes only one process at a time, call it before
+    anything else uses the GPU, with the model and the batch still on the CPU. Under torch.distributed call it in
+    every process: rank 0 qualifies, and all use its verdicts if their machines are alike.
 
     Args:
         model: a network with CSC layers.
         example_batch: a full batch that the model takes: a tensor, a tuple of its positional or a dict of its keyword
             arguments.
         device: where the kernels will run; None for the model's device, or the GPU if the model is on a CPU.
-        fresh: whether verdicts that exist are found out again.
-        budget: the most seconds of it all. Layers that are left run on PyTorch, and come first the next time.
-        memory: the most GPU memory of the child process, in GiB; None for all that is free.
-        all_tiles: whether other tiles than the rules' are tried; without them it takes a fraction of the time.
+        fresh: whether layers that have a verdict are qualified again.
+        budget: the seconds after which the qualification ends. Layers that are left run on PyTorch, and come first the
+            next time.
+        memory: the largest amount of GPU memory that the child process uses, in GiB; None for all that is free.
+        all_tiles: whether to try other tiles than those of the rules too, which takes several times as long.
         cache: the folder of the verdicts; None for the one that the environment variable SDNET_CACHE names, else
             `sdnet` in XDG_CACHE_HOME or `~/.cache`.
-        say: takes each line of progress.
+        say: called with each line of progress.
 
     Returns:
         The verdicts.

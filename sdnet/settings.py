@@ -18,15 +18,15 @@ Layers = Literal["all", "first"]
 def set_lambda(
     model: nn.Module, lam: float | Tensor, layers: Layers = "all", *, example: Example | None = None
 ) -> None:
-    """Set lambda of all CSC layers, or of the first one, from the next forward on.
+    """Set lambda of all CSC layers, or of the first one, from the next forward pass on.
 
-    Lambda is not part of the state dict: set it again after loading a model. `CSCConv2d.lam` says more.
+    Lambda is not part of the state dict: set it again after `load_state_dict`. Files of `sdnet.save_model` contain it.
 
     Args:
         model: a network with CSC layers.
         lam: a number of at least 0, or a tensor of such numbers: 0-d, one per sample of the next batches, [N] or
             [N, 1, 1, 1], or one per atom, [1, K, 1, 1].
-        layers: "all", or "first" for the CSC layer that the data reach first, which is the stem of an SDNet.
+        layers: "all", or "first" for the CSC layer that is called first, which is the stem of an SDNet.
         example: for "first", a batch that the model takes, a tuple of its positional or a dict of its keyword
             arguments. The first layer is then found by one forward in evaluation mode. It is needed where the order of
             the calls does not follow from the model's structure, that is, for several CSC layers that are in neither
@@ -35,6 +35,10 @@ def set_lambda(
     Raises:
         ValueError: an argument has a wrong type or value, `model` has no CSC layers, or `example` is needed. No lambda
             has been changed.
+
+    Example:
+        >>> sdnet.set_lambda(model, 0.3)  # all layers
+        >>> sdnet.set_lambda(model, torch.tensor([0.1, 0.4]), layers="first")  # one value for each of two images
     """
     found = _layers_of(model, "lambda")
     checks.choice("layers", layers, get_args(Layers))
@@ -69,7 +73,7 @@ def check_lambda(model: nn.Module) -> None:
 
 
 def set_impl(model: nn.Module, impl: str) -> None:
-    """Choose the implementation that all CSC layers of a built model use, from the next forward on.
+    """Choose the implementation that all CSC layers of a built model use, from the next forward pass on.
 
     Args:
         model: a network with CSC layers.

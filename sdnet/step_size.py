@@ -1,4 +1,4 @@
-"""Step sizes computed to convergence, and how far they are from divergence.
+"""Step sizes computed to convergence, and their margins: step size times largest eigenvalue.
 
 `sdnet.attach` keeps them up to date during training.
 """
@@ -35,9 +35,9 @@ def refresh_step_size(
 ) -> None:
     """Set every step size of a model to 0.9 / (largest eigenvalue of A'A), computed to convergence.
 
-    With `example` or `image_size`, one forward in evaluation mode shows on which input sizes the layers work, and the
-    step sizes are computed for these; without them, for the sizes as they are. Under torch.distributed call it in
-    every process.
+    With `example` or `image_size`, one forward pass in evaluation mode gives the input sizes of the layers, and the
+    step sizes are computed for these; without them, for the present sizes. Under torch.distributed call it in every
+    process.
 
     Args:
         model: a network with CSC layers.
@@ -49,6 +49,10 @@ def refresh_step_size(
     Raises:
         ValueError: an argument has a wrong type or value, the model does not take such images, or a dictionary is not
             finite; the model is then unchanged.
+
+    Example:
+        >>> sdnet.refresh_step_size(model)  # before an evaluation
+        >>> sdnet.refresh_step_size(model, image_size=256)  # for larger images than before
     """
     layers = csc_layers(model)
     require_finite(layers)
@@ -89,7 +93,10 @@ def project(model: nn.Module) -> None:
 
 @torch.no_grad()
 def converge_power_vectors(model: nn.Module) -> None:
-    """Converge the power vector of every CSC layer, as a start for later estimates; leave the step sizes.
+    """Converge the power vector of every CSC layer, as a start for later estimates; the step sizes stay as they are.
+
+    Args:
+        model: a network with CSC layers.
 
     Raises:
         ValueError: a dictionary is not finite; the model is then unchanged.
@@ -114,8 +121,14 @@ def step_margins(
         example: see `refresh_step_size`; the eigenvalues are then those of the input sizes that it leads to.
         image_size: see `refresh_step_size`.
 
+    Returns:
+        The products by the name of the layer.
+
     Raises:
         ValueError: as for `refresh_step_size`.
+
+    Example:
+        >>> max(sdnet.step_margins(model).values())  # above 4/3 FISTA diverges
     """
     layers = csc_layers(model)
     require_finite(layers)

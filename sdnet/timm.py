@@ -39,9 +39,9 @@ class TimmSDNet(SDNet):
     """An SDNet with the methods that timm expects of a model.
 
     Args:
-        network: A network of `sdnet.create_model`, whose modules it takes over.
+        network: a network of `sdnet.create_model`, whose modules become part of this one.
         global_pool: "avg", or "" for feature maps in place of pooled features, which needs `num_classes=0`.
-        drop_rate: The probability of dropout before the classifier.
+        drop_rate: the probability of dropout before the classifier.
 
     Shape:
         - Input: [N, in_chans, H, W].
@@ -73,6 +73,10 @@ class TimmSDNet(SDNet):
     def forward_features(self, x: Tensor, lam: float | Tensor | None = None) -> Tensor:
         """Compute the feature maps of the last stage.
 
+        Args:
+            x: the images.
+            lam: lambda of the first CSC layer for this call, see `SDNet.forward`.
+
         Shape:
             - x: [N, in_chans, H, W].
             - Output: [N, num_features, h, w].
@@ -89,7 +93,16 @@ class TimmSDNet(SDNet):
         return stage(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Compute the logits, or with `pre_logits` the pooled features, from feature maps."""
+        """Compute the logits, or with `pre_logits` the pooled features, from feature maps.
+
+        Args:
+            x: the feature maps of `forward_features`.
+            pre_logits: whether to leave out the classifier.
+
+        Shape:
+            - x: [N, num_features, h, w].
+            - Output: [N, num_classes], or [N, num_features] with `pre_logits`.
+        """
         if self.global_pool:
             x = x.mean(dim=(2, 3))
         x = nn.functional.dropout(x, self.drop_rate, self.training)
@@ -107,12 +120,12 @@ class TimmSDNet(SDNet):
         """Compute feature maps of several depths: 0 is the stem before its last reduction, 1 to 4 the stages.
 
         Args:
-            x: The images, [N, in_chans, H, W].
-            indices: The last n depths for an int, the listed depths, or None for all.
-            norm: Has no effect: there is no last norm.
-            stop_early: Whether to stop after the last listed depth.
+            x: the images, [N, in_chans, H, W].
+            indices: the last n depths for an int, the listed depths, or None for all.
+            norm: has no effect: there is no last norm.
+            stop_early: whether to stop after the last listed depth.
             output_fmt: "NCHW".
-            intermediates_only: Whether to return the maps of the depths alone.
+            intermediates_only: whether to return the maps of the depths alone.
 
         Returns:
             The list of maps; without `intermediates_only`, before it the maps of the last stage.
@@ -135,7 +148,13 @@ class TimmSDNet(SDNet):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the listed depths do not need, in place, and return their indices."""
+        """Remove what the listed depths do not need, in place, and return their indices.
+
+        Args:
+            indices: the depths, see `forward_intermediates`.
+            prune_norm: has no effect: there is no last norm.
+            prune_head: whether to remove the classifier too.
+        """
         del prune_norm
         taken, last = feature_take_indices(1 + len(self.stages), indices)
         for depth, name in enumerate(list(self.stages._modules), start=1):
@@ -157,8 +176,8 @@ class TimmSDNet(SDNet):
         """Replace the classifier by one of other classes, with random weights.
 
         Args:
-            num_classes: The number of classes; 0 for no classifier.
-            global_pool: See `TimmSDNet`. None keeps the pooling, or takes "avg" if there is none and a classifier
+            num_classes: the number of classes; 0 for no classifier.
+            global_pool: see `TimmSDNet`. None keeps the pooling, or takes "avg" if there is none and a classifier
                 needs it.
         """
         num_classes = checks.integer("num_classes", num_classes, 0)
@@ -174,7 +193,7 @@ class TimmSDNet(SDNet):
         ).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Choose whether the backward pass computes the blocks again instead of keeping what they computed."""
+        """Switch gradient checkpointing on or off: the backward pass then computes the blocks again, to save memory."""
         self.grad_checkpointing = checks.flag("enable", enable)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -194,7 +213,7 @@ def checked_pool(global_pool: str, num_classes: int) -> str:
     """Return `global_pool` if it is a pooling that a network of so many classes can have.
 
     Raises:
-        ValueError: It is not.
+        ValueError: it is not.
     """
     if not isinstance(global_pool, str) or global_pool not in POOLS:
         raise ValueError(f"global_pool is {checks.shown(global_pool)}; it must be 'avg', or '' with num_classes=0.")
@@ -217,15 +236,23 @@ def make(
     """Build a network from timm's names of arguments.
 
     Args:
-        name: One of `NAMES`.
-        num_classes: The number of classes; 0 for no classifier.
-        in_chans: The number of channels of the images.
-        img_size: The height and width of the images on which the step sizes are estimated; None is 224.
-        global_pool: See `TimmSDNet`.
-        drop_rate: See `TimmSDNet`.
-        device: The device of the network; None is the default device of torch.
-        dtype: The floating-point type of the parameters; None is the default type of torch.
-        **options: The other arguments of `sdnet.create_model`, such as `lam`.
+        name: one of `NAMES`.
+        num_classes: the number of classes; 0 for no classifier.
+        in_chans: the number of channels of the images.
+        img_size: the height and width of the images on which the step sizes are estimated; None is 224, or 32
+            with `stem="cifar"`.
+        global_pool: see `TimmSDNet`.
+        drop_rate: see `TimmSDNet`.
+        device: the device of the network; None is the default device of torch.
+        dtype: the floating-point type of the parameters; None is the default type of torch.
+        **options: the other arguments of `sdnet.create_model`, such as `lam`.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: an argument has a wrong type or value.
+        TypeError: there is no such argument.
     """
     with nullcontext() if device is None else torch.device(device):
         network = sdnet.create_model(name, num_classes, in_channels=in_chans, image_size=img_size, **options)
@@ -271,7 +298,10 @@ def run(program: list[str]) -> None:
     """Run a program that takes its optimizer from `timm.optim.create_optimizer_v2`, with `sdnet.attach` in place.
 
     Args:
-        program: The file of the program, and its arguments.
+        program: the file of the program, and its arguments.
+
+    Raises:
+        SystemExit: there is no such program.
     """
     if not program:
         raise SystemExit("Usage: python -m sdnet.timm train.py [ARGUMENTS of timm's train.py]")

@@ -36,10 +36,10 @@ class Weights(NamedTuple):
     """The content of a weights file.
 
     Attributes:
-        model: The arguments of `create_model`; empty if the file does not say them.
-        classes: The names of the classes; empty if the file does not say them.
-        facts: The other entries of the header.
-        tensors: The state dict.
+        model: the arguments of `create_model`; empty if the file does not say them.
+        classes: the names of the classes; empty if the file does not say them.
+        facts: the other entries of the header.
+        tensors: the state dict.
     """
 
     model: dict[str, Any]
@@ -52,9 +52,9 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
     """Build the network of a weights file and load its weights.
 
     Args:
-        path: A weights file, or a folder with `model.safetensors`, `best.safetensors` or `last.safetensors`, of which
+        path: a weights file, or a folder with `model.safetensors`, `best.safetensors` or `last.safetensors`, of which
             the first is taken: the run folder of a training, or a folder of the hub.
-        **changes: Arguments of `create_model` that replace those of the file, such as `lam` or `impl`. With another
+        **changes: arguments of `create_model` that replace those of the file, such as `lam` or `impl`. With another
             `image_size` the step sizes are computed again; None keeps that of the file.
 
     Returns:
@@ -62,13 +62,13 @@ def load_model(path: str | PathLike[str], **changes: Any) -> SDNet:
         attribute `class_names` has the names of the classes, empty if the file does not say them.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, does not say its network, or holds weights of another one.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, does not say its network, or holds weights of another one.
         TypeError: `create_model` has no such argument as one of `changes`.
 
     Example:
-        >>> model = sdnet.load_model("runs/demo")  # doctest: +SKIP
-        >>> model.class_names[model(image).argmax()]  # doctest: +SKIP
+        >>> model = sdnet.load_model("runs/demo")
+        >>> model.class_names[model(image).argmax()]
     """
     allowed = [name for name in inspect.signature(create_model).parameters if name != "pretrained"]
     if unknown := [name for name in changes if name not in allowed]:
@@ -113,7 +113,7 @@ def load_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> Non
     """Copy a state dict into a model. A learned lambda that it lacks stays as it is.
 
     Raises:
-        ValueError: It belongs to another model; the model is unchanged.
+        ValueError: it belongs to another model; the model is unchanged.
     """
     model.load_state_dict(check_tensors(model, tensors, file))
 
@@ -122,7 +122,7 @@ def check_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> di
     """Return the state dict with which to load `tensors`.
 
     Raises:
-        ValueError: They belong to another model.
+        ValueError: they belong to another model.
     """
     own = model.state_dict()
     found = {name: tensor for name, tensor in own.items() if name.endswith(".raw_lam")} | dict(tensors)
@@ -139,10 +139,13 @@ def check_tensors(model: SDNet, tensors: Mapping[str, Tensor], file: Path) -> di
 def read_weights(path: str | PathLike[str]) -> Weights:
     """Return the content of a weights file, or of the weights file in a folder.
 
+    Args:
+        path: the file or the folder, as for `load_model`.
+
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or no safetensors file.
-        ImportError: The package safetensors is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or no safetensors file.
+        ImportError: the package safetensors is not installed.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -168,18 +171,21 @@ def save_model(
 ) -> None:
     """Write the weights of a network of `create_model` to a file that `load_model` reads.
 
-    The file says lambda and the options of the coding as the layers have them now.
+    The file contains lambda and the options of the coding as the layers have them now.
 
     Args:
-        path: The file.
-        model: The network.
-        classes: The names of the classes; None for those of the network, `model.class_names`.
-        facts: More entries of the header.
+        path: the file.
+        model: the network.
+        classes: the names of the classes; None for those of the network, `model.class_names`.
+        facts: more entries of the header.
 
     Raises:
-        ValueError: An argument has a wrong type, `classes` does not have a name for each class, or the network
+        ValueError: an argument has a wrong type, `classes` does not have a name for each class, or the network
             cannot be built from arguments, see `sdnet.configuration.configuration`.
-        FileNotFoundError: The folder of the file does not exist.
+        FileNotFoundError: the folder of the file does not exist.
+
+    Example:
+        >>> sdnet.save_model("pets.safetensors", model, classes=["cat", "dog"])
     """
     file = checked_file(path)
     model = getattr(model, "_orig_mod", model)  # of a compiled network
@@ -199,11 +205,11 @@ def model_facts(config: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[
     """Return the entries of the header that say which network the weights belong to.
 
     Args:
-        config: The arguments of `create_model`.
-        classes: The names of the classes, none if they are not known.
+        config: the arguments of `create_model`.
+        classes: the names of the classes, none if they are not known.
 
     Raises:
-        ValueError: There are names, but not one for each class, or they are no strings.
+        ValueError: there are names, but not one for each class, or they are no strings.
     """
     classes = checks.sequence("classes", classes, "strings")
     if wrong := [name for name in classes if not isinstance(name, str)]:
@@ -230,7 +236,7 @@ def weights_file(path: str | PathLike[str]) -> Path:
     """Return the weights file that a path means.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: there is none.
         ValueError: `path` is no path.
     """
     place = checked_path(path, of="a weights file or of its folder")

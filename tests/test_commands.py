@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 CODE = re.compile(r"^```sh\n(.*?)^```|`([^`\n]+)`", re.MULTILINE | re.DOTALL)
-PROGRAM = re.compile(r"(?:python -m (sdnet[\w.]*)|(?:accelerate launch|torchrun)[^\n]*? train/(\w+)\.py)([^\n]*)")
+PROGRAM = re.compile(
+    r"(?:python -m (sdnet[\w.]*)|(?:accelerate launch|torchrun|python)[^\n]*? train/(\w+)\.py)([^\n]*)"
+)
 PASSED_ON = ("sdnet.timm",)
 """Programs whose options are those of the program that they run."""
 

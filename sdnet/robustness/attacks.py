@@ -59,6 +59,10 @@ def pgd(
 
     Raises:
         ValueError: an argument has a wrong type, shape or value.
+
+    Example:
+        >>> pixels_to_logits = PixelModel(model, mean, std).eval()
+        >>> adversarial = pgd(pixels_to_logits, images, labels, eps=1 / 255)
     """
     labels = check_labels(images, labels)
     if not images.is_floating_point():

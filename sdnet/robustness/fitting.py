@@ -53,7 +53,10 @@ class PixelModel(nn.Module):
         self.register_buffer("std", torch.tensor(stds).view(-1, 1, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Return (pixels - mean) / std, of pixels in [0, 1] or uint8.
+        """Return (pixels - mean) / std.
+
+        Args:
+            pixels: pixels in [0, 1], or uint8, [N, C, H, W].
 
         Raises:
             ValueError: `pixels` is no tensor [N, C, H, W] of these types with as many channels as `mean`.

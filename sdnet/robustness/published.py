@@ -80,6 +80,9 @@ def read_cifar_c(folder: str | Path, corruption: str, severity: int) -> tuple[Te
 def corruptions_of(folder: str | Path) -> list[str]:
     """Return the corruptions that a folder of CIFAR-10-C, or of ImageNet-C, holds, sorted.
 
+    Args:
+        folder: the folder.
+
     Raises:
         ValueError: there is no such folder, or it holds none.
     """

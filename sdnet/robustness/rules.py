@@ -113,15 +113,17 @@ class ResidualRule(Rule):
 
 
 class UnlabelledRule(Rule):
-    """Choose one lambda for an unlabelled batch by the loss of ACSC (Qin, Liu, Cui and Xing, 2026).
+    """Choose one lambda for an unlabelled batch by the loss of ACSC.
+
+    ACSC is adaptive convolutional sparse coding (Qin, Liu, Cui and Xing, 2026). The rule decreases
 
         loss(lambda) = mean over images of R / (lambda + epsilon),   R = |x - A z|² / |x|²,
 
     with lambda = softplus(u), by `steps` steps of gradient descent on u with Adam, from the training lambda. R is the
     squared residual over that of codes of zero. R grows with lambda and is at most about 1, so the loss has no
     minimum and decreases to zero as lambda grows: the number of steps and the learning rate bound lambda. ACSC
-    sums over all layers, takes about 100 images, and may re-estimate batch-norm statistics too; here the first layer
-    alone is adapted, and batch norm is a switch of `RobustModel`. Lambda of an image depends on others of its batch.
+    sums over all layers, takes about 100 images, and may re-estimate batch-norm statistics too; here only the first
+    layer is adapted, and batch norm is a switch of `RobustModel`. Lambda of an image depends on others of its batch.
 
     No gradient flows through this rule.
 
