@@ -165,9 +165,9 @@ def test_the_committed_document_is_that_of_the_committed_ledger(
 
 
 def test_cards_are_those_of_the_results_that_are_given(tmp_path: Path) -> None:
-    """The checkout holds cards of the scale tiny, the other folder none."""
+    """The checkout holds cards of the scale small, the other folder none."""
     document = tmp_path / "page.md"
-    document.write_text("<!-- bench:cards-rules scale=tiny -->\n<!-- /bench -->\n")
+    document.write_text("<!-- bench:cards-rules scale=small -->\n<!-- /bench -->\n")
     assert front.main(["report", "--document", str(document), "--results", str(tmp_path)]) == 0
     assert report.NOTHING in document.read_text()
     assert front.main(["report", "--document", str(document)]) == 0
