@@ -94,8 +94,8 @@ def invert(model: nn.Module, image: Tensor, layer: str, *, restore_contrast: boo
         model: a network with CSC layers.
         image: a batch of images, as `model` takes it.
         layer: the module name of a CSC layer, such as "stem.conv".
-        restore_contrast: whether reconstructions are scaled to the mean square that batch normalisation gives, see the
-            head of this module. It shows more of deep layers whose codes come from few steps.
+        restore_contrast: whether to multiply every estimate by one number per sample, so that it has the mean square
+            that the batch normalisation gives. This shows more of deep layers whose codes come from few steps.
 
     Shape:
         - image: [N, C, H, W].
