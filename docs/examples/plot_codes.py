@@ -1,8 +1,8 @@
 """
-What more steps do
-==================
+Codes after more steps
+======================
 
-The codes of a photograph after 1, 2, 8 and 32 steps of FISTA, and the reconstructions that they stand for.
+The codes of a photograph after 1, 2, 8 and 32 steps of FISTA, and their reconstructions.
 """
 
 # %%

@@ -2,8 +2,8 @@ r"""
 Learn a dictionary on one photograph, and denoise it by lambda
 ==============================================================
 
-Sparse coding explains every patch of a photograph by few atoms of a dictionary. Noise has no such explanation, so the
-reconstruction from the codes is less noisy than the photograph, and lambda says how much is removed.
+Sparse coding approximates every patch of a photograph by few atoms of a dictionary. Few atoms cannot approximate noise,
+so the reconstruction from the codes is less noisy than the photograph, and lambda determines how much is removed.
 
 This example learns a dictionary on the patches of one noisy photograph with :class:`sdnet.CSCLinear`, and does the same
 with scikit-learn. Both minimise
@@ -12,13 +12,13 @@ with scikit-learn. Both minimise
 
     min_{A, z}  sum_i  λ |z_i|_1 + 1/2 |x_i − A z_i|²
 
-over codes and atoms, where atoms have unit norm, so their results can be compared number by number.
+over codes and atoms, where atoms have unit norm, so their results can be compared.
 """
 
 # %%
 # A noisy photograph, as overlapping patches
 # ------------------------------------------
-# A patch is a vector of 36 pixels. Its mean is set aside, because it is not sparse.
+# A patch is a vector of 36 pixels. Its mean is subtracted, and added again after the reconstruction.
 
 import matplotlib.pyplot as plt
 import torch
@@ -60,7 +60,7 @@ x, means = patches_of(noisy)
 # %%
 # Learn with SDNet
 # ----------------
-# The codes are computed with the dictionary as it is, by FISTA with a stopping rule. Then the optimizer moves the atoms
+# The codes are computed with the present dictionary, by FISTA with a stopping rule. Then the optimizer moves the atoms
 # along the gradient of the objective for these codes, and ``sdnet.attach`` projects them to unit norm and keeps the
 # step size safe. The dictionary starts from patches.
 
@@ -94,7 +94,7 @@ sklearn_atoms = F.normalize(sklearn_atoms, dim=1)
 # %%
 # Compare the two
 # ---------------
-# With one and the same dictionary, the codes of both are equal.
+# With the same dictionary, the codes of both are equal.
 
 codes = layer.solve(x, n_steps=1000, tolerance=1e-5).codes.detach()
 expected = torch.from_numpy(sparse_encode(x.double().numpy(), atoms.double().numpy(), algorithm="lasso_cd", alpha=LAM))

@@ -1,6 +1,6 @@
 """
-A photograph rebuilt from every depth
-=====================================
+A photograph rebuilt from the codes of every layer
+==================================================
 
 In a network of CSC layers without shortcuts the image can be rebuilt from the codes of every layer: reconstruct the
 input of a layer from its codes, undo the batch norm before it, and go on. The network here was trained on CIFAR-10.
@@ -34,7 +34,7 @@ for name, found in list(inversions.items())[:6]:
     print(f"{name:18} {found.kind:12} {error}, the layer alone {float(found.layer_error):.2f}")
 
 # %%
-# The pictures of the first depths, shown with the gain and offset of the photograph.
+# The images rebuilt from the first layers, shown with the gain and offset of the photograph.
 shown = [(name, found.picture) for name, found in inversions.items()][:5]
 figure, axes = plt.subplots(1, 1 + len(shown), figsize=(12, 2.5), layout="constrained")
 axes[0].imshow(photograph[0].permute(1, 2, 0).numpy())

@@ -55,8 +55,8 @@ for title in images:
     print(f"{title:10}  training lambda {curves[title][0]:.0%}, rule {by_rule[title]:.0%}")
 
 # %%
-# Dots show the rule, at the mean lambda that it chose. It knows neither the severity nor the other images. The curve
-# without noise rises as well, so a part of the gain is no robustness: a larger lambda favours this class in this
+# Dots show the rule, at the mean lambda that it chose. It uses neither the severity nor the other images. The curve
+# without noise rises as well, so a part of the gain is not robustness: a larger lambda favours this class in this
 # photograph. The page on robust inference has the accuracy on all classes and 10 000 images.
 figure, axes = plt.subplots(1, 5, figsize=(12, 2.8), width_ratios=[1, 1, 1, 1, 2.4], layout="constrained")
 for axis, (title, pixels) in zip(axes, images.items(), strict=False):
