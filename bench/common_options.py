@@ -88,7 +88,8 @@ def open_ledger(options: argparse.Namespace, theme: Theme) -> tuple[torch.device
     device = choose_device(options.device)
     if device.type == "cpu" and "tf32" in (getattr(options, "dtype", None) or ()):
         raise UserError("--dtype is tf32, which needs a GPU: a CPU computes the same as for fp32.")
-    command = shlex.join(["python", "-m", "sdnet.bench", *map(without_folders, sys.argv[1:])])
+    variables = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("SDNET_"))
+    command = shlex.join(map(without_folders, [*variables, "python", "-m", "sdnet.bench", *sys.argv[1:]]))
     facts = {"command": command, "label": options.label}
     ledger = Ledger(options.out, theme, describe_environment(device) | facts)
     ledger.prepare()

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
 def described(stage: Stage) -> str:
     """Return a line on a stage: its name, its limit, and what it runs."""
     missing = f" ({stage.missing} is not installed here)" if stage.missing else ""
-    command = shlex.join([*stage.tool, "python", "-m", *stage.within(stage.limit)])
+    command = shlex.join([*stage.variables, *stage.tool, "python", "-m", *stage.within(stage.limit)])
     return f"{stage.name}, at most {stage.limit} s{missing}: {command}"
 
 
@@ -118,8 +118,8 @@ def run_stage(stage: Stage, out: Path, limit: float) -> dict[str, Any]:
         *stage.within(limit),
     ]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "SDNET_CACHE": str((out / "verdicts").resolve())}
+    environment |= dict(variable.split("=", 1) for variable in stage.variables)
     if stage.name == "tests":
-        environment |= {"OMP_NUM_THREADS": "1"}
         (out / TESTS).unlink(missing_ok=True)  # of an earlier check in this folder
     with (
         log.open("w") as file,

@@ -25,6 +25,15 @@ METRICS = (
 )
 """What Nsight Compute counts: whether a kernel is bound by the L2 cache, by memory or by the tensor cores."""
 
+COLUMNS = ("Kernel Name", "Grid Size", "Metric Name", "Metric Unit", "Metric Value")
+"""Columns of its CSV."""
+
+KERNELS = "regex:^(proximal_step|codes_gradient|synthesis|correlate)"
+"""The kernels that Nsight Compute counts in: those that multiply."""
+
+UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING=1"
+"""Makes PyTorch allocate each tensor by itself; in its larger blocks memcheck finds no access beyond a tensor."""
+
 TESTS = "tests.xml"
 """What pytest writes into the folder of the results."""
 
@@ -41,6 +50,7 @@ class Stage(NamedTuple):
         limit: Seconds after which it is ended.
         spare: How much less its --budget is, so that what it has begun can end; 0 for a program without --budget.
         tool: A program and its options that runs Python, as compute-sanitizer; none for Python alone.
+        variables: What is added to the environment, as NAME=VALUE.
     """
 
     name: str
@@ -48,6 +58,7 @@ class Stage(NamedTuple):
     limit: int
     spare: int = 0
     tool: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
 
     def within(self, limit: float) -> list[str]:
         """Return the command for so many seconds."""
@@ -68,36 +79,36 @@ def stages(out: Path) -> list[Stage]:
     """Return the stages in their order: first whether the kernels are right, then how quick they are.
 
     Every layer gets a verdict on the rules' tiles before one is measured in other tiles, which takes minutes of
-    compiling.
+    compiling. The layer of SDNet-18 is also one of SDNet-18_all, which therefore comes first.
     """
-    calls, verdicts = ["sdnet.bench.gpu_calls"], ["--cache", str(out / "verdicts")]
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-    ncu = ("ncu", "--csv", "--metrics", ",".join(METRICS), "--kernel-name", "regex:.*_kernel")
-    large = ["--image-size", "224", "--batch", "256", *verdicts]
-    small = ["--image-size", "32", "--batch", "512", *verdicts]
-    qualify = ["sdnet.kernels.qualify", "--model"]
+    calls = ["sdnet.bench.gpu_calls"]
+    # PyTorch asks drivers for functions that they may lack, and Triton starts programs that use no GPU.
+    sanitizer = ("compute-sanitizer", "--target-processes", "application-only", "--report-api-errors", "no")
+    sanitizer += ("--error-exitcode", "9", "--tool")
+    ncu = ("ncu", "--csv", "--print-units", "base", "--metrics", ",".join(METRICS), "--kernel-name", KERNELS)
+    large, small = ["--image-size", "224", "--batch", "256"], ["--image-size", "32", "--batch", "512"]
+    qualify = ["sdnet.kernels.qualify", "--cache", str(out / "verdicts"), "--model"]
     measured = ["--layout", "channels_last", "--out", str(out)]
     kernels = ["sdnet.bench", "kernels", "--seconds", "0.3", *measured]
-    train = ["sdnet.bench", "train", *measured]
+    train = ["sdnet.bench", "train", "--dtype", "bf16", *measured]
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     memory = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2, memory // TEST_MEMORY))
     parallel = ["--numprocesses", str(workers), "--dist", "worksteal"] if find_spec("xdist") else []
     tests = ["pytest", "-m", "gpu", "-v", *parallel, f"--rootdir={ROOT}", f"--junitxml={out / TESTS}", *files]
-    bf16 = ["--image-size", "224", "--dtype", "bf16", "--seconds", "15"]
     return [
-        Stage("memcheck", calls, 75, tool=(*sanitizer, "memcheck")),
+        Stage("memcheck", calls, 75, tool=(*sanitizer, "memcheck"), variables=(UNCACHED,)),
         Stage("racecheck", calls, 60, tool=(*sanitizer, "racecheck")),
-        Stage("tests", tests, 150),
-        Stage("qualify_sdnet18_224", [*qualify, "sdnet18", *large, "--quick"], 40, spare=15),
+        Stage("tests", tests, 150, variables=("OMP_NUM_THREADS=1",)),
         Stage("qualify_sdnet18_all_224", [*qualify, "sdnet18_all", *large, "--quick"], 120, spare=15),
-        Stage("qualify_sdnet18_32", [*qualify, "sdnet18", *small, "--quick"], 40, spare=15),
+        Stage("qualify_sdnet18_224", [*qualify, "sdnet18", *large, "--quick"], 40, spare=15),
         Stage("qualify_sdnet18_all_32", [*qualify, "sdnet18_all", *small, "--quick"], 90, spare=15),
-        Stage("train", [*train, *bf16, "--impl", "auto", "torch"], 140, spare=50),
+        Stage("qualify_sdnet18_32", [*qualify, "sdnet18", *small, "--quick"], 40, spare=15),
+        Stage("train", [*train, *large, "--seconds", "15", "--impl", "auto", "torch"], 140, spare=50),
         Stage("ncu", [*calls, "--layer", "64@56", "256@14", "--batch", "256"], 60, tool=ncu),
         Stage("tiles_sdnet18_all_224", [*qualify, "sdnet18_all", *large, "--fresh"], 240, spare=15),
         Stage("kernels", [*kernels, "--operator", "csc", "--image-size", "224"], 175, spare=45),
-        Stage("train_more", [*train, "--image-size", "32", "--seconds", "12"], 120, spare=50),
+        Stage("train_more", [*train, *small, "--seconds", "12"], 120, spare=50),
     ]
 
 
@@ -125,13 +136,16 @@ def numbers_of(name: str, out: Path, log: str) -> dict[str, float]:
 
 
 def counters_of(log: str) -> dict[str, float]:
-    """Return each counter of each kernel in Nsight Compute's CSV, the mean over the kernel's launches."""
+    """Return each counter of each kernel and grid in Nsight Compute's CSV, the mean over these launches.
+
+    The grid tells layers apart.
+    """
     lines = log.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     values: dict[str, list[float]] = {}
     for row in csv.DictReader(lines[start:]):
-        value = (row.get("Metric Value") or "").replace(",", "")
-        if re.fullmatch(r"[\d.]+", value):
-            key = f"{row['Kernel Name'].split('(')[0]} {row['Metric Name']} [{row['Metric Unit']}]"
+        kernel, grid, metric, unit, value = (row.get(name) or "" for name in COLUMNS)
+        if re.fullmatch(r"[\d.]+", value := value.replace(",", "")):
+            key = f"{kernel.split('(')[0]} {grid.replace(' ', '')} {metric} [{unit}]"
             values.setdefault(key, []).append(float(value))
     return {key: sum(found) / len(found) for key, found in values.items()}

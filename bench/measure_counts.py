@@ -6,11 +6,10 @@ Counted are bytes of tensors that the kernels read and write, floating-point ope
 shared memory, and the share of a launch in which the multiprocessors are busy: with the residual computed again and
 kept, for the rules' tiles, for the candidate of the least traffic per busy time, and for a stem with padded channels.
 The milliseconds of a row are the host's for the launches of forward and backward pass, on a stub of a GPU
-(`bench/stub_gpu.py`): all of Python, without Triton's C functions.
+(`bench/stub_gpu.py`): all of Python, without Triton's C functions. So rows are those of a CPU, also beside a GPU.
 """
 
 import argparse
-import os
 import time
 from collections import Counter
 from typing import Any
@@ -34,15 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=at_least(1), default=60, help="calls of which the host's time is taken")
     parser.add_argument("--host-only", action="store_true", help="measure the host alone, count nothing")
     add_common_options(parser)
+    parser.set_defaults(device="cpu")
 
 
 def run(options: argparse.Namespace) -> int:
     """Count and measure; append a row for each layer, setting and variant."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UserError("TRITON_INTERPRET is set; the launches of compiled kernels are what this command measures.")
+    if options.device != "cpu":
+        raise UserError(f"--device is {options.device}; counts runs nothing on a GPU, so it must be cpu.")
+    _, ledger = open_ledger(options, "counts")
     from sdnet.bench.stub_gpu import use_stub_gpu
 
-    _, ledger = open_ledger(options, "counts")
     gpu = use_stub_gpu()
     gpu.keeps_arguments = False
     for image_size, batch in SETTINGS:

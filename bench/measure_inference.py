@@ -1,7 +1,8 @@
 """`infer`: images per second of inference, of networks as they are and as exported files.
 
-Without gradients a CSC layer keeps none of its earlier codes. All models and forms run in turns in one process, in
-evaluation mode, so that their ratios hold whatever else the machine does. Forms:
+Without gradients a CSC layer keeps none of its earlier codes. Networks compute in fp32, on a GPU without TF32. All
+models and forms run in turns in one process, in evaluation mode, so that their ratios hold whatever else the machine
+does. Forms:
 
 | form     | what runs                                                          |
 |----------|--------------------------------------------------------------------|
@@ -27,7 +28,7 @@ from sdnet.bench.common_options import add_common_options, add_width_option, at_
 from sdnet.bench.layer_shapes import stem_for
 from sdnet.bench.ledger import print_outcome
 from sdnet.bench.tables import inference_table
-from sdnet.kernels.qualify.timing import interleave, peak_memory, wall_time
+from sdnet.kernels.qualify.timing import fp32_products, interleave, peak_memory, wall_time
 from sdnet.train.errors import UserError
 
 MODELS = ("resnet18", "sdnet18", "sdnet18_all")
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     stem = stem_for(options.image_size)
     shape = {"batch": options.batch, "image_size": options.image_size, "width": options.width, "stem": stem}
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), fp32_products(tf32=False):
         for name, form in itertools.product(options.model, options.form):
             print(f"Preparing {name}, {form}", flush=True)
             with torch.inference_mode(False):

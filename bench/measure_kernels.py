@@ -9,7 +9,7 @@ rows alone.
 import argparse
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch._functorch import config as compiled_backward
 
 from sdnet.bench import accuracy, isolation, step_providers
 from sdnet.bench.common_options import add_common_options, add_setting_options, at_least, open_ledger, seconds
-from sdnet.bench.isolation import Loss, Worker, survivors
+from sdnet.bench.isolation import Loss, Worker, WorkerError, survivors
 from sdnet.bench.layer_shapes import LayerShape, csc_layers, csc_models, distinct
 from sdnet.bench.ledger import Ledger, print_outcome
 from sdnet.bench.providers import (
@@ -82,7 +82,10 @@ def run(options: argparse.Namespace) -> int:
         for workload in workloads(options, device):
             providers = list(chosen[workload.operator])
             if workload.dtype not in ceilings:
-                (ceilings[workload.dtype],) = worker.run(ceilings_of, device, workload.dtype)
+                try:
+                    (ceilings[workload.dtype],) = worker.run(ceilings_of, device, workload.dtype)
+                except WorkerError as error:
+                    raise UserError(f"A copy and a matrix product could not be timed on {device}: {error}.") from error
                 print(f"Ceilings in {workload.dtype}: {show(ceilings[workload.dtype])}", flush=True)
             if time.perf_counter() > deadline:
                 reason = f"the budget of {options.budget:.0f} seconds was spent"
@@ -263,16 +266,34 @@ def time_mode(
     size = sum(inputs[0][name].numel() * inputs[0][name].element_size() for name in ("x", "grad"))
     copies = timing.copies_past_cache(size, workload.device)
     inputs += [operator.inputs(workload, seed) for seed in range(1, copies)]
-    samplers, timers, memories = {}, {}, {}
+    calls, memories = {}, {}
     for name, provider in providers.items():
         isolation.announce(name)
-        calls = [make_call(provider(workload, copy), copy["grad"], mode) for copy in inputs]
-        calls[0]()
-        memories[name] = timing.peak_memory(calls[0], workload.device)
-        sampler, timers[name] = timing.make_sampler(calls, workload.device, name not in NOT_CAPTURABLE)
-        samplers[name] = isolation.announced(name, sampler)
+        calls[name] = [make_call(provider(workload, copy), copy["grad"], mode) for copy in inputs]
+        calls[name][0]()
+        memories[name] = timing.peak_memory(calls[name][0], workload.device)
+    samplers, timers = samplers_of(calls, workload.device)
     measured = timing.interleave(samplers, SECONDS_PER_MODE[workload.device.type] if limit is None else limit)
     return {name: (measured[name], timers[name], memories[name]) for name in providers}
+
+
+def samplers_of(
+    calls: Mapping[str, Sequence[timing.Call]], device: torch.device
+) -> tuple[dict[str, timing.Sampler], dict[str, str]]:
+    """Return a sampler of each provider, and its name.
+
+    If a provider cannot be captured that should be, all are timed with their launches, so that their ratios hold.
+    """
+    samplers: dict[str, timing.Sampler] = {}
+    timers: dict[str, str] = {}
+    for captured in (True, False):
+        for name, each in calls.items():
+            isolation.announce(name)
+            sampler, timers[name] = timing.make_sampler(each, device, captured and name not in NOT_CAPTURABLE)
+            samplers[name] = isolation.announced(name, sampler)
+        if len({timer for name, timer in timers.items() if name not in NOT_CAPTURABLE}) < 2:
+            break
+    return samplers, timers
 
 
 def make_call(bound: BoundCall, grad: torch.Tensor, mode: str) -> timing.Call:

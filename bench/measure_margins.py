@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 import sdnet
 from sdnet.bench.common_options import add_common_options, add_width_option, at_least, number, open_ledger
+from sdnet.bench.isolation import check_context
 from sdnet.bench.ledger import Ledger
 from sdnet.kernels import step_sizes
-from sdnet.kernels.qualify.timing import percentiles
+from sdnet.kernels.qualify.timing import fp32_products, percentiles
 from sdnet.step_size import csc_layers
 from sdnet.train.build import create_model
 from sdnet.train.data.cifar import SmallPictures, read_small_pictures
@@ -131,6 +132,7 @@ class Classification:
         shape = {name: getattr(recipe, name) for name in ("batch", "image_size", "width")}
         self.facts: dict[str, Any] = {"provider": recipe.model, "shape": shape | {"n_steps": recipe.coding.n_steps}}
         self.settings = {"optimizer": "SGD", "lr": recipe.lr, "seed": recipe.seed}
+        self.device = device
         torch.manual_seed(recipe.seed)
         self.model: nn.Module = create_model(recipe, len(pictures.classes)).to(device)
         self.optimizer = torch.optim.SGD(
@@ -170,15 +172,21 @@ class StepRecord(NamedTuple):
     step_ms: float
 
 
+@fp32_products(tf32=False)
 def measure(task: DictionaryLearning | Classification, options: argparse.Namespace, ledger: Ledger) -> None:
     """Train for some steps, and write a row whenever `options.every` of them are done."""
     sdnet.refresh_step_size(task.model)
     layers = csc_layers(task.model)
     vectors = {name: layer.power_vector.clone() for name, layer in layers.items()}
     clock: list[float] = []
-    task.optimizer.register_step_post_hook(lambda *_: clock.append(time.perf_counter()))
+
+    def note(*_: Any) -> None:
+        check_context(task.device)  # which waits, so that times are those of the device and not of the launches
+        clock.append(time.perf_counter())
+
+    task.optimizer.register_step_post_hook(note)
     sdnet.attach(task.model, task.optimizer)
-    task.optimizer.register_step_post_hook(lambda *_: clock.append(time.perf_counter()))
+    task.optimizer.register_step_post_hook(note)
     records: list[StepRecord] = []
     source = task.losses()
     for step in range(1, options.steps + 1):
@@ -189,6 +197,8 @@ def measure(task: DictionaryLearning | Classification, options: argparse.Namespa
         task.optimizer.step()
         before, after = clock[-2:]
         if not loss.isfinite() or not all(layer.weight.isfinite().all() for layer in layers.values()):
+            if records:
+                write(ledger, task, {"first_step": step - len(records), "last_step": step - 1}, records)
             reason = f"the loss or the atoms became infinite or NaN at step {step}"
             settings = task.settings | {"first_step": step, "last_step": step}
             ledger.add(**task.facts, mode="step", dtype="fp32", settings=settings, status="refused", reason=reason)

@@ -11,6 +11,7 @@ import gc
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ MODELS = ("resnet18", "sdnet18", "sdnet18_all", "official_sdnet18", "official_sd
 KEEP_RESIDUALS = {"auto": None, "off": False, "on": True}
 MS_PER_TURN = 500
 """On a GPU a turn takes as many steps as fit into these milliseconds; on a CPU it takes one."""
+MOST_COMPILED = 1000
+"""The most compiled networks of one class in a process."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +141,8 @@ def train_in_turns(
     gc.collect()  # the runs of an earlier group hold each other, and their memory
     shared: dict[str, Batches] = {}
     runs: dict[TrainingSetting, TimedRun] = {}
-    with fp32_products(settings[0].tf32 if settings else False):
+    compiled = any(setting.compiled for setting in settings)
+    with fp32_products(settings[0].tf32 if settings else False), many_compiled() if compiled else nullcontext():
         for setting in settings:
             if time.perf_counter() > deadline:
                 reason = f"the budget of {options.budget:.0f} seconds was spent"
@@ -163,6 +167,13 @@ def train_in_turns(
         timings = interleave(turns, options.seconds, least=options.turns)
         for setting, run in runs.items():
             yield setting, run.result(timings[str(setting)], "pictures" if options.data else "noise", options.warm_up)
+
+
+def many_compiled() -> AbstractContextManager[Any]:
+    """Return the context in which torch.compile compiles each network; by default it gives up after 8 of one class."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=MOST_COMPILED, accumulated_recompile_limit=MOST_COMPILED)
 
 
 def without_time(setting: TrainingSetting, status: str, reason: str) -> dict[str, Any]:

@@ -74,8 +74,8 @@ class TrainingSetting:
 
     @property
     def tf32(self) -> bool:
-        """Whether fp32 products are computed in tf32."""
-        return self.dtype == "tf32"
+        """Whether fp32 products are computed in tf32, as the training programs do beside autocast too."""
+        return self.dtype != "fp32"
 
     def describe(self) -> dict[str, Any]:
         """Return the shape for the ledger."""
@@ -109,7 +109,7 @@ class TrainingRun:
         for layer in layers.values():
             layer.keep_residuals = setting.keep_residuals
         self.model: nn.Module = model.train()
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(model) if setting.compiled else model
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=True) if setting.compiled else model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting.dtype == "fp16" and device.type == "cuda")
         self.clock = StepClock(device)

@@ -34,10 +34,13 @@ from pathlib import Path
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
+from sdnet.bench.common_options import at_least
 from sdnet.bench.compile_check.compile_case import CompileCase
 from sdnet.bench.compile_check.sass import disassembled, unguarded_refills
+from sdnet.bench.ledger import writable_folder
 from sdnet.files import write_text
 from sdnet.kernels.triton_path.tiles import most_shared
+from sdnet.train.errors import UserError
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 
@@ -249,11 +252,21 @@ def document(reports: list[Report]) -> str:
 
 
 def earlier_reports(file: Path | None) -> list[Report]:
-    """Return the reports of an earlier check by the same version of Triton; none without a file."""
-    if file is None or not file.is_file():
+    """Return the reports of an earlier check by the same version of Triton; none without a file.
+
+    Raises:
+        UserError: The file holds something else, or its folder cannot be written to.
+    """
+    if file is None:
         return []
-    written = json.loads(file.read_text())
-    return [Report(**report) for report in written["reports"]] if written["triton"] == triton.__version__ else []
+    writable_folder(file.parent)
+    if not file.exists():
+        return []
+    try:
+        written = json.loads(file.read_text())
+        return [Report(**report) for report in written["reports"]] if written["triton"] == triton.__version__ else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--out is {file}, which holds no reports of a compile check.") from error
 
 
 def write(file: Path | None, reports: list[Report]) -> None:
@@ -270,14 +283,17 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one case of each kernel, form and architecture, in bf16")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose module and name hold this text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the reports as JSON")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=at_least(1), default=os.cpu_count() or 1)
     options = parser.parse_args()
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out {options.out} must end in .json.")
     jobs = jobs_of(options.arch, options.only, options.quick)
     if not jobs:
         parser.error(f"--only {options.only} is in the module and name of no case, such as 'step_size_cases project'.")
-    reports, known = [], earlier_reports(options.out)
+    try:
+        reports, known = [], earlier_reports(options.out)
+    except UserError as error:
+        parser.error(str(error))
     for report in reports_of(jobs, options.processes, known):
         reports.append(report)
         if len(reports) % WRITTEN_EVERY == 0:

@@ -142,6 +142,31 @@ def test_command_writes_what_it_found(
     assert "must end in .json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--out", "damaged.json"], "damaged.json, which holds no reports of a compile check."),
+        (["--out", "damaged.json/found.json"], "The folder damaged.json cannot be written to"),
+        (["--processes", "0"], "0 is not an integer of at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_compiled(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("damaged.json").write_text('{"triton"')
+    monkeypatch.setattr(compile_check, "jobs_of", lambda *_: [("module", "name", 90)])
+    monkeypatch.setattr(compile_check, "reports_of", lambda *_: pytest.fail("something is compiled"))
+    monkeypatch.setattr(sys, "argv", ["compile_check", *arguments])
+    with pytest.raises(SystemExit):
+        compile_check.main()
+    assert sentence in capsys.readouterr().err
+
+
 def test_a_filter_that_no_case_meets_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["compile_check", "--arch", "89", "--only", "no such case"])
     with pytest.raises(SystemExit):

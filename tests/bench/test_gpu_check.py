@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sdnet.bench import __main__ as front
-from sdnet.bench import gpu_calls, gpu_check
+from sdnet.bench import gpu_calls, gpu_check, measure_training
 from sdnet.bench.gpu_parts import NEEDED, Stage, numbers_of
 from sdnet.bench.ledger import read
 from sdnet.kernels.qualify import __main__ as qualify
@@ -128,11 +128,29 @@ def test_the_stages_come_in_the_order_of_business(tmp_path: Path, capsys: pytest
     assert "my folder" in shlex.split(capsys.readouterr().out), "a printed command can be pasted into a shell"
     qualified = [line for line in printed if line.split()[1].startswith("qualify")]
     assert [("sdnet18_all" in line, "--image-size 32 --batch 512" in line) for line in qualified] == [
-        (False, False),
         (True, False),
-        (False, True),
+        (False, False),
         (True, True),
+        (False, True),
     ]
+    assert ": PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer " in printed[0], "else tensors lie in larger blocks"
+
+
+def test_networks_are_trained_as_they_were_qualified(tmp_path: Path) -> None:
+    """A verdict is one for a type, a memory format, an image size and a batch."""
+    qualified: set[tuple[object, ...]] = set()
+    for stage in gpu_check.stages(tmp_path):
+        if stage.command[0] == "sdnet.kernels.qualify":
+            found = qualify.options_of(stage.command[1:])
+            qualified |= {(found.model, found.image_size, found.batch, dtype, found.layout) for dtype in found.dtype}
+        elif stage.command[:2] == ["sdnet.bench", "train"]:
+            parser = argparse.ArgumentParser()
+            measure_training.add_arguments(parser)
+            options = parser.parse_args(stage.command[2:])
+            (size,), (batch,) = options.image_size, options.batch
+            for item in measure_training.chosen(options, torch.device("cuda"), batch, size):
+                trained = (item.model, size, batch, item.dtype, item.layout)
+                assert trained in qualified or not item.model.startswith("sdnet"), stage.name
 
 
 @pytest.mark.usefixtures("fake_gpu")
@@ -140,7 +158,11 @@ def test_every_stage_leaves_a_row_and_a_missing_tool_is_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = ("no-such-tool", "--tool")
-    planted = [Stage("memcheck", PASSES, 30, tool=tool), Stage("good", PASSES, 30, tool=("env", "SET=1"))]
+    reads = ["timeit", "-n", "1", "-r", "1", "import os; assert os.environ['SET'] + os.environ['ADDED'] == '1a=b'"]
+    planted = [
+        Stage("memcheck", PASSES, 30, tool=tool),
+        Stage("good", reads, 30, tool=("env", "SET=1"), variables=("ADDED=a=b",)),
+    ]
     monkeypatch.setattr(gpu_check, "stages", lambda _: planted)
     (tmp_path / "memcheck.log").write_text("========= ERROR SUMMARY: 3 errors\n")  # of an earlier check
     assert front.main(["gpu-check", "--out", str(tmp_path)]) == 1
@@ -162,11 +184,15 @@ def test_numbers_are_read_from_what_the_tools_print(tmp_path: Path) -> None:
     (tmp_path / "tests.xml").write_text(suite[:30])  # pytest was killed
     assert numbers_of("tests", tmp_path, "") == {}
     log = (
-        '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
-        '"0","synthesis_kernel(void *)","lts__t_bytes.sum","byte","1,000"\n'
-        '"1","synthesis_kernel(void *)","lts__t_bytes.sum","byte","3000"\n'
+        '==PROF== Connected\n"ID","Kernel Name","Grid Size","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","synthesis_kernel(void *)","(64, 1, 1)","lts__t_bytes.sum","byte","1,000"\n'
+        '"1","synthesis_kernel(void *)","(64, 1, 1)","lts__t_bytes.sum","byte","3000"\n'
+        '"2","synthesis_kernel(void *)","(8, 2, 1)","lts__t_bytes.sum","byte","500"\n'
     )
-    assert numbers_of("ncu", tmp_path, log) == {"synthesis_kernel lts__t_bytes.sum [byte]": 2000}
+    assert numbers_of("ncu", tmp_path, log) == {
+        "synthesis_kernel (64,1,1) lts__t_bytes.sum [byte]": 2000,
+        "synthesis_kernel (8,2,1) lts__t_bytes.sum [byte]": 500,
+    }
 
 
 BLOCKED = ("accelerate", "rich", "tyro", "nvidia.dali", "PIL", "safetensors", "tensorboard", "matplotlib", "pandas")

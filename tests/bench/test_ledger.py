@@ -1,7 +1,9 @@
 """The ledger checks its schema and writes complete lines."""
 
+import argparse
 import json
 import os
+import sys
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdnet.bench.common_options import without_folders
+from sdnet.bench.common_options import open_ledger, without_folders
 from sdnet.bench.ledger import RESULTS, Ledger, Row, append, read
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
@@ -104,6 +106,19 @@ def test_a_full_disk_leaves_the_earlier_lines(tmp_path: Path, monkeypatch: pytes
 def test_rows_without_time_say_why(tmp_path: Path) -> None:
     row = make_ledger(tmp_path).add("fused", "forward", {}, status="unsupported", reason="no GPU")
     assert Row.from_line(row.to_line()) == row
+
+
+def test_commands_are_recorded_with_the_variables_that_decide_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SDNET_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SDNET_IMPL", "torch")
+    monkeypatch.setenv("SDNET_CACHE", "/home/somebody/verdicts")
+    monkeypatch.setattr(sys, "argv", ["sdnet.bench", "train"])
+    _, ledger = open_ledger(argparse.Namespace(device="cpu", out=tmp_path, label=""), "train")
+    command = "SDNET_CACHE=/.../verdicts SDNET_IMPL=torch python -m sdnet.bench train"
+    assert ledger.environment["command"] == command
 
 
 def test_commands_are_recorded_without_the_folders_of_this_machine() -> None:

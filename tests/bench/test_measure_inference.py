@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdnet.bench import measure_inference
 from sdnet.bench.__main__ import main
 from sdnet.bench.ledger import Row, read
 from sdnet.bench.tables import inference_table
+from sdnet.kernels.qualify.key import Flags
 
 
 def row(model: str, form: str, milliseconds: float) -> Row:
@@ -35,6 +37,16 @@ def test_every_model_and_form_has_a_row(tmp_path: Path, monkeypatch: pytest.Monk
         (model, form) for model in ("resnet18", "sdnet18") for form in ("eager", "pt2")
     ]
     assert all(found.status == "ok" and found.metrics["images_per_second"] > 0 for found in rows)
+
+
+def test_rows_in_fp32_are_computed_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default PyTorch computes convolutions of fp32 in TF32 on a GPU."""
+    seen: list[Flags] = []
+    monkeypatch.setattr(measure_inference, "call_of", lambda *_: lambda: seen.append(Flags.now()))
+    command = ["infer", "--model", "resnet18", "--form", "eager", "--width", "2", "--seconds", "0", "--device", "cpu"]
+    assert Flags.now().convolutions == "tf32"
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert {(flags.convolutions, flags.products) for flags in seen} == {("ieee", "ieee")}
 
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])

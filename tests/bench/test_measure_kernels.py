@@ -19,6 +19,7 @@ from sdnet.bench.ledger import Ledger, Row, read
 from sdnet.bench.measure_kernels import OPERATORS
 from sdnet.bench.providers import BoundCall, Inputs, Provider, Workload, csc_by
 from sdnet.bench.roofline import Ceilings, least_work
+from sdnet.kernels.qualify import timing
 from sdnet.train.environment import describe_environment
 from sdnet.train.errors import UserError
 
@@ -202,6 +203,31 @@ def test_least_work_of_a_layer_counted_by_hand() -> None:
     assert both == (forward.flops + backward.flops, forward.bytes + backward.bytes)
     assert least_work(replace(workload, operator="encode"), "forward") == (flops, 2 * (3 * codes + weight))
     assert least_work(replace(workload, operator="power_iteration"), "forward") is None
+
+
+def test_a_call_that_cannot_be_captured_has_all_timed_with_their_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ratio of a replayed graph and of launched calls would have no meaning."""
+
+    def make_sampler(calls: list[str], _: torch.device, capturable: bool) -> tuple[Callable[[], float], str]:
+        return lambda: 1.0, "graph" if capturable and calls != ["bad"] else "events"
+
+    monkeypatch.setattr(timing, "make_sampler", make_sampler)
+    calls: Any = {"fused": ["good"], "compile": ["good"], "official": ["bad"]}
+    cuda = torch.device("cuda")
+    assert measure_kernels.samplers_of(calls, cuda)[1] == {"fused": "graph", "compile": "graph", "official": "events"}
+    calls["compile"] = ["bad"]
+    assert set(measure_kernels.samplers_of(calls, cuda)[1].values()) == {"events"}
+
+
+def test_a_device_that_cannot_be_timed_gets_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: object) -> Ceilings:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(measure_kernels, "measure_ceilings", full)
+    assert kernels(tmp_path, "--layer", LAYER, "--device", "cpu") == (2, [])
+    assert "could not be timed on cpu: it raised OutOfMemoryError: CUDA out of memory." in capsys.readouterr().err
 
 
 def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

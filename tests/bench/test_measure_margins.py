@@ -1,13 +1,17 @@
 """`margins` measures step size times largest eigenvalue after every optimizer step, and writes rows as it goes."""
 
 import itertools
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from sdnet.bench import __main__ as front
+from sdnet.bench import measure_margins
 from sdnet.bench.ledger import read
 
 
@@ -51,6 +55,33 @@ def test_a_row_holds_the_margins_of_its_steps(tmp_path: Path) -> None:
         assert row.time_ms is not None
         assert row.time_ms["samples"] == steps
         assert row.time_ms["p50"] < row.metrics["step_ms"]
+
+
+def test_the_update_is_timed_until_the_device_has_done_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait for the device that takes 50 ms stands for an update that a GPU is still computing."""
+    monkeypatch.setattr(measure_margins, "check_context", lambda _: time.sleep(0.05))
+    arguments = ["--task", "dictionary", "--adam-lr", "1e-3", "--seed", "0", "--steps", "1", "--out", str(tmp_path)]
+    assert front.main(["margins", *arguments]) == 0
+    ((_, row),) = read(tmp_path)
+    assert row.time_ms is not None
+    assert row.time_ms["p50"] >= 50
+    assert row.metrics["step_ms"] >= 100
+
+
+def test_the_steps_before_a_divergence_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = measure_margins.DictionaryLearning.losses
+
+    def diverging(task: measure_margins.DictionaryLearning) -> Iterator[Tensor]:
+        yield from (loss * float("inf") if step == 3 else loss for step, loss in enumerate(losses(task), 1))
+
+    monkeypatch.setattr(measure_margins.DictionaryLearning, "losses", diverging)
+    arguments = ["--task", "dictionary", "--adam-lr", "1e-3", "--seed", "0", "--steps", "9", "--out", str(tmp_path)]
+    assert front.main(["margins", *arguments]) == 0
+    rows = [row for _, row in read(tmp_path)]
+    assert [(row.status, row.settings["first_step"], row.settings["last_step"]) for row in rows] == [
+        ("ok", 1, 2),
+        ("refused", 3, 3),
+    ]
 
 
 def test_networks_need_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

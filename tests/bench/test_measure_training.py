@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from sdnet.bench.isolation import WorkerError
 from sdnet.bench.ledger import Row, read
 from sdnet.bench.tables import training_table
 from sdnet.bench.training_run import OFFICIAL, TrainingRun, TrainingSetting, noise
+from sdnet.kernels.qualify import __main__ as qualify
 from sdnet.kernels.qualify import timing
+from sdnet.kernels.qualify.key import Flags
 from sdnet.layers import CSCConv2d
 
 CPU = torch.device("cpu")
@@ -236,6 +239,50 @@ def test_official_runs_as_published() -> None:
     official = [item for item in chosen if item.model in OFFICIAL]
     assert {(item.layout, item.compiled) for item in official} == {("contiguous", False)}
     assert len(chosen) == 3 * 2 + 2
+
+
+@pytest.mark.usefixtures("small_models")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_networks_train_under_the_flags_of_their_verdicts(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no verdict on the update of the dictionaries is found: its key holds the precision of convolutions."""
+    seen: list[Flags] = []
+    warm_up = measure_training.TimedRun.warm_up
+
+    def noting(run: measure_training.TimedRun, steps: int) -> None:
+        seen.append(Flags.now())
+        warm_up(run, steps)
+
+    monkeypatch.setattr(measure_training.TimedRun, "warm_up", noting)
+    train(tmp_path, "--model", "sdnet18", "--dtype", dtype)
+    verdicts = qualify.flags_of(dtype, deterministic=False)
+    assert [flags.text(precision=True) for flags in seen] == [verdicts.text(precision=True)]
+    assert verdicts.text(precision=True) == f"{'ieee' if dtype == 'fp32' else 'tf32'}, cudnn.benchmark"
+
+
+def test_every_compiled_network_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch.compile runs what it meets after 8 networks of one class as it is."""
+    compiled: list[torch.fx.GraphModule] = []
+
+    class Sized(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, width), nn.Linear(width, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x.mean(dim=(2, 3))))
+
+    def noted(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(training_run, "make_model", lambda setting: Sized(setting.n_steps))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=noted))
+    steps = [str(number) for number in range(1, 11)]
+    status, rows = train(tmp_path, "--model", "sdnet18", "--n-steps", *steps, "--compile", "on")
+    assert status == 0
+    assert len(rows) == len(compiled) == 10
 
 
 def test_unknown_model_gets_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

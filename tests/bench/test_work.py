@@ -1,7 +1,10 @@
 """The counted work of launches, by hand."""
 
+from pathlib import Path
+
 import pytest
 
+from sdnet.bench import __main__ as front
 from sdnet.bench.cost import tile_shape
 from sdnet.bench.layer_shapes import LayerShape, distinct_layers
 from sdnet.bench.work import convolution_steps, efficiency, training_work, work_of
@@ -69,3 +72,12 @@ def test_larger_tiles_and_kept_residuals_read_less_from_l2() -> None:
     least = min(training_work(layer, shape, tiles, True, True).l2_bytes for tiles in candidates(shape))
     assert least < kept < again
     assert 0.7 < least / kept < 0.9
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_counts_are_never_recorded_as_those_of_a_gpu(
+    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert front.main(["counts", "--device", device, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"--device is {device}; counts runs nothing on a GPU, so it must be cpu.\n"
+    assert not list(tmp_path.iterdir())
