@@ -23,7 +23,7 @@ COMMANDS = {
     "report": ("report", "tables and plots from the ledger"),
     "gpu-check": (
         "gpu_check",
-        "what to do first on a GPU: checks, tests, verdicts and speed in a quarter of an hour",
+        "the first checks and measurements on a GPU, in 15 minutes: tests, verdicts and speed",
     ),
 }
 

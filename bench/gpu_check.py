@@ -1,4 +1,4 @@
-"""`gpu-check`: what to do first on a GPU, within a quarter of an hour; all results in one folder.
+"""`gpu-check`: the first checks and measurements on a GPU, within 15 minutes; all results in one folder.
 
 In this order: compute-sanitizer over one small call of each kernel; the tests that need a GPU; the qualification of
 SDNet-18 and SDNet-18_all in the rules' tiles; training speed with these verdicts; Nsight Compute on two layers. What

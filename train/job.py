@@ -25,7 +25,7 @@ class Job:
 
     Attributes:
         recipe: The settings that decide the results.
-        data: The folder of the pictures.
+        data: The folder of the images.
         run: The run folder.
         resume: Whether the run continues from its last checkpoint.
         changes: The settings that a resumed run changes: `name: new, not old`.
@@ -49,7 +49,7 @@ class Job:
         1800.0, "run", "seconds that a process waits in training for one that does not answer", most=1e6
     )
     qualify: Qualify = setting(
-        "auto", "run", "find out the quickest right kernels on a GPU: those without a verdict, all again, or none"
+        "auto", "run", "test and time kernels on a GPU: of layers without a verdict, of all layers again, or of none"
     )
     qualify_seconds: float = setting(600.0, "run", "the most seconds that --qualify takes before the first step")
     runs: int = setting(1, "run", "runs with the seeds seed, seed + 1 ...; their mean and deviation", least=1)

@@ -1,4 +1,4 @@
-"""The kernels of a run: which ones are right and quicker on this machine, found out before the first step.
+"""The kernels of a run: which ones are right and faster on this machine, determined before the first step.
 
 It happens before this process uses the GPU, for a GPU may take only one process at a time. All processes of a run use
 one table of verdicts, that of rank 0; the table is a part of the checkpoint, and a resumed run uses it again.

@@ -1,4 +1,4 @@
-"""Qualification: which kernels are right and quicker on this machine, found out before they are used.
+"""Qualification: tests, before kernels are used, which of them are right and faster on this machine.
 
 `python -m sdnet.kernels.qualify` and `sdnet.qualify` start it, and the training programs do before their first step.
 A call of the operator never starts it; it only reads verdicts.

@@ -1,8 +1,8 @@
-"""`python -m sdnet.kernels.qualify`: find out which kernels are right and quicker for a model on this machine.
+"""`python -m sdnet.kernels.qualify`: determine which kernels are right and faster for a model on this machine.
 
 Every distinct CSC layer of the model is compared with PyTorch in fp32 and timed in a child process, and one verdict per
-layer, type, memory format and batch class enters the table of this machine, which `impl="auto"` reads. What is known
-already is not found out again, so an interrupted run goes on where it was. The training programs do the same before
+layer, type, memory format and batch class enters the table of this machine, which `impl="auto"` reads. Layers that
+have a verdict are skipped, so an interrupted run continues where it stopped. The training programs do the same before
 their first step.
 """
 
@@ -40,11 +40,11 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deterministic", action="store_true", help="for training with --deterministic, which asks "
                         "cuDNN for deterministic algorithms; without it cuDNN times its algorithms")  # fmt: skip
     parser.add_argument("--device", help="default: the GPU")
-    parser.add_argument("--quick", action="store_true", help="leave out other tiles than the rules'")
-    parser.add_argument("--fresh", action="store_true", help="find out again what is known")
+    parser.add_argument("--quick", action="store_true", help="try no other tiles than those of the rules")
+    parser.add_argument("--fresh", action="store_true", help="qualify layers that have a verdict again")
     parser.add_argument("--budget", type=positive, default=int(parent.BUDGET), metavar="SECONDS",
-                        help=f"of it all; default {parent.BUDGET:.0f}")  # fmt: skip
-    parser.add_argument("--memory", type=positive, metavar="GIB", help="of the GPU; default all that is free")
+                        help=f"after which it ends; default {parent.BUDGET:.0f}")  # fmt: skip
+    parser.add_argument("--memory", type=positive, metavar="GIB", help="most GPU memory; default all that is free")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of the verdicts; default the one that "
                         f"{CACHE_VARIABLE} names, else sdnet in XDG_CACHE_HOME or ~/.cache")  # fmt: skip
     return parser.parse_args(argv)

@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 
 
 class Outcome(NamedTuple):
-    """What a qualification has found out.
+    """The result of a qualification.
 
     Attributes:
         machine: the facts of the machine; None if no child could describe it.
@@ -152,8 +152,8 @@ def qualify(
         device: the name of the device.
         flags: the flags of PyTorch; None for those of this process.
         store: where verdicts are read from and added to; None for the user's cache folder.
-        fresh: whether verdicts that exist are found out again.
-        budget: the most seconds of it all. Items that are left keep the verdict that they have, or get the verdict
+        fresh: whether items that have a verdict are qualified again.
+        budget: the seconds after which it ends. Items that are left keep the verdict that they have, or get the verdict
             "torch", which is not stored.
         silence: the most seconds of one candidate.
         memory_gib: the most GPU memory that the child uses, in GiB; None for all that is free.

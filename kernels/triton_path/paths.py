@@ -8,7 +8,7 @@ There are three paths, and all provide the four products of the loop (`Path`):
 
 `choose_path` depends on its arguments alone. `requested_path` reads the environment, once per call of the operator.
 Under `impl="auto"` the caller is `sdnet.kernels.qualify.job`, which asks for what this machine has shown to be right
-and quicker. The rule serves `impl="triton"`, which needs no verdict.
+and faster. The rule serves `impl="triton"`, which needs no verdict.
 """
 
 import json
