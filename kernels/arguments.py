@@ -51,6 +51,8 @@ def check_x_and_weight(x: Tensor, weight: Tensor, padding: Pair, n_dict: int) ->
         raise ValueError(
             f"weight has shape {list(weight.shape)}; it must hold at least one atom of at least one pixel."
         )
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x has shape {list(x.shape)}; its images must have at least one pixel.")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device} and weight on {weight.device}; they must be on one device.")
     padded = [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)]
@@ -106,7 +108,10 @@ def as_tensor(name: str, value: float | Tensor, x: Tensor, atoms: int | None = N
     value = value.to(device=x.device, dtype=dtype)
     if value.ndim == 0:
         return value
-    return (value if per_atom else value.reshape(-1, 1, 1, 1)).contiguous()
+    value = value if per_atom else value.reshape(-1, 1, 1, 1)
+    if value.shape[1] == 1:  # that of a single atom too, which the kernels then take as one per sample
+        value = value.expand(batch, 1, 1, 1)
+    return value.contiguous()
 
 
 def _has_values(tensor: Tensor) -> bool:

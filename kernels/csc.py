@@ -250,7 +250,7 @@ def prepared(
     stride, padding = checks.pair("stride", stride, 1), checks.pair("padding", padding, 0)
     check_x_and_weight(x, weight, padding, coding.n_dict)
     transform = transform_of(*(tensor for tensor in (x, weight, step_size, lam) if isinstance(tensor, Tensor)))
-    step_size = as_tensor("step_size", step_size, x)
+    step_size = as_tensor("step_size", step_size, x).detach()  # no gradient reaches it
     lam = as_tensor("lam", lam, x, atoms=weight.shape[0])
     x, weight = under_autocast(x, weight)
     if iteration.given is not None:
@@ -259,7 +259,7 @@ def prepared(
         (height, width), (kernel_h, kernel_w) = x.shape[2:], weight.shape[2:]
         size = codes_size((height, width), (kernel_h, kernel_w), stride, padding)
         iteration.check_fits(coding, (x.shape[0], weight.shape[0], *size), x)
-    choice = choose(impl, x, weight, iteration.given or transform, lam.ndim > 0 and lam.shape[1] > 1)
+    choice = choose(impl, x, weight, iteration.given or transform, lam.ndim > 0 and lam.shape[1] > 1, padding)
     keep = _keeps_residuals() if keep_residuals is None else checks.flag("keep_residuals", keep_residuals)
     if path is None:
         path = paths.requested_path() if choice.impl in ("auto", "triton") else paths.AUTO

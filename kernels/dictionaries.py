@@ -6,13 +6,15 @@ the environment variable SDNET_IMPL say which, and "auto" takes what has been qu
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
 from sdnet.kernels import step_sizes
-from sdnet.kernels.dispatch import obstacle_of, requested
+from sdnet.kernels.dispatch import MOST_ELEMENTS, obstacle_of, requested
 from sdnet.kernels.qualify import job
+from sdnet.kernels.reference import codes_size
 from sdnet.kernels.step_sizes import DictionaryState
 
 
@@ -21,7 +23,17 @@ def fits(dictionary: DictionaryState) -> bool:
     weight, power_vector, step_size = dictionary.weight, dictionary.power_vector, dictionary.step_size
     dense = is_dense(weight) and is_dense(power_vector)
     single = weight.dtype == power_vector.dtype == step_size.dtype == torch.float32
-    return weight.is_cuda and dense and single and obstacle_of(weight.device, weight.dtype) is None
+    together = weight.device == power_vector.device == step_size.device
+    able = dense and single and together and within_reach(dictionary)
+    return weight.is_cuda and able and obstacle_of(weight.device, weight.dtype) is None
+
+
+def within_reach(dictionary: DictionaryState) -> bool:
+    """Return whether the Triton kernels, whose offsets have 32 bits, reach all of its atoms, image and codes."""
+    weight, image, _, stride, padding = dictionary
+    size, kernel_size = (image.shape[2], image.shape[3]), (weight.shape[2], weight.shape[3])
+    codes = weight.shape[0] * prod(codes_size(size, kernel_size, stride, padding))
+    return max(weight.numel(), image.numel(), codes) <= MOST_ELEMENTS
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -42,9 +54,11 @@ def update_dictionaries(
             operators, "triton" the Triton kernels where they can run, "auto" what has been qualified on this machine.
     """
     together: dict[tuple[torch.device, str], list[DictionaryState]] = {}
+    taken: set[int] = set()  # atoms that several layers share would be projected by two programs at once
     for dictionary, impl in zip(dictionaries, impls or ["auto"] * len(dictionaries), strict=True):
         impl, _ = requested(impl)
-        if impl in ("auto", "triton") and fits(dictionary):
+        if impl in ("auto", "triton") and fits(dictionary) and dictionary.weight.data_ptr() not in taken:
+            taken.add(dictionary.weight.data_ptr())
             together.setdefault((dictionary.weight.device, impl), []).append(dictionary)
         else:
             step_sizes.update_dictionary(dictionary, iterations)

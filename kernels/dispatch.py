@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sdnet.kernels.qualify.quarantine import OBSTACLES
+from sdnet.kernels.reference import Pair
 
 Impl = Literal["auto", "torch", "reference", "triton"]
 IMPLEMENTATIONS = get_args(Impl)
@@ -74,7 +75,14 @@ def requested(impl: str) -> tuple[str, str]:
     return impl, asked_by
 
 
-def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None, lam_per_atom: bool = False) -> Choice:
+def choose(
+    impl: str,
+    x: Tensor,
+    weight: Tensor,
+    transform: str | None = None,
+    lam_per_atom: bool = False,
+    padding: Pair = (0, 0),
+) -> Choice:
     """Return the implementation for x [N, C, H, W] and weight [K, n_dict C, kh, kw], of one type.
 
     Args:
@@ -83,6 +91,7 @@ def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None, l
         weight: the dictionary.
         transform: what `transform_of` found, or the options of an `Iteration`. Only the reference takes these.
         lam_per_atom: whether lambda has a value per atom.
+        padding: of the convolution.
 
     Raises:
         ValueError: there is no such implementation.
@@ -106,7 +115,7 @@ def choose(impl: str, x: Tensor, weight: Tensor, transform: str | None = None, l
         return Choice("torch", f"{asked_by} asks for it")
     if impl == "auto" and not x.is_cuda:
         return Choice("torch", f"auto takes the torch path for tensors on {x.device.type}")
-    obstacle = obstacle_to_triton(x, weight)
+    obstacle = obstacle_to_triton(x, weight, padding)
     if lam_per_atom and obstacle is None:
         obstacle = "lam has a value per atom, and its kernels take one for all atoms"
     if impl == "triton":
@@ -151,10 +160,11 @@ def _inside_transform() -> bool:
     return functorch.peek_interpreter_stack() is not None
 
 
-def obstacle_to_triton(x: Tensor, weight: Tensor) -> str | None:
+def obstacle_to_triton(x: Tensor, weight: Tensor, padding: Pair = (0, 0)) -> str | None:
     """Return why the Triton kernels cannot compute this call; None if they can."""
     kernel_h, kernel_w = weight.shape[2:]
-    largest = x.shape[2] * x.shape[3] * max(weight.shape[0], weight.shape[1])  # of images; codes are hardly larger
+    height, width = (n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True))  # at least those of the codes
+    largest = height * width * max(weight.shape[0], weight.shape[1])
     if obstacle := obstacle_of(x.device, x.dtype):
         return obstacle
     if max(kernel_h, kernel_w) > MOST_TAPS:

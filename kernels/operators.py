@@ -5,6 +5,7 @@ plain: step_size and lam are always tensors, and the options are the fields of `
 `csc_encode` chose. For a backward pass autograd keeps x, weight, step_size, lam, the codes, and the residuals if asked.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
@@ -216,20 +217,16 @@ def csc_operator(
 def _allow_changes_in_place(codes: Tensor) -> None:
     """Let the backward pass accept that the codes, which it keeps, have been changed in place.
 
-    As after a convolution, `nn.ReLU(inplace=True)` may follow. The backward pass finds an empty tensor instead of codes
-    that were changed, and computes them again.
+    As after a convolution, `nn.ReLU(inplace=True)` or the addition of a shortcut may follow. The backward pass compares
+    the version of the codes, and computes those that were changed again.
     """
     node: Any = codes.grad_fn
     if not hasattr(node, "_raw_saved_tensors"):  # codes of a subclass of Tensor are an alias of the operator's
         node = node.next_functions[0][0]
-    # It has hooks where the caller uses torch.autograd.graph.saved_tensors_hooks, which see no changes in place.
+    # With hooks PyTorch leaves the comparison of versions to us. It has some where the caller uses
+    # torch.autograd.graph.saved_tensors_hooks, as activation checkpointing does.
     with suppress(RuntimeError):
-        node._raw_saved_tensors[-1].register_hooks(lambda tensor: (tensor, tensor._version), _unchanged)
-
-
-def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
-    tensor, version = kept
-    return tensor if tensor._version == version else tensor.new_empty(0)
+        node._raw_saved_tensors[-1].register_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -239,6 +236,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
         # While torch.compile traces: an operation in place after the layer changes the codes that are returned, and its
         # passes remove this copy where there is none.
         output = [*output[:-1], output[-1].clone()]
+        ctx.codes_version = sys.maxsize  # no change in place reaches the copy
+    else:
+        ctx.codes_version = output[-1]._version
     # As a rule the backward pass does not read lambda's value, so a lambda without a gradient may change between the
     # passes: it is not saved with the others. Where its value is needed after all, `_lambda` checks it.
     ctx.save_for_backward(x, weight, step_size, lam if lam.requires_grad else step_size, *output)
@@ -260,7 +260,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     else:
         if torch._C._len_torch_dispatch_stack():
             flops.register()
-        if kept[-1].shape != grad.shape:
+        if kept[-1]._version > ctx.codes_version:  # a copy that hooks on saved tensors made has a lower one
             kept = torch.ops.sdnet.csc_forward(x, weight, step_size, _lambda(ctx, lam), *ctx.options, True)
         options = ctx.options[:-1]  # without keep_residuals
         lam = lam if ctx.lam is None else ctx.lam

@@ -255,7 +255,9 @@ def planned_calls(model: nn.Module, batch: int, dtype: torch.dtype, channels_las
 
 def update_of(layers: Iterable[CSCConv2d]) -> Update | None:
     """Return the update of the dictionaries that an optimizer trains; None if the Triton kernels do not take them."""
-    states = [layer.dictionary for layer in layers if is_plain(layer)]
+    plain = [layer for layer in layers if is_plain(layer)]
+    first = {id(layer.weight): layer for layer in reversed(plain)}  # of the layers that share their atoms
+    states = [layer.dictionary for layer in plain if first[id(layer.weight)] is layer]
     tensors = [tensor for state in states for tensor in (state.weight, state.power_vector)]
     if not states or any(tensor.dtype != torch.float32 or not is_dense(tensor) for tensor in tensors):
         return None

@@ -212,7 +212,7 @@ def fits_correlation(tile: Tile, shape: Shape) -> bool:
         taps = tile.taps == 1 or tile.taps == 3 == shape.kernel_size[1]
         able = shape.describable and tile.rows == tile.columns == 1 and taps
         return able and shared_bytes("correlation", tile, shape.itemsize) < most_shared(shape.arch)
-    return (tile.form == "few") == (shape.channels <= FEW)
+    return tile.taps == 1 and (tile.form == "few") == (shape.channels <= FEW)
 
 
 def ceil_div(a: int, b: int) -> int:

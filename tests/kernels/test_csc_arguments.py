@@ -49,6 +49,7 @@ def encode_with(function: Callable[..., Any] = csc_encode, **changed: Any) -> Ca
         ({"step_size": 1e300}, r"step_size is 1e\+300; it must be at most 3.40282e\+38"),
         ({"lam": torch.full((2,), 1e300, dtype=torch.float64)}, r"lam holds 1e\+300; its values must be finite"),
         ({"x": torch.ones(2, 3, 8, 2)}, r"x padded to \[8, 2\] is smaller than the atoms"),
+        ({"x": torch.ones(2, 3, 0, 8), "padding": 2}, r"x has shape \[2, 3, 0, 8\]; its images must have at least one"),
         ({"step_size": -0.1}, "step_size is -0.1; it must be a finite number of at least 0"),
         ({"step_size": torch.ones(2)}, r"step_size has shape \[2\].*must be 0-d"),
         ({"lam": -0.1}, "lam is -0.1; it must be a finite number of at least 0"),

@@ -236,3 +236,10 @@ def test_derivatives_of_a_compiled_function_are_right_or_refused(name: str) -> N
     else:
         found, expected = (DERIVATIVES[name](function, X, TANGENT) for function in (compiled, encode))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_no_gradient_reaches_the_step_size(impl: str) -> None:
+    step_size = torch.tensor(0.15, dtype=torch.float64, requires_grad=True)
+    codes = csc_encode(X, WEIGHT, step_size, 0.1, padding=1, impl=impl)
+    assert not codes.requires_grad

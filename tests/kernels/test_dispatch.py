@@ -108,6 +108,13 @@ def test_triton_says_what_it_cannot_do(
         choose("triton", x, weight)
 
 
+def test_triton_refuses_codes_that_padding_makes_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("triton", X, WEIGHT, padding=(100, 100)).impl == "triton"
+    with pytest.raises(NotImplementedError, match="a sample has more than the 1073741824 elements"):
+        choose("triton", X, WEIGHT, padding=(10000, 10000))
+
+
 def test_a_call_that_triton_cannot_do_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(NotImplementedError, match="x is on cpu"):

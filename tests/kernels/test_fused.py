@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdnet.kernels import reference
+from sdnet.kernels import csc_encode, reference
 from sdnet.kernels.coding import Coding, Solver
 from sdnet.kernels.reference import Pair
 from sdnet.kernels.torch_path import Problem
@@ -232,6 +232,21 @@ def test_a_lambda_for_each_sample_may_have_any_strides(name: str) -> None:
     p = problem()._replace(lam=lam.view(3, 1, 1, 1))
     codes, _ = case.path(p).proximal_step(case.image(1))
     assert_near(codes, reference.shrink(GAMMA * case.analysis(case.image(1)), GAMMA * p.lam.double(), True))
+
+
+@pytest.mark.parametrize("path", ["fused", "cudnn"])
+def test_a_lambda_of_the_only_atom_holds_for_every_sample(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDNET_TRITON_PATH", path)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((4, 9, 4, 4), (1, 9, 3, 3)))
+    found = []
+    for impl in ("triton", "reference"):
+        lam = torch.full((1, 1, 1, 1), 0.4, device=DEVICE, requires_grad=True)
+        codes = csc_encode(x, weight, 0.01, lam, padding=1, impl=impl)
+        codes.sum().backward()
+        found.append((codes, lam.grad))
+    assert found[1][0].count_nonzero() > 9
+    torch.testing.assert_close(*found, rtol=2e-3, atol=1e-4)
 
 
 def test_the_step_size_is_read_on_the_device() -> None:

@@ -113,6 +113,46 @@ def test_a_compiled_layer_trains_with_an_activation_in_place(activation: type[nn
     torch.testing.assert_close(found[1], found[0])
 
 
+def run(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
+
+def run_checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    found: object = checkpoint(function, x, use_reentrant=False)
+    return found  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize(
+    ("context", "call"),
+    [
+        (nullcontext, run),
+        (nullcontext, run_checkpointed),
+        (save_on_cpu, run),
+        (lambda: saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor), run),
+    ],
+    ids=["no hooks", "checkpoint", "on the CPU", "other hooks"],
+)
+def test_a_shortcut_may_be_added_in_place_whatever_saves_the_tensors(
+    context: Callable[[], Any], call: Callable[..., Tensor], nonnegative: bool
+) -> None:
+    found = []
+    for in_place in (False, True):
+        x, weight, lam = leaves()
+
+        def block(x: Tensor, weight: Tensor = weight, lam: Tensor = lam, in_place: bool = in_place) -> Tensor:
+            codes = csc_encode(x, weight, 0.2, lam, padding=1, n_steps=3, nonnegative=nonnegative, impl="torch")
+            shortcut = x.sum(1, keepdim=True)
+            return (codes.add_(shortcut) if in_place else codes + shortcut).square()
+
+        with context():
+            codes = call(block, x)
+        codes.sum().backward()
+        found.append([leaf.grad for leaf in (x, weight, lam)])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 class Calls(TorchDispatchMode):
     """Notes the names of the operators that are called."""
 
@@ -130,9 +170,10 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize(("change", "forwards"), [(torch.relu, 1), (torch.relu_, 2)], ids=["unchanged", "changed"])
 def test_only_codes_that_were_changed_are_computed_again(change: Callable[[Tensor], Tensor], forwards: int) -> None:
     x, weight, lam = leaves()
-    with Calls() as calls:
-        change(csc_encode(x, weight, 0.2, lam, padding=1, impl="torch")).sum().backward()
-    assert calls.names.count("csc_forward") == forwards
+    for context in (nullcontext(), save_on_cpu()):
+        with Calls() as calls, context:
+            change(csc_encode(x, weight, 0.2, lam, padding=1, impl="torch")).sum().backward()
+        assert calls.names.count("csc_forward") == forwards
 
 
 def test_the_codes_are_freed_with_their_graph() -> None:

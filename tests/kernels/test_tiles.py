@@ -80,6 +80,15 @@ def test_descriptors_are_chosen_only_for_layouts_they_can_read() -> None:
     assert huge.described_images == 0  # 64 images have 2^31 elements
 
 
+def test_only_descriptors_make_several_taps_of_the_correlation_at_a_time() -> None:
+    """Other forms would leave the taps after the first unwritten."""
+    chosen = by_rule(SHAPE._replace(arch=80))
+    several = chosen._replace(correlation=chosen.correlation._replace(taps=3))
+    assert by_rule(SHAPE).correlation.taps == 3
+    assert several.fitted(SHAPE).correlation == by_rule(SHAPE).correlation
+    assert several.fitted(SHAPE._replace(arch=80)) == chosen
+
+
 def test_candidates_of_large_layers_hold_the_larger_tiles() -> None:
     shape = SHAPE._replace(channels=256, atoms=256, image_size=(14, 14), codes_size=(14, 14))
     found = candidates(shape)

@@ -105,6 +105,18 @@ def test_dictionaries_on_a_gpu_take_triton_in_either_memory_format() -> None:
     assert all(error(a.step_size, e.step_size) <= tolerance for a, e in zip(dictionaries, expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("weight", "size", "padding", "reached"),
+    [((64, 3, 3, 3), 4096, 1, True), ((65, 3, 3, 3), 4096, 1, False), ((64, 3, 3, 3), 64, 4096, False)],
+)
+def test_offsets_of_32_bits_must_reach_the_codes(
+    weight: tuple[int, ...], size: int, padding: int, reached: bool
+) -> None:
+    tensors = (torch.empty(shape, device="meta") for shape in (weight, (1, weight[1], size, size), ()))
+    dictionary = DictionaryState(*tensors, stride=(1, 1), padding=(padding, padding))
+    assert all_devices.within_reach(dictionary) is reached
+
+
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
 def test_state_stays_finite_when_weights_are_not_and_serves_again_once_they_are(implementation: str) -> None:
     module: Any = triton_step_sizes if implementation == "triton" else all_devices

@@ -120,6 +120,13 @@ def test_the_plan_of_a_model_without_memory_is_what_it_will_be_asked_for() -> No
     assert update_of(csc_layers(empty).values()) == update_of(csc_layers(model).values())
 
 
+def test_atoms_that_two_layers_share_are_updated_once() -> None:
+    """As `update_dictionaries` gives them to the Triton kernels, so that the verdict has the same key."""
+    layers = [sdnet.CSCConv2d(3, 8, 3, input_size=8) for _ in range(3)]
+    layers[2].weight = layers[0].weight
+    assert update_of(layers) == update_of(layers[:2])
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -301,6 +301,18 @@ def test_an_update_needs_a_verdict_and_heeds_impl_and_the_environment(
         torch.testing.assert_close(state_of_layer[0].weight.norm(dim=1), torch.ones(8, 1, 1))
 
 
+def test_atoms_that_two_layers_share_are_projected_by_triton_once(by_triton: list[int]) -> None:
+    """Two programs that project the same atoms at the same time would divide them by their norm twice."""
+    first, other = (dictionaries_of(UPDATED, CPU)[0] for _ in range(2))
+    shared = first._replace(step_size=first.step_size.clone())
+    (expected,) = dictionaries_of(UPDATED, CPU)
+    step_sizes.update_dictionary(expected)
+    dictionaries.update_dictionaries([first, shared, other], impls=["triton"] * 3)
+    assert by_triton == [2]
+    assert torch.equal(shared.weight, expected.weight)
+    assert torch.equal(shared.step_size, expected.step_size)
+
+
 def test_an_obstacle_keeps_the_update_off_triton_too(
     state: job.State, machine: dict[str, object], by_triton: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
