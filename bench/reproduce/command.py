@@ -4,7 +4,7 @@
 
 Scale "small" is all of CIFAR-10 at width 16 for 15 epochs, which two CPU cores train in hours; "full" is the published
 width of 64 for 220 epochs, for a GPU; "tiny" is 10 000 training pictures at width 16 for 5 epochs, which shows that
-every part works. The same command goes on after an interruption at any point. It can run in several terminals at once:
+every part works. The same command continues after an interruption at any point. It can run in several terminals at once:
 each takes the next network on which no other works.
 
 In --out: <scale>/runs/<network>-seed<n>/, a run folder of train/cifar.py, with the results of its evaluation in
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
             if options.stage != "evaluate" and not trained(run_folder, scale):
                 print(f"{cell.name}: training", flush=True)
                 if train(cell, scale, data, run_folder):
-                    print(f"{cell.name}: training ended early; the same command goes on", flush=True)
+                    print(f"{cell.name}: training ended early; the same command continues it", flush=True)
                     failed = True
                     continue
             if options.stage == "train":

@@ -3,7 +3,7 @@
     python -m sdnet.bench adversaries --checkpoint RUN --data DIR --out DIR
 
 With --k, lambda is chosen by the noise estimate (`NoiseRule`), and the adversary's gradients flow through it. In --out:
-attacks.json and attacks.md. The same command goes on after an interruption.
+attacks.json and attacks.md. The same command continues after an interruption.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 For every noise, severity and lambda it measures the accuracy, the residual |x - A z|² of the first layer and its
 sparsity. In --out: results.json, table.md, curves.png (accuracy over lambda for every severity, and the best lambda
 over the residual with the line) and pictures.png (clean, noisy, and rebuilt from the codes of the first layer).
-The same command goes on after an interruption.
+The same command continues after an interruption.
 
 The pictures are --data, a folder of CIFAR as train/cifar.py takes it, with noise made here; or --published, a folder of
 CIFAR-10-C, CIFAR-100-C or ImageNet-C. With --holdout N, the number that the run held out, the held-out training
