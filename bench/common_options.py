@@ -117,7 +117,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device is {name}, but torch finds {torch.cuda.device_count()} GPUs, numbered from 0.")
     isolation.prepare()
-    return device
+    return device if device.type == "cpu" else torch.device("cuda", device.index or 0)  # set_device needs a number
 
 
 def without_folders(argument: str) -> str:

@@ -216,7 +216,7 @@ def one_line(error: BaseException) -> str:
     return f"it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def check_context(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """Wait for the device; raise the error of a broken context, from which this process cannot recover."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import sdnet
 from sdnet.bench.common_options import add_common_options, add_width_option, at_least, open_ledger, seconds
+from sdnet.bench.isolation import wait_for
 from sdnet.bench.layer_shapes import stem_for
 from sdnet.bench.ledger import print_outcome
 from sdnet.bench.tables import inference_table
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
             calls[name, form]()
 
         def sampler(call: Callable[[], Any]) -> Callable[[], float]:
-            return lambda: wall_time([call, *([torch.cuda.synchronize] if device.type == "cuda" else [])])
+            return lambda: wall_time([call, lambda: wait_for(device)])
 
         timings = interleave(
             {" ".join(key): sampler(call) for key, call in calls.items()}, options.seconds, least=options.turns

@@ -249,7 +249,7 @@ def verdicts(
             continue
         except Exception as error:
             # The other providers can still be timed if the device works.
-            isolation.check_context(workload.device)
+            isolation.wait_for(workload.device)
             result[name] = ("refused", isolation.one_line(error), {})
             continue
         reason = accuracy.objection(found, baseline, workload.dtype)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import sdnet
 from sdnet.bench.common_options import add_common_options, add_width_option, at_least, number, open_ledger
-from sdnet.bench.isolation import check_context
+from sdnet.bench.isolation import wait_for
 from sdnet.bench.ledger import Ledger
 from sdnet.kernels import step_sizes
 from sdnet.kernels.qualify.timing import fp32_products, percentiles
@@ -181,7 +181,7 @@ def measure(task: DictionaryLearning | Classification, options: argparse.Namespa
     clock: list[float] = []
 
     def note(*_: Any) -> None:
-        check_context(task.device)  # which waits, so that times are those of the device and not of the launches
+        wait_for(task.device)  # which waits, so that times are those of the device and not of the launches
         clock.append(time.perf_counter())
 
     task.optimizer.register_step_post_hook(note)

@@ -158,7 +158,7 @@ def train_in_turns(
             except UserError:
                 raise
             except Exception as error:
-                isolation.check_context(device)
+                isolation.wait_for(device)
                 status = "unsupported" if isinstance(error, NotImplementedError) else "refused"
                 yield setting, without_time(setting, status, isolation.one_line(error))
                 continue
@@ -224,7 +224,8 @@ class TimedRun:
             torch.cuda.reset_peak_memory_stats(self.device)
         clock = self.training.clock
         clock.lap()
-        spent = wall_time([lambda: self.training.step(self.batches)] * self.steps + [self._wait])
+        steps = [lambda: self.training.step(self.batches)] * self.steps
+        spent = wall_time([*steps, lambda: isolation.wait_for(self.device)])
         for phase, elapsed in clock.split().items():
             self.phases[phase] = self.phases.get(phase, 0.0) + elapsed
         self.taken += self.steps
@@ -254,10 +255,6 @@ class TimedRun:
             metrics["kept_for_backward_mib"] = self.kept
         memory = self.peak / 2**20 if self.device.type == "cuda" else None
         return facts | {"time_ms": timing._asdict(), "memory_mib": memory, "metrics": metrics}
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0

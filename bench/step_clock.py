@@ -10,7 +10,7 @@ PHASES = ("data", "refresh", "forward", "backward", "optimiser")
 class StepClock:
     """Records the ends of phases; a phase lasts from the mark before it.
 
-    On a GPU marks are events of the current stream. The time of a phase is then the time that the GPU took for it, and
+    On a GPU marks are events of its current stream. The time of a phase is then the time that the GPU took for it, and
     that of "data" is the time that the GPU waited for the batch.
 
     Args:
@@ -25,7 +25,7 @@ class StepClock:
         """Record the end of a phase."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
             self._marks.append((phase, event))
         else:
             self._marks.append((phase, time.perf_counter()))

@@ -230,6 +230,16 @@ def test_a_device_that_cannot_be_timed_gets_a_sentence(
     assert "could not be timed on cpu: it raised OutOfMemoryError: CUDA out of memory." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_has_a_number(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.cuda.set_device`, which the children of `paths` call, refuses a device without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(name) == torch.device("cuda", number)
+    with pytest.raises(ValueError, match="specified index"):
+        torch.cuda.set_device(torch.device("cuda"))
+
+
 def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UserError, match="interpreted"):

@@ -59,7 +59,7 @@ def test_a_row_holds_the_margins_of_its_steps(tmp_path: Path) -> None:
 
 def test_the_update_is_timed_until_the_device_has_done_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait for the device that takes 50 ms stands for an update that a GPU is still computing."""
-    monkeypatch.setattr(measure_margins, "check_context", lambda _: time.sleep(0.05))
+    monkeypatch.setattr(measure_margins, "wait_for", lambda _: time.sleep(0.05))
     arguments = ["--task", "dictionary", "--adam-lr", "1e-3", "--seed", "0", "--steps", "1", "--out", str(tmp_path)]
     assert front.main(["margins", *arguments]) == 0
     ((_, row),) = read(tmp_path)

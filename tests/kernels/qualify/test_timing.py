@@ -67,6 +67,16 @@ def test_clock_splits_a_step_into_phases(monkeypatch: pytest.MonkeyPatch) -> Non
     assert clock.split() == {}
 
 
+def test_marks_on_a_gpu_are_events_of_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events of the first GPU say nothing about the second one."""
+    streams: list[torch.device] = []
+    event = SimpleNamespace(record=streams.append)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    StepClock(torch.device("cuda:1")).mark("forward")
+    assert streams == [torch.device("cuda:1")]
+
+
 def test_roofline_is_the_higher_of_both_times() -> None:
     ceilings = Ceilings(copy_gb_s=100, gemm_tflop_s=1)
     assert ceilings.shortest_ms(flops=2e9, bytes_moved=1e6) == pytest.approx(2)
