@@ -7,7 +7,8 @@ codes.png        the maps of its most active atoms for the image
 inversions.png   the image rebuilt from the codes of every layer
 objective.png    the objective of every layer over 1 to 50 FISTA iterations, relative to its minimum
 dictionary.png   singular values and mutual coherence of every dictionary
-look.json        the numbers: errors and peak signal-to-noise ratios (PSNR) of every layer, coherence, objective
+look.json        the numbers: errors and peak signal-to-noise ratios (PSNR) of every layer, coherence, objective; null
+                 for what is infinite, such as the PSNR of a layer whose input is zero
 
 Layers behind a shortcut have no inversion; look.json says why. The pictures are those of
 `sdnet.invert(..., restore_contrast=True)`. The image is cut to the shape, and scaled to the size, that
@@ -127,7 +128,8 @@ def run(options: argparse.Namespace) -> int:
     for file, figure in figures.items():
         save_figure(figure, options.out / file, look_figures.DPI)
     found = {"model": model.config, "images": len(pixels), "layers": facts}
-    write_text(options.out / "look.json", json.dumps(found, indent=2) + "\n")
+    finite = json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no infinity
+    write_text(options.out / "look.json", json.dumps(finite, indent=2) + "\n")
     print(table(facts))
     if options.document:
         look_document.write(options.document, model, header, options.note, facts, table(facts), options.out)

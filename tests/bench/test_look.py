@@ -76,6 +76,21 @@ def test_it_draws_everything_and_writes_the_numbers_also_into_a_document(
         assert (tmp_path / "figures" / "look" / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_numbers_of_a_network_without_codes_are_json(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a layer whose codes are all zero the input is zero too, and its reconstruction is exact."""
+    model = sdnet.create_model("sdnet18_all", 2, stem="cifar", width=1, image_size=8, shortcut=False, lam=50)
+    save_model(tmp_path / "dead.safetensors", model)
+    monkeypatch.setattr(look, "save_figure", lambda *_: None)
+    arguments = ["--checkpoint", str(tmp_path / "dead.safetensors"), "--image", str(picture), "--out", str(tmp_path)]
+    assert main(["look", *arguments, "--n-steps", "1", "--optimum-steps", "1"]) == 0
+    text = (tmp_path / "look.json").read_text()
+    facts = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert facts["layers"]["stem.conv"]["layer_psnr"] > 0
+    assert facts["layers"]["stages.0.0.conv1"]["layer_psnr"] is None
+
+
 def test_pixels_of_16_bits_are_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pillow would cut them off at 255."""
     file = tmp_path / "deep.png"
