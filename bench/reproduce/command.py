@@ -4,8 +4,8 @@
 
 Scale "small" is all of CIFAR-10 at width 16 for 15 epochs, which two CPU cores train in hours; "full" is the published
 width of 64 for 220 epochs, for a GPU; "tiny" is 10 000 training pictures at width 16 for 5 epochs, which shows that
-every part works. The same command continues after an interruption at any point. It can run in several terminals at once:
-each takes the next network on which no other works.
+every part works. The same command continues after an interruption at any point. It can run in several terminals at
+once: each takes the next network on which no other works.
 
 In --out: <scale>/runs/<network>-seed<n>/, a run folder of train/cifar.py, with the results of its evaluation in
 evaluation/. The cards, <scale>_<network>-seed<n>.json, go to --cards, by default bench/results/cards, from which
