@@ -8,6 +8,7 @@ Triton's interpreter must be off. The launcher is Triton 3.7's.
 from types import SimpleNamespace
 from typing import Any
 
+import triton
 import triton.backends.nvidia.driver as nvidia
 from triton import JITFunction
 from triton.backends.compiler import GPUTarget
@@ -15,6 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from sdnet.kernels.triton_path import hardware
+from sdnet.train.errors import UserError
 
 PROCESSORS = 132
 """Multiprocessors of the GPU: an H100's."""
@@ -105,7 +107,14 @@ def use_stub_gpu(arch: int = 90, processors: int = PROCESSORS) -> StubGpu:
     """Launch Triton kernels of this process on a stub from now on, chosen as on a GPU of this architecture.
 
     Kernels keep what they were launched on, so a process that has used the stub can launch no kernel on a GPU.
+
+    Raises:
+        UserError: This version of Triton has another launcher.
     """
+    if not hasattr(nvidia, "PyKernelArg"):
+        raise UserError(
+            f"A stub of a GPU needs the launcher of Triton 3.7; Triton {triton.__version__} has another one."
+        )
     gpu = StubGpu(arch)
 
     def compile_stub(kernel: Any, *arguments: Any) -> Any:

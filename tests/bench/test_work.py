@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import triton.backends.nvidia.driver as nvidia
 
 from sdnet.bench import __main__ as front
 from sdnet.bench.cost import tile_shape
@@ -72,6 +73,15 @@ def test_larger_tiles_and_kept_residuals_read_less_from_l2() -> None:
     least = min(training_work(layer, shape, tiles, True, True).l2_bytes for tiles in candidates(shape))
     assert least < kept < again
     assert 0.7 < least / kept < 0.9
+
+
+def test_launches_of_another_version_of_triton_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The driver of Triton 3.6 has no such name."""
+    monkeypatch.delattr(nvidia, "PyKernelArg")
+    assert front.main(["counts", "--out", str(tmp_path)]) == 2
+    assert "needs the launcher of Triton 3.7, not that of Triton" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])
