@@ -114,7 +114,7 @@ def test_commands_are_recorded_with_the_variables_that_decide_what_is_measured(
     for name in [name for name in os.environ if name.startswith("SDNET_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SDNET_IMPL", "torch")
-    monkeypatch.setenv("SDNET_CACHE", "/home/somebody/verdicts")
+    monkeypatch.setenv("SDNET_CACHE", "/data/verdicts")
     monkeypatch.setattr(sys, "argv", ["sdnet.bench", "train"])
     _, ledger = open_ledger(argparse.Namespace(device="cpu", out=tmp_path, label=""), "train")
     command = "SDNET_CACHE=/.../verdicts SDNET_IMPL=torch python -m sdnet.bench train"
