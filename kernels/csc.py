@@ -186,7 +186,9 @@ def encode(
     tensors = call.x, call.weight, call.step_size, call.lam
     if call.choice.impl == "reference":
         return reference.csc_encode(*tensors, coding, call.stride, call.padding)
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    # torch.jit.trace checks its graph by a second trace, without gradients, which must be the same.
+    traced = not torch.compiler.is_compiling() and torch._C._is_tracing()
+    needs_gradient = (torch.is_grad_enabled() or traced) and any(tensor.requires_grad for tensor in tensors)
     return csc_operator(
         *tensors, coding, call.stride, call.padding, call.choice.impl, call.path, call.keep_residuals, needs_gradient
     )

@@ -209,7 +209,7 @@ def csc_operator(
         flops.register()
     options = (*coding.values(), stride, padding, impl, path, keep_residuals)
     codes = torch.ops.sdnet.csc_forward(x, weight, step_size, lam, *options, needs_gradient)[-1]
-    if needs_gradient and eager:
+    if eager and codes.requires_grad:
         _allow_changes_in_place(codes)
     return codes
 

@@ -280,3 +280,17 @@ def test_lambda_may_change_between_the_two_passes_unless_its_value_is_needed_aga
     torch.testing.assert_close(found, expected)
     with pytest.raises(RuntimeError, match="lam was changed in place between the forward pass and a backward pass"):
         torch.autograd.grad(codes.sum(), x, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_passes_the_checks_of_the_trace_and_has_gradients() -> None:
+    layer = sdnet.CSCConv2d(3, 8, 3, input_size=6, lam=0.05)
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    traced: Any = torch.jit.trace(layer, (x,))
+    found = []
+    for function in (layer, traced):
+        leaf = x[:1].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf).square().sum(), leaf)
+        found.append(gradient)
+    assert found[0].abs().max() > 0.01
+    torch.testing.assert_close(*found)
