@@ -32,9 +32,10 @@ def describe_environment(device: torch.device, packages: Sequence[str] = PACKAGE
 
     Returns:
         A dictionary that `json` can write. `commit` is None outside a checkout, unless the environment variable
-        SDNET_COMMIT names one; `dirty` says whether code differs from that commit, and is None where this is unknown.
+        SDNET_COMMIT names one; `dirty` says whether code differs from that commit, without the results in
+        bench/results, and is None where this is unknown.
     """
-    changes = git("status", "--porcelain", "--", "*.py", "*.toml", "*.json")
+    changes = git("status", "--porcelain", "--", "*.py", "*.toml", "*.json", ":(exclude)bench/results")
     return {
         "device": device_name(device),
         "device_type": device.type,

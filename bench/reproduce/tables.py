@@ -300,7 +300,7 @@ def render(
     scales = conditions.get("scale", [])
     if len(scales) != 1 or set(conditions) != {"scale"}:
         raise UserError(f"A mark {view} needs the one condition scale=NAME.")
-    chosen = [card for card in cards if card["scale"] == scales[0]]
+    chosen = shown_by(view, [card for card in cards if card["scale"] == scales[0]])
     nothing = "Not measured yet.\n"
     if not chosen:
         return nothing
@@ -314,6 +314,15 @@ def render(
         if len(table.splitlines()) < 3:  # a head alone: these cards do not hold it yet
             return nothing
     return f"{table}\n\n{caption(view, chosen)}\n"
+
+
+def shown_by(view: str, cards: Sequence[Card]) -> Sequence[Card]:
+    """Return the cards that hold something of a table."""
+    if view in ("cards-accuracy", "cards-paired"):
+        return cards
+    if view in ("cards-attacks", "cards-checks"):
+        return [card for card in cards if any(attack["values"] for attack in card["attacks"].values())]
+    return tabled(cards)
 
 
 def caption(view: str, cards: Sequence[Card]) -> str:

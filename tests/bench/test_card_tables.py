@@ -110,6 +110,13 @@ def test_pictures_that_only_square_finds_are_counted() -> None:
     ]
 
 
+def test_a_caption_names_the_commits_of_the_cards_in_its_table() -> None:
+    attacked, plain = card("resnet18", 0, 50.0), card("sdnet18", 0, 50.0)
+    plain["attacks"], plain["evaluated"] = {}, {"commit": "c" * 40}
+    assert "commits aaaaaaa, bbbbbbb<" in render("cards-attacks", "tiny", [plain, attacked])
+    assert "commits aaaaaaa, bbbbbbb, ccccccc<" in render("cards-accuracy", "tiny", [plain, attacked])
+
+
 def test_a_mark_names_one_scale_and_its_conditions_are_shown() -> None:
     shown = render("cards-attacks", "tiny", [card("resnet18", 0, 50.0)])
     for words in (
