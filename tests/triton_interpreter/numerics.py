@@ -180,8 +180,8 @@ def faithful() -> Iterator[None]:
     def np_dtype_of(dtype: Any) -> np.dtype[Any]:
         return np.dtype(np.float32) if dtype.scalar == tl.bfloat16 else np_dtype(dtype)
 
-    def obstacle_to_half(x: Tensor, weight: Tensor) -> str | None:
-        return obstacle(x.view(torch.float16) if x.dtype == torch.bfloat16 else x, weight)
+    def obstacle_to_half(x: Tensor, *others: Any) -> str | None:
+        return obstacle(x.view(torch.float16) if x.dtype == torch.bfloat16 else x, *others)
 
     with (
         patch.object(handle, "__post_init__", hold),
