@@ -147,7 +147,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure every loader on every source that it can read, with every number of threads."""
-    device, ledger = open_ledger(options, "load")
     sources = [open_source(text, max(options.images, 2 * options.batch)) for text in options.data]
     labels = [source.label for source in sources]
     if len(set(labels)) < len(labels):
@@ -164,6 +163,7 @@ def run(options: argparse.Namespace) -> int:
     for source in sources:
         if (count := len(source.pictures.labels)) < options.batch:
             raise UserError(f"--batch is {options.batch}; {source.label} has {count} pictures.")
+    device, ledger = open_ledger(options, "load")
     loads = [
         (name, LoadRequest(source, options.batch, size_of(source, options.image_size), threads, device))
         for name, source, threads in fitting

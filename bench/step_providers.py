@@ -106,7 +106,7 @@ def by_triton(name: str, path: str) -> Provider:
 
     def bind(workload: Workload, inputs: Inputs) -> BoundCall:
         x, weight, codes = inputs["x"], inputs["weight"], inputs["grad"]
-        if obstacle := obstacle_to_triton(x, weight):
+        if obstacle := obstacle_to_triton(x, weight, problem_of(workload, inputs).padding):
             raise NotImplementedError(f"{obstacle}.")
         from sdnet.kernels.triton_path import loop
         from sdnet.kernels.triton_path.correlation.weight_gradient import weight_correlation

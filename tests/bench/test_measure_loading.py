@@ -126,15 +126,6 @@ def test_refusals(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_ledger_that_cannot_be_written_is_refused_before_images_are_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(measure_loading, "open_source", lambda *_: pytest.fail("images were read"))
-    (tmp_path / "file").touch()
-    assert front.main(["load", "--data", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
-    assert "cannot be written to" in capsys.readouterr().err
-
-
 def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(tmp_path / "side=40", 40, 40, 1)
     monkeypatch.chdir(tmp_path)
